@@ -1,0 +1,32 @@
+"""Kandinsky 5: text to video.
+
+The public API, imported lazily: `import kandinsky` costs nothing and does not load torch. A name is looked up in its
+module the first time somebody asks for it. This file knows names and modules, nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kandinsky.config import load_config
+    from kandinsky.loading import get_T2V_pipeline
+
+__version__ = "0.1.0"
+__all__ = ["get_T2V_pipeline", "load_config", "__version__"]
+
+_HOME = {
+    "get_T2V_pipeline": "kandinsky.loading",
+    "load_config": "kandinsky.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next look-up finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,349 @@
+"""Which weight files a variant needs, where they are, and whether they are what the config says, before loading any.
+
+A safetensors file begins with its table of contents: 8 bytes with the length of the header (little endian), then the
+header as JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the tensors' bytes without gaps
+(https://huggingface.co/docs/safetensors). Reading that much takes milliseconds even for a 77 GB file, and says
+whether it is complete and which model it belongs to.
+
+Safetensors only: a pickle (.pt, .bin, .ckpt) can run any code when it is opened.
+
+This module does not know torch and reads no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from kandinsky.config import Config, DiTConfig
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WEIGHTS_PREFIX = "weights"  # paths in configs start with ./weights/, which the user's cache_dir stands for
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+COMFY_PREFIX = "model.diffusion_model."
+# head_dim -> its split over time, height and width. A checkpoint says the sum only; these are the published splits.
+AXES_DIMS = {64: (16, 24, 24), 128: (32, 48, 48)}
+
+TINY_COMMAND = "python test.py --config configs/config_tiny_t2v.yaml"
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: str | Path) -> Header:
+    """name -> (dtype, shape) of every tensor in a safetensors file, dtype as the format calls it ("BF16").
+
+    Raises ValueError where the file is missing, a pickle, not safetensors, damaged or incomplete.
+    """
+    path = Path(path)
+    _refuse_pickle(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    size = path.stat().st_size
+    again = "download it again"
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise ValueError(f"{path}: truncated, it has {size} bytes: {again}")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER_BYTES:
+            _explain_start(path, start)
+            raise ValueError(f"{path}: not a safetensors file (its header would have {length:,} bytes)")
+        text = file.read(length)
+    if len(text) < length:
+        raise ValueError(
+            f"{path}: truncated inside its header ({size:,} bytes; the header ends at {8 + length:,}): {again}"
+        )
+
+    try:
+        entries = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one (its header is not JSON)") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: not a safetensors file (its header is not a JSON object)")
+    entries.pop("__metadata__", None)
+
+    header: Header = {}
+    spans = []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                raise ValueError
+            # A dtype that is newer than this table passes: whoever loads the tensor will say that it is unknown.
+            if dtype in BITS and (end - begin) * 8 != prod(shape) * BITS[dtype]:
+                raise ValueError
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"{path}: damaged header, the entry of {name} makes no sense: {again}") from None
+        header[name] = (str(dtype), shape)
+        spans.append((begin, end))
+    _check_spans(path, sorted(spans), data_bytes=size - 8 - length)
+    return header
+
+
+def _explain_start(path: Path, start: bytes) -> None:
+    """Name the usual files that are not safetensors, read as which their first bytes are an absurd header length."""
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        raise ValueError(f"{path}: this is a pickle (a torch.save file), whatever its name says; safetensors only")
+    if start.startswith(b"version "):
+        raise ValueError(f"{path}: this is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
+    position = 0
+    for begin, end in spans:
+        if begin != position or end < begin:
+            raise ValueError(f"{path}: damaged header, its tensors overlap or leave gaps: download it again")
+        position = end
+    if data_bytes != position:
+        what = "truncated" if data_bytes < position else "too long"
+        raise ValueError(f"{path}: {what}, it has {data_bytes:,} of {position:,} bytes of tensors: download it again")
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise ValueError(
+            f"{path}: safetensors only. A {path.suffix} file is a pickle, which can run any code when it is opened; "
+            "convert it with safetensors.torch.save_file on a machine where you trust it"
+        )
+
+
+def find_weights(path: str | Path) -> list[Path]:
+    """The safetensors files behind a path: a file, or a folder with one file or with an index of shards.
+
+    Raises ValueError where there are none, only pickles, missing shards, or several files to choose from.
+    """
+    path = Path(path)
+    _refuse_pickle(path)
+    if path.is_file():
+        if path.name.endswith(".safetensors.index.json"):
+            return _shards(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: not a .safetensors file")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+
+    for stem in ("diffusion_pytorch_model", "model"):
+        if (path / f"{stem}.safetensors").is_file():
+            return [path / f"{stem}.safetensors"]
+        if (path / f"{stem}.safetensors.index.json").is_file():
+            return _shards(path / f"{stem}.safetensors.index.json")
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        names = ", ".join(file.name for file in files[:4])
+        raise ValueError(f"{path}: {len(files)} .safetensors files ({names}): name the one that you mean")
+    for file in sorted(path.iterdir()):
+        _refuse_pickle(file)
+    raise ValueError(f"{path}: no .safetensors file in this folder")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: damaged, it has no weight_map: download it again") from None
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index}: damaged, a weight_map names files beside it: download it again")
+    files = [index.parent / name for name in names]
+    for file in files:
+        _refuse_pickle(file)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{index}: {len(missing)} of {len(files)} shards are missing, like {missing[0]}")
+    return files
+
+
+def resolve_path(path: str | Path, config: Config | None = None, cache_dir: str | Path = "./weights/") -> Path:
+    """Where a path from a config is on this machine. Does not raise: what is missing is returned as first expected.
+
+    A leading ./weights/ stands for cache_dir. Other relative paths are taken from the working directory, else from
+    the repository's root, so that the tiny checkpoint is found from anywhere.
+    """
+    path = Path(path).expanduser()
+    if path.parts[:1] == (WEIGHTS_PREFIX,):
+        path = Path(cache_dir).expanduser().joinpath(*path.parts[1:])
+    if path.is_absolute() or path.exists():
+        return path
+    roots = [REPOSITORY]
+    if config is not None and config.source is not None:
+        roots.insert(0, config.source.resolve().parent.parent)  # configs/x.yaml -> the folder that holds configs/
+    return next((root / path for root in roots if (root / path).exists()), path)
+
+
+def missing_weights_message(path: str | Path, config: Config) -> str:
+    """One line for whoever lacks a file: which, the command that gets it, and what runs without any download."""
+    if "assets" in Path(path).parts:
+        return f"weights not found: {path}. They are part of this repository: restore them with git checkout -- assets"
+    known = config.source is not None and config.source.name.startswith("config_") and config.model.hub_repo is not None
+    name = model_name(config.source) if known and config.source is not None else "list"
+    return (
+        f"weights not found: {path}. Get them with: python download_models.py --models {name}. "
+        f"Without any download: {TINY_COMMAND}"
+    )
+
+
+def model_name(config_path: str | Path) -> str:
+    """The name that download_models.py has for a config: configs/config_5s_sft.yaml -> 5s_sft."""
+    return Path(config_path).stem.removeprefix("config_")
+
+
+# --- which DiT is it? -------------------------------------------------------------------------------------------------
+
+
+def strip_prefix(header: Header) -> Header:
+    """The header with the names that our modules have (ComfyUI files put model.diffusion_model. before each)."""
+    return {name.removeprefix(COMFY_PREFIX): entry for name, entry in header.items()}
+
+
+def dit_params_from_header(header: Header) -> dict[str, Any]:
+    """What a DiT checkpoint says about its own shape, as a dict with fields of DiTConfig.
+
+    In place of visual_cond and instruct_type, which look alike in the weights, there is `extra_channels`, true where
+    the model takes a condition and a mask beside the latents. axes_dims is absent, and head_dim there, where the size
+    of a head is none of the published ones. patch_size is known in its product only, and taken as (1, 2, 2).
+    Raises ValueError where the file is not a Kandinsky 5 DiT.
+    """
+    shapes = {name: shape for name, (_, shape) in strip_prefix(header).items()}
+
+    def size(name: str, axis: int = 0) -> int:
+        try:
+            return shapes[name][axis]
+        except (KeyError, IndexError):
+            raise ValueError(f"not a Kandinsky 5 DiT checkpoint: it has no fitting {name}") from None
+
+    def count(name: str) -> int:
+        found = (re.match(rf"{name}\.(\d+)\.", key) for key in shapes)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    patch = 4
+    out_visual_dim = size("out_layer.out_layer.bias") // patch
+    visual_in = size("visual_embeddings.in_layer.weight", 1) // patch  # C, or C + C + 1 with condition and mask
+    extra_channels = visual_in == 2 * out_visual_dim + 1
+    head_dim = size("visual_transformer_blocks.0.self_attention.query_norm.weight")
+    params: dict[str, Any] = {
+        "in_visual_dim": out_visual_dim if extra_channels else visual_in,
+        "in_text_dim": size("text_embeddings.in_layer.weight", 1),
+        "in_text_dim2": size("pooled_text_embeddings.in_layer.weight", 1),
+        "time_dim": size("time_embeddings.in_layer.bias"),
+        "out_visual_dim": out_visual_dim,
+        "model_dim": size("visual_embeddings.in_layer.bias"),
+        "ff_dim": size("visual_transformer_blocks.0.feed_forward.in_layer.weight"),
+        "num_text_blocks": count("text_transformer_blocks"),
+        "num_visual_blocks": count("visual_transformer_blocks"),
+        "head_dim": head_dim,
+        "extra_channels": extra_channels,
+    }
+    if head_dim in AXES_DIMS:
+        params["axes_dims"] = AXES_DIMS[head_dim]
+    return params
+
+
+def expected_dit_shapes(dit: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter: 18 + 14 to a text block + 24 to a visual block."""
+    dim, ff, time, head = dit.model_dim, dit.ff_dim, dit.time_dim, dit.head_dim
+    patch = prod(dit.patch_size)
+    extra = dit.in_visual_dim + 1 if dit.visual_cond or dit.instruct_type == "channel" else 0
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, outputs: int, inputs: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+    def attention(name: str) -> None:
+        for layer in ("to_query", "to_key", "to_value", "out_layer"):
+            linear(f"{name}.{layer}", dim, dim)
+        shapes[f"{name}.query_norm.weight"] = shapes[f"{name}.key_norm.weight"] = (head,)
+
+    def feed_forward(name: str) -> None:
+        shapes[f"{name}.in_layer.weight"], shapes[f"{name}.out_layer.weight"] = (ff, dim), (dim, ff)
+
+    linear("time_embeddings.in_layer", time, dim)
+    linear("time_embeddings.out_layer", time, time)
+    linear("text_embeddings.in_layer", dim, dit.in_text_dim)
+    shapes["text_embeddings.norm.weight"] = shapes["text_embeddings.norm.bias"] = (dim,)
+    linear("pooled_text_embeddings.in_layer", time, dit.in_text_dim2)
+    shapes["pooled_text_embeddings.norm.weight"] = shapes["pooled_text_embeddings.norm.bias"] = (time,)
+    linear("visual_embeddings.in_layer", dim, patch * (dit.in_visual_dim + extra))
+    for i in range(dit.num_text_blocks):
+        block = f"text_transformer_blocks.{i}"
+        linear(f"{block}.text_modulation.out_layer", 6 * dim, time)
+        attention(f"{block}.self_attention")
+        feed_forward(f"{block}.feed_forward")
+    for i in range(dit.num_visual_blocks):
+        block = f"visual_transformer_blocks.{i}"
+        linear(f"{block}.visual_modulation.out_layer", 9 * dim, time)
+        attention(f"{block}.self_attention")
+        attention(f"{block}.cross_attention")
+        feed_forward(f"{block}.feed_forward")
+    linear("out_layer.modulation.out_layer", 2 * dim, time)
+    linear("out_layer.out_layer", patch * dit.out_visual_dim, dim)
+    return shapes
+
+
+# model_dim -> the name of the family and the config to use with it
+FAMILIES = {
+    1792: ("Lite", "configs/config_5s_sft.yaml"),
+    4096: ("Pro", "configs/config_5s_t2v_pro.yaml"),
+    2560: ("Image Lite", "configs/config_t2i.yaml"),
+}
+
+
+def check_dit_header(header: Header, dit: DiTConfig) -> None:
+    """Raise one ValueError unless a checkpoint has exactly the parameters that a config asks for."""
+    header = strip_prefix(header)
+    found = dit_params_from_header(header)
+    wanted = {name: getattr(dit, name) for name in found if name not in ("extra_channels", "axes_dims")}
+    wanted["extra_channels"] = dit.visual_cond or dit.instruct_type == "channel"
+    different = [name for name, value in wanted.items() if value != found[name]]
+    if different:
+        details = ", ".join(f"{name} {found[name]} (config: {wanted[name]})" for name in different)
+        raise ValueError(f"{_describe_variants(found, wanted)}. Different: {details}")
+
+    shapes = expected_dit_shapes(dit)
+    problems = []
+    for what, names in (
+        ("missing", [name for name in shapes if name not in header]),
+        ("unexpected", [name for name in header if name not in shapes]),
+        ("of another shape", [name for name, shape in shapes.items() if name in header and header[name][1] != shape]),
+    ):
+        if names:
+            problems.append(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not have the {len(shapes)} parameters of this config's model: {'; '.join(problems)}"
+        )
+
+
+def _describe_variants(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """ "this file is Pro (60 visual blocks, dim 4096); the config says Lite (32 visual blocks, dim 1792): use ..." """
+
+    def name(params: Mapping[str, Any]) -> str:
+        family = FAMILIES.get(params["model_dim"], ("a model of its own",))[0]
+        return f"{family} ({params['num_visual_blocks']} visual blocks, dim {params['model_dim']})"
+
+    advice = "use the config of that checkpoint, or another checkpoint"
+    config = _family_config(found)
+    if found["model_dim"] != wanted["model_dim"] and (REPOSITORY / config).is_file():
+        advice = f"use {config} or another checkpoint"
+    return f"this file is {name(found)}; the config says {name(wanted)}: {advice}"
+
+
+def _family_config(params: Mapping[str, Any]) -> str:
+    if params["model_dim"] == 2560 and params["extra_channels"]:
+        return "configs/config_i2i.yaml"
+    return FAMILIES.get(params["model_dim"], ("", ""))[1]

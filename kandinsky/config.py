@@ -1,0 +1,533 @@
+"""What a variant is made of: the YAML file, checked, with every default filled in, as frozen dataclasses.
+
+`load_config(path, overrides)` resolves each setting once: override > YAML > default. It is strict. An unknown key, a
+wrong type and a value out of range are a ValueError that names the key, because a typo that is silently ignored
+costs someone an hour of rendering.
+
+The layout is that of the original repository's YAML files, which load unmodified. Three things are ours and optional:
+`task`, `generation` and `model.hub_repo`. What an old file does not say is derived from what it does say (see
+`_fill_defaults`); keys that never had an effect are accepted with one warning.
+
+This module does not know torch, devices, or whether any file named here exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
+
+logger = logging.getLogger(__name__)
+
+VIDEO_NEGATIVE_CAPTION = (
+    "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, "
+    "walking backwards"
+)
+
+# (width, height) in pixels: the sizes that the published checkpoints were trained for.
+SD_SIZES = ((512, 512), (768, 512), (512, 768))
+HD_SIZES = ((1024, 1024), (1408, 640), (640, 1408), (1280, 768), (768, 1280), (1152, 896), (896, 1152))
+
+# An image pixel is 8 x 8 to a latent cell and a patch is 2 x 2 cells; NABLA works on 8 x 8 patches.
+PATCH_PIXELS = 16
+NABLA_PIXELS = 128
+# The rotary tables have 128 positions an axis and 1024 for text.
+MAX_PATCHES = 128
+MAX_TEXT_TOKENS = 1024
+MAX_SECONDS = 21  # 24 fps, 4 frames to a latent frame: 21 s are 127 latent frames
+
+# Keys seen in other people's YAML files that do nothing here. Most of them never did anything anywhere.
+IGNORED_KEYS = (
+    "model.attention.causal",
+    "model.attention.local",
+    "model.attention.glob",
+    "model.attention.window",
+    "model.attention.chunk",
+    "model.attention.chunk_len",
+    "model.vae.is_parallel",
+    "model.text_embedder.qwen.processor_path",
+    "model.text_embedder.clip.tokenizer_path",
+    "block_swap",
+)
+# Names that other files have for dense attention. Which kernel computes it is `engine`, not `type`.
+DENSE_ATTENTION_ALIASES = ("flash", "regular", "sdpa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """The scale that the model works at."""
+
+    resolution: int  # 512 (SD) or 1024 (HD)
+    scale_factor: tuple[float, float, float]  # rotary positions are divided by it: time, height, width
+    scheduler_scale: float  # shift of the flow-matching schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Keyword arguments of DiffusionTransformer3D. The defaults are the 2B video model's."""
+
+    in_visual_dim: int = 16
+    in_text_dim: int = 3584
+    in_text_dim2: int = 768
+    time_dim: int = 512
+    out_visual_dim: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    model_dim: int = 1792
+    ff_dim: int = 7168
+    num_text_blocks: int = 2
+    num_visual_blocks: int = 32
+    axes_dims: tuple[int, int, int] = (16, 24, 24)
+    visual_cond: bool = False
+    instruct_type: Literal["channel"] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return sum(self.axes_dims)
+
+    @property
+    def num_heads(self) -> int:
+        return self.model_dim // self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Visual self-attention: dense, or NABLA's adaptive block-sparse map joined with a sliding window."""
+
+    type: Literal["full", "nabla"] = "full"
+    engine: str = "auto"  # names are checked where engines are known, in kandinsky.attention
+    P: float = 0.9  # share of the attention mass that NABLA keeps in each row of blocks
+    wT: int = 11  # window in latent frames and in blocks of 8 patches
+    wH: int = 3
+    wW: int = 3
+    add_sta: bool = True
+    method: Literal["topcdf"] = "topcdf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    checkpoint_path: str
+    name: Literal["hunyuan", "flux"] = "hunyuan"
+    spatial_tile: int = 768  # pixels
+    spatial_overlap: int = 64  # pixels, at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenConfig:
+    checkpoint_path: str
+    emb_size: int = 3584
+    max_length: int = 256  # tokens of the prompt, without the template
+    crop: int | None = None  # tokens of the template before the prompt; None: the published template's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    checkpoint_path: str
+    emb_size: int = 768
+    max_length: int = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEmbedderConfig:
+    qwen: QwenConfig
+    clip: ClipConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    checkpoint_path: str
+    hub_repo: str | None = None  # where download_models.py finds checkpoint_path
+    num_steps: int
+    guidance_weight: float  # 1: no classifier-free guidance, one model evaluation a step
+    dit_params: DiTConfig
+    attention: AttentionConfig
+    vae: VAEConfig
+    text_embedder: TextEmbedderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagCacheConfig:
+    # Calibrated magnitude ratios in the order of model evaluations: conditional, unconditional, conditional, ...
+    mag_ratios: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What a request gets that does not say otherwise."""
+
+    width: int
+    height: int
+    time_length: float  # seconds; 0: one image
+    resolutions: tuple[tuple[int, int], ...]  # (width, height), the sizes that a request may ask for
+    negative_caption: str
+    noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
+    noise_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    task: Literal["t2v", "i2v", "t2i", "i2i"]
+    metrics: MetricsConfig
+    model: ModelConfig
+    magcache: MagCacheConfig
+    generation: GenerationConfig
+    source: Path | None = dataclasses.field(default=None, metadata={"in_yaml": False})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a YAML file.
+
+    overrides: "dotted.key=value" strings, value in YAML syntax, applied over the file ("model.num_steps=20").
+    Raises ValueError, naming file, key, value and what is allowed, for anything that is not as it should be.
+    """
+    path = Path(path)
+    try:
+        raw = _read_yaml(path, overrides)
+        _drop_ignored_keys(raw, path)
+        values = _parse_section(Config, raw, "")
+        _fill_defaults(values)
+        values["source"] = path
+        config = _construct(Config, values, "")
+        _check(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain dicts, lists, numbers and strings, for JSON."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    import yaml  # comes with OmegaConf
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not path.is_file():
+        names = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=3)
+        raise ValueError("no such config file" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    for override in overrides:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.*", override, flags=re.DOTALL):
+            raise ValueError(f"override {override!r} is not of the form key.key=value, like model.num_steps=20")
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise ValueError("not a config: the file is not a mapping of keys to values")
+        config.merge_with(OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from None
+    return cast("dict[str, Any]", raw)
+
+
+def _drop_ignored_keys(raw: dict[str, Any], path: Path) -> None:
+    """Remove what has no effect, with one warning, and move what moved."""
+    ignored = [key for key in IGNORED_KEYS if _pop(raw, key)]
+    if _has(raw, "model.dit_params.attention_engine"):
+        engine = raw["model"]["dit_params"].pop("attention_engine")
+        attention = raw["model"].get("attention")
+        if attention is None:
+            attention = raw["model"]["attention"] = {}
+        if isinstance(attention, dict):
+            attention.setdefault("engine", engine)
+    if ignored:
+        logger.warning("%s: these keys are not used here and are ignored: %s", path, ", ".join(ignored))
+
+
+def _has(raw: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(raw, dict) or name not in raw:
+            return False
+        raw = raw[name]
+    return True
+
+
+def _pop(raw: dict[str, Any], key: str) -> bool:
+    if not _has(raw, key):
+        return False
+    *sections, name = key.split(".")
+    for section in sections:
+        raw = raw[section]
+    del raw[name]
+    return True
+
+
+# --- from YAML values to typed values ---------------------------------------------------------------------------------
+
+
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _yaml_fields(cls: type) -> dict[str, Any]:
+    """Name -> type of the fields that a YAML file may set."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.metadata.get("in_yaml", True)}
+
+
+def _parse_section(cls: type, raw: Any, key: str) -> dict[str, Any]:
+    """Check names and types of what is there. Nested dataclasses stay dicts: defaults are still to be filled in."""
+    if raw is None:  # a section with nothing in it
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise ValueError(
+            f"{key} = {raw!r} is not allowed: it is a section with the keys {', '.join(_yaml_fields(cls))}"
+        )
+    fields = _yaml_fields(cls)
+    values = {}
+    for name, value in raw.items():
+        dotted = _join(key, str(name))
+        if name not in fields:
+            raise ValueError(f"unknown key {dotted}; did you mean {_nearest_key(dotted, cls, key)}?")
+        hint = fields[name]
+        values[name] = _parse_section(hint, value, dotted) if _is_section(hint) else _convert(value, hint, dotted)
+    return values
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _all_keys(cls: type, key: str = "") -> Iterator[str]:
+    for name, hint in _yaml_fields(cls).items():
+        yield _join(key, name)
+        if _is_section(hint):
+            yield from _all_keys(hint, _join(key, name))
+
+
+def _nearest_key(dotted: str, cls: type, section: str) -> str:
+    """A similar name in the same section, else the same name elsewhere, else whatever is most alike."""
+    name = dotted.rsplit(".", 1)[-1]
+    names = {field.lower(): field for field in _yaml_fields(cls)}
+    in_section = difflib.get_close_matches(name.lower(), names, n=1)
+    if in_section:
+        return _join(section, names[in_section[0]])
+    everything = list(_all_keys(Config))
+    elsewhere = [key for key in everything if key.rsplit(".", 1)[-1] == name]
+    return elsewhere[0] if elsewhere else difflib.get_close_matches(dotted, everything, n=1, cutoff=0.0)[0]
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """The value as the type that the dataclass declares, or a ValueError. Numbers are never made from strings."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(value, next(a for a in args if a is not type(None)), key)
+    if origin is Literal:
+        if key == "model.attention.type" and value in DENSE_ATTENTION_ALIASES:
+            return "full"
+        if value not in args:
+            raise _not_allowed(key, value, " or ".join(map(str, args)))
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise _not_allowed(key, value, f"a list, each value {_describe(args[0])}")
+        item_hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(item_hints) != len(value):
+            raise _not_allowed(key, value, f"a list of {len(item_hints)} values, each {_describe(args[0])}")
+        return tuple(_convert(v, h, f"{key}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    # bool is a subclass of int, yet `num_steps: true` is a mistake: compare exactly
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise _not_allowed(key, value, _describe(hint))
+    return value
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    return names.get(hint, "a pair [width, height]")
+
+
+def _not_allowed(key: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{key} = {value!r} is not allowed: it must be {allowed}")
+
+
+def _construct(cls: type, values: dict[str, Any], key: str) -> Any:
+    """The dataclass from its checked values; a section that is missing is one with nothing in it."""
+    arguments = dict(values)
+    for field in dataclasses.fields(cls):
+        hint = get_type_hints(cls)[field.name]
+        dotted = _join(key, field.name)
+        if _is_section(hint):
+            arguments[field.name] = _construct(hint, values.get(field.name, {}), dotted)
+        elif field.name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"the key {dotted} is missing: it has no default, add it to the file")
+    return cls(**arguments)
+
+
+# --- defaults that depend on other settings ---------------------------------------------------------------------------
+
+
+def _fill_defaults(values: dict[str, Any]) -> None:
+    """Derive what an old YAML file does not say. What a file says is never changed."""
+    metrics = values.setdefault("metrics", {})
+    model = values.setdefault("model", {})
+    generation = values.setdefault("generation", {})
+    if not values.get("magcache", {}).get("mag_ratios"):  # an empty list says the same as none
+        values["magcache"] = {}
+    name = _variant_name(model.get("checkpoint_path", ""))
+
+    if "task" not in values:
+        if model.get("vae", {}).get("name") == "flux":
+            values["task"] = "i2i" if model.get("dit_params", {}).get("instruct_type") == "channel" else "t2i"
+        else:
+            values["task"] = "i2v" if "i2v" in name else "t2v"
+    task = values["task"]
+    is_image = task in ("t2i", "i2i")
+    is_sd = metrics.get("resolution", 512) < 1024
+    is_10s = "10s" in name
+    is_nabla = model.get("attention", {}).get("type") == "nabla"
+
+    if "scheduler_scale" not in metrics:
+        # What the published variants are run with: images 3; all 10 s models, and SD image-to-video, 10; the rest 5.
+        # NABLA at SD is what tells a 10 s model whose file has been renamed.
+        ten = is_10s or (is_sd and (is_nabla or task == "i2v"))
+        metrics["scheduler_scale"] = 3.0 if is_image else 10.0 if ten else 5.0
+        logger.info("metrics.scheduler_scale is not set: using %g, as published", metrics["scheduler_scale"])
+    model.setdefault("num_steps", 16 if "distil" in name else 50)
+    without_cfg = "distil" in name or "nocfg" in name
+    model.setdefault("guidance_weight", 1.0 if without_cfg else 3.5 if is_image else 5.0)
+
+    resolution = metrics.get("resolution", 512)
+    sizes = {512: SD_SIZES, 1024: HD_SIZES}.get(resolution, ((resolution, resolution),))
+    sizes = generation.setdefault("resolutions", sizes)
+    default_size = (resolution, resolution) if is_image else {512: (768, 512), 1024: (1280, 768)}.get(resolution)
+    if default_size not in sizes and sizes:
+        default_size = sizes[0]
+    if default_size:
+        generation.setdefault("width", default_size[0])
+        generation.setdefault("height", default_size[1])
+    generation.setdefault("time_length", 0.0 if is_image else 10.0 if is_10s else 5.0)
+    generation.setdefault("negative_caption", "" if is_image else VIDEO_NEGATIVE_CAPTION)
+
+
+def _variant_name(checkpoint_path: str) -> str:
+    """The part of a path that says which variant it is: the file, or a folder where the file has a general name."""
+    parts = Path(checkpoint_path.lower()).parts
+    for part in reversed(parts):
+        if re.search("t2v|i2v|t2i|i2i", part):
+            return part
+    return parts[-1] if parts else ""
+
+
+# --- ranges and rules between settings --------------------------------------------------------------------------------
+
+
+def _check(config: Config) -> None:
+    model, dit, metrics, generation = config.model, config.model.dit_params, config.metrics, config.generation
+    vae, qwen, clip = model.vae, model.text_embedder.qwen, model.text_embedder.clip
+
+    def require(ok: bool, key: str, value: Any, allowed: str) -> None:
+        if not ok:
+            raise _not_allowed(key, value, allowed)
+
+    for key, text in (
+        ("model.checkpoint_path", model.checkpoint_path),
+        ("model.vae.checkpoint_path", vae.checkpoint_path),
+        ("model.text_embedder.qwen.checkpoint_path", qwen.checkpoint_path),
+        ("model.text_embedder.clip.checkpoint_path", clip.checkpoint_path),
+        ("model.attention.engine", model.attention.engine),
+    ):
+        require(bool(text.strip()), key, text, "not empty")
+
+    require(metrics.resolution >= 16, "metrics.resolution", metrics.resolution, "at least 16 pixels")
+    require(min(metrics.scale_factor) > 0, "metrics.scale_factor", metrics.scale_factor, "three positive numbers")
+    require(metrics.scheduler_scale > 0, "metrics.scheduler_scale", metrics.scheduler_scale, "more than 0")
+    require(model.num_steps >= 1, "model.num_steps", model.num_steps, "at least 1")
+    require(model.guidance_weight >= 0, "model.guidance_weight", model.guidance_weight, "0 or more")
+
+    for field in dataclasses.fields(dit):
+        value = getattr(dit, field.name)
+        if isinstance(value, (int, tuple)) and not isinstance(value, bool):
+            smallest = min(value) if isinstance(value, tuple) else value
+            require(smallest >= 1, f"model.dit_params.{field.name}", value, "at least 1")
+    even = all(axis % 2 == 0 for axis in dit.axes_dims)
+    require(even, "model.dit_params.axes_dims", dit.axes_dims, "even numbers: rotary embeddings turn pairs of channels")
+    require(
+        dit.model_dim % dit.head_dim == 0,
+        "model.dit_params.axes_dims",
+        dit.axes_dims,
+        f"numbers whose sum divides model_dim = {dit.model_dim}: the sum, here {dit.head_dim}, is the size of a head",
+    )
+
+    attention = model.attention
+    require(0 < attention.P <= 1, "model.attention.P", attention.P, "more than 0 and at most 1")
+    for window in ("wT", "wH", "wW"):
+        require(getattr(attention, window) >= 1, f"model.attention.{window}", getattr(attention, window), "at least 1")
+
+    tile, overlap = vae.spatial_tile, vae.spatial_overlap
+    require(tile >= 64 and tile % 8 == 0, "model.vae.spatial_tile", tile, "a multiple of 8, at least 64 (pixels)")
+    require(
+        0 <= overlap <= tile // 2 and overlap % 8 == 0,
+        "model.vae.spatial_overlap",
+        overlap,
+        f"a multiple of 8 and at most half of spatial_tile = {tile} (pixels)",
+    )
+
+    same_as = "model.dit_params.{} = {}, which the DiT takes it as"
+    for section, size, name, dim in (
+        ("qwen", qwen.emb_size, "in_text_dim", dit.in_text_dim),
+        ("clip", clip.emb_size, "in_text_dim2", dit.in_text_dim2),
+    ):
+        require(size == dim, f"model.text_embedder.{section}.emb_size", size, same_as.format(name, dim))
+    require(
+        1 <= qwen.max_length <= MAX_TEXT_TOKENS,
+        "model.text_embedder.qwen.max_length",
+        qwen.max_length,
+        f"1 to {MAX_TEXT_TOKENS} tokens",
+    )
+    require(clip.max_length >= 2, "model.text_embedder.clip.max_length", clip.max_length, "at least 2 tokens")
+    require(qwen.crop is None or qwen.crop >= 0, "model.text_embedder.qwen.crop", qwen.crop, "0 or more, or left out")
+
+    ratios = config.magcache.mag_ratios
+    if ratios is not None:
+        require(len(ratios) % 2 == 0, "the length of magcache.mag_ratios", len(ratios), "even: pairs of cond, uncond")
+        require(min(ratios) >= 0, "the smallest of magcache.mag_ratios", min(ratios), "0 or more")
+
+    vae_name = "flux" if config.task in ("t2i", "i2i") else "hunyuan"
+    require(vae.name == vae_name, "model.vae.name", vae.name, f"{vae_name} for task {config.task}")
+    if config.task == "i2v":
+        require(dit.visual_cond, "model.dit_params.visual_cond", dit.visual_cond, "true for task i2v")
+    if config.task == "i2i":
+        require(
+            dit.instruct_type == "channel", "model.dit_params.instruct_type", dit.instruct_type, "channel for task i2i"
+        )
+
+    require(
+        bool(generation.resolutions), "generation.resolutions", generation.resolutions, "one [width, height] or more"
+    )
+    multiple = NABLA_PIXELS if attention.type == "nabla" else PATCH_PIXELS
+    for pair in generation.resolutions:
+        require(
+            all(0 < side <= MAX_PATCHES * PATCH_PIXELS and side % multiple == 0 for side in pair),
+            "generation.resolutions",
+            pair,
+            f"multiples of {multiple} up to {MAX_PATCHES * PATCH_PIXELS} (attention type {attention.type})",
+        )
+    require(
+        (generation.width, generation.height) in generation.resolutions,
+        "generation.width x generation.height",
+        f"{generation.width}x{generation.height}",
+        "one of generation.resolutions: " + ", ".join(f"{w}x{h}" for w, h in generation.resolutions),
+    )
+    time_length = generation.time_length
+    require(0 <= time_length <= MAX_SECONDS, "generation.time_length", time_length, f"0 to {MAX_SECONDS} seconds")

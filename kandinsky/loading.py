@@ -1,0 +1,207 @@
+"""From a config to a working pipeline: the one place that knows files, devices, dtypes and components at once.
+
+Models are built on the meta device and take over tensors that are read one at a time from memory-mapped safetensors
+files, cast on the way: no second copy of the weights ever exists. What a file is, is read from its header before
+anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky.attention.engines import resolve_engine
+from kandinsky.checkpoints import (
+    COMFY_PREFIX,
+    REPOSITORY,
+    check_dit_header,
+    find_weights,
+    missing_weights_message,
+    read_header,
+    resolve_path,
+)
+from kandinsky.config import Config, DiTConfig, load_config
+from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.text_embedder import load_text_embedder
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_T2V_CONFIG = REPOSITORY / "configs" / "config_5s_sft.yaml"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# These compute in float32 whatever the model's dtype, so they keep the precision that their file has.
+KEEP_PRECISION = ("time_embeddings.", "modulation.")
+
+
+def get_T2V_pipeline(
+    device_map: DeviceMap = None,
+    cache_dir: str | Path = "./weights/",
+    dit_path: str | Path | None = None,
+    text_encoder_path: str | Path | None = None,
+    text_encoder2_path: str | Path | None = None,
+    vae_path: str | Path | None = None,
+    conf_path: str | Path | None = None,
+    offload: bool = False,
+    magcache: bool = False,
+    quantized_qwen: bool = False,
+    text_token_padding: bool = True,
+    attention_engine: str | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    overrides: Sequence[str] = (),
+    config: Config | None = None,
+) -> TextToVideoPipeline:
+    """Load a text-to-video pipeline.
+
+    Args:
+        device_map: one device for all, {"dit": ..., "vae": ..., "text_embedder": ...}, or None: a GPU where there is
+            one, else the CPU.
+        cache_dir: the folder that `./weights/` in a config stands for.
+        dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths.
+        conf_path: the YAML; None takes configs/config_5s_sft.yaml.
+        offload, magcache, quantized_qwen: not part of this version; True raises ValueError.
+        text_token_padding: padding never reaches the model here, which is exact; accepted for compatibility.
+        attention_engine: instead of the config's `model.attention.engine`.
+        dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 on a GPU and float32 on a CPU.
+        overrides: "key.key=value" over the YAML.
+        config: an already loaded config instead of `conf_path` and `overrides`.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another variant, or an argument is wrong; before weights are read.
+    """
+    for name, given in (("offload", offload), ("magcache", magcache), ("quantized_qwen", quantized_qwen)):
+        if given:
+            raise ValueError(f"{name}=True: not part of this version; leave it out")
+    config = config or load_config(conf_path or DEFAULT_T2V_CONFIG, overrides)
+    if config.task != "t2v":
+        raise ValueError(f"{config.source} is a config for {config.task}; get_T2V_pipeline takes one for t2v")
+    devices = parse_device_map(device_map)
+    engine = resolve_engine(attention_engine or config.model.attention.engine, devices["dit"])
+    resolved_dtype = resolve_dtype(dtype, devices["dit"])
+
+    model, encoders = config.model, config.model.text_embedder
+
+    def locate(given: str | Path | None, from_config: str) -> Path:
+        path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
+        if not path.exists():
+            raise ValueError(missing_weights_message(path, config))
+        return path
+
+    dit_path = locate(dit_path, model.checkpoint_path)
+    vae_path = locate(vae_path, model.vae.checkpoint_path)
+    qwen_path = locate(text_encoder_path, encoders.qwen.checkpoint_path)
+    clip_path = locate(text_encoder2_path, encoders.clip.checkpoint_path)
+
+    # The DiT first: its header says at once whether it is the variant that the config means.
+    dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype)
+    dit.attention = engine
+    vae = load_vae(vae_path, devices["vae"], resolved_dtype)
+    text_embedder = load_text_embedder(
+        qwen_path,
+        clip_path,
+        qwen_max_length=encoders.qwen.max_length,
+        clip_max_length=encoders.clip.max_length,
+        crop=encoders.qwen.crop,
+        device=devices["text_embedder"],
+        dtype=resolved_dtype,
+    )
+    return TextToVideoPipeline(config, dit, text_embedder, vae, FixedPlacement(devices))
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. Raises ValueError for one that models can't run in."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_dit(
+    path: str | Path, params: DiTConfig, device: torch.device | str, dtype: torch.dtype
+) -> DiffusionTransformer3D:
+    """The DiT from a safetensors file or folder. Raises ValueError for damaged files and for other variants' files."""
+    files = find_weights(path)
+    header = {name: entry for file in files for name, entry in read_header(file).items()}
+    try:
+        check_dit_header(header, params)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        dit = DiffusionTransformer3D(**dataclasses.asdict(params))
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
+
+    load_weights(dit, files, device, dtype_of, COMFY_PREFIX)
+    return dit
+
+
+def load_vae(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
+    """The video VAE from a folder with config.json and a safetensors file. Raises ValueError for damaged files."""
+    path = Path(path)
+    files = find_weights(path)
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo(**known_arguments(AutoencoderKLHunyuanVideo, path / "config.json"))
+    load_weights(vae, files, device, lambda name, tensor: dtype)
+    # CPUs have fast kernels for 2-D convolutions only, GPUs for both.
+    vae.convolve_by_frame(torch.device(device).type == "cpu")
+    return vae
+
+
+def known_arguments(model: Callable[..., Any], config_file: Path) -> dict[str, Any]:
+    """The entries of a published config.json that are arguments of `model`; the rest is other software's business."""
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{config_file}: not readable as JSON ({error}); download it again") from None
+    return {name: values[name] for name in inspect.signature(model).parameters if name in values}
+
+
+def load_weights(
+    model: nn.Module,
+    files: Sequence[Path],
+    device: torch.device | str,
+    dtype_of: Callable[[str, Tensor], torch.dtype],
+    prefix: str = "",
+) -> None:
+    """Give a model on the meta device the tensors of `files`, one at a time; ready for inference afterwards.
+
+    dtype_of(name, tensor) says what a tensor is cast to; `prefix` is dropped from names that have it. Raises
+    ValueError where names or shapes are not exactly the model's.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(files):
+        name = name.removeprefix(prefix)
+        state[name] = tensor.to(device=device, dtype=dtype_of(name, tensor))
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [name for name in {*expected, *state} if name not in state or expected.get(name) != state[name].shape]
+    if wrong:
+        raise ValueError(
+            f"{files[0]}: {len(wrong)} tensors are missing, unknown or of another shape, like {sorted(wrong)[0]}: "
+            "this is another model's file, or its config is"
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+    model.eval().requires_grad_(False)
+
+
+def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of safetensors files, memory-mapped. Raises ValueError for damaged files, naming them."""
+    from safetensors import safe_open
+
+    for file in files:
+        read_header(file)  # a truncated file is a clear error here and a bus error later
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                yield name, tensors.get_tensor(name)

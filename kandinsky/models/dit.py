@@ -1,0 +1,174 @@
+"""Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
+
+`forward` is embed -> run_blocks -> head. Caches and block swapping wrap `run_blocks`; attention engines and sequence
+parallelism are set as `dit.attention`. The module knows no devices, files or schedules, and keeps no state between
+calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and handed in.
+
+Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky.attention.engines import Attention, sdpa
+from kandinsky.models.layers import OutLayer, TextBlock, TextProjection, TimeEmbeddings, VisualBlock, VisualEmbeddings
+from kandinsky.models.rope import RotaryTable, text_rotary_table, visual_rotary_table
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class RequestTables:
+    """What depends only on a request's sizes: the patch grid and the rotary tables."""
+
+    grid: Grid
+    visual_rope: RotaryTable
+    text_rope: RotaryTable
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every visual block sees besides the hidden states, constant over the blocks of one forward."""
+
+    text: Tensor  # (B, L, D)
+    text_mask: Tensor | None  # (B, 1, 1, L)
+    time_embed: Tensor  # (B, E)
+    tables: RequestTables
+
+
+class DiffusionTransformer3D(nn.Module):
+    """The DiT of every variant (video Lite and Pro, images, image editing); arguments are the YAML's `dit_params`."""
+
+    def __init__(
+        self,
+        *,
+        in_visual_dim: int = 16,
+        in_text_dim: int = 3584,
+        in_text_dim2: int = 768,
+        time_dim: int = 512,
+        out_visual_dim: int = 16,
+        patch_size: Sequence[int] = (1, 2, 2),
+        model_dim: int = 1792,
+        ff_dim: int = 7168,
+        num_text_blocks: int = 2,
+        num_visual_blocks: int = 32,
+        axes_dims: Sequence[int] = (16, 24, 24),
+        visual_cond: bool = False,
+        instruct_type: str | None = None,
+    ) -> None:
+        super().__init__()
+        head_dim = sum(axes_dims)
+        if model_dim % head_dim:
+            raise ValueError(
+                f"model_dim {model_dim} is not a multiple of the head dimension {head_dim}, sum(axes_dims)"
+            )
+        pt, ph, pw = patch_size
+        # Conditioned variants see [latents, condition latents, mask] along the channels.
+        conditioned = visual_cond or instruct_type == "channel"
+        self.in_channels = 2 * in_visual_dim + 1 if conditioned else in_visual_dim
+        self.patch_size = (pt, ph, pw)
+        self.axes_dims = tuple(axes_dims)
+        self.head_dim = head_dim
+        self.attention: Attention = sdpa
+
+        self.time_embeddings = TimeEmbeddings(model_dim, time_dim)
+        self.text_embeddings = TextProjection(in_text_dim, model_dim)
+        self.pooled_text_embeddings = TextProjection(in_text_dim2, time_dim)
+        self.visual_embeddings = VisualEmbeddings(self.in_channels, model_dim, self.patch_size)
+        self.text_transformer_blocks = nn.ModuleList(
+            TextBlock(model_dim, time_dim, ff_dim, head_dim) for _ in range(num_text_blocks)
+        )
+        self.visual_transformer_blocks = nn.ModuleList(
+            VisualBlock(model_dim, time_dim, ff_dim, head_dim) for _ in range(num_visual_blocks)
+        )
+        self.out_layer = OutLayer(model_dim, time_dim, out_visual_dim, self.patch_size)
+
+    def request_tables(
+        self,
+        latent_size: tuple[int, int, int],
+        text_length: int,
+        scale_factor: Sequence[float],
+        device: torch.device | str,
+    ) -> RequestTables:
+        """Tables for latents of (T, H, W) and `text_length` text tokens. Raises ValueError for sizes it can't take."""
+        if any(size % p for size, p in zip(latent_size, self.patch_size, strict=True)):
+            raise ValueError(f"latents of size {latent_size} do not divide into patches of {self.patch_size}")
+        t, h, w = (size // p for size, p in zip(latent_size, self.patch_size, strict=True))
+        return RequestTables(
+            grid=(t, h, w),
+            visual_rope=visual_rotary_table((t, h, w), self.axes_dims, scale_factor, device),
+            text_rope=text_rotary_table(text_length, self.head_dim, device),
+        )
+
+    def embed(
+        self,
+        latents: Tensor,
+        text_embeds: Tensor,
+        pooled_embeds: Tensor,
+        timesteps: Tensor,
+        tables: RequestTables,
+        text_mask: Tensor | None,
+    ) -> tuple[Tensor, BlockInputs]:
+        """Patch tokens (B, N, D), and what the blocks see besides them; runs the text blocks."""
+        mask = None if text_mask is None else text_mask[:, None, None, :]
+        time_embed = self.time_embeddings(timesteps) + self.pooled_text_embeddings(pooled_embeds)
+        text = self.text_embeddings(text_embeds)  # (B, L, D)
+        for block in self.text_transformer_blocks:
+            text = block(text, time_embed, tables.text_rope, mask)
+        hidden = self.visual_embeddings(latents.to(text.dtype)).flatten(1, 3)  # (B, N, D)
+        return hidden, BlockInputs(text, mask, time_embed, tables)
+
+    def run_blocks(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """All visual blocks, (B, N, D) -> (B, N, D)."""
+        for block in self.visual_transformer_blocks:
+            hidden = block(
+                hidden, inputs.text, inputs.time_embed, inputs.tables.visual_rope, inputs.text_mask, self.attention
+            )
+        return hidden
+
+    def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """(B, N, D) -> velocity (B, T, H, W, out_visual_dim)."""
+        return self.out_layer(hidden, inputs.time_embed, inputs.tables.grid)
+
+    def forward(
+        self,
+        latents: Tensor,
+        text_embeds: Tensor,
+        pooled_embeds: Tensor,
+        timesteps: Tensor,
+        scale_factor: Sequence[float] = (1.0, 2.0, 2.0),
+        nabla: object | None = None,
+        text_mask: Tensor | None = None,
+        *,
+        tables: RequestTables | None = None,
+    ) -> Tensor:
+        """Velocity at `latents`.
+
+        Args:
+            latents: (B, T, H, W, C_in), C_in = 33 for conditioned variants ([latents, condition, mask]), else 16.
+            text_embeds: (B, L, in_text_dim), right-padded where `text_mask` says so.
+            pooled_embeds: (B, in_text_dim2).
+            timesteps: (B,) in [0, 1000]; keep them in float32.
+            scale_factor: divides rotary positions along time, height and width.
+            nabla: block-sparse attention is not built yet; anything but None raises NotImplementedError.
+            text_mask: (B, L) bool, True on real tokens; None where all are real.
+            tables: this request's `request_tables`; computed here when None.
+
+        Returns:
+            (B, T, H, W, out_visual_dim) in the model's dtype.
+        """
+        if nabla is not None:
+            raise NotImplementedError("NABLA block-sparse attention is not part of this version")
+        if latents.shape[-1] != self.in_channels:
+            raise ValueError(f"latents have {latents.shape[-1]} channels; this model takes {self.in_channels}")
+        if tables is None:
+            t, h, w = latents.shape[1:4]
+            tables = self.request_tables((t, h, w), text_embeds.shape[1], scale_factor, latents.device)
+        hidden, inputs = self.embed(latents, text_embeds, pooled_embeds, timesteps, tables, text_mask)
+        hidden = self.run_blocks(hidden, inputs)
+        return self.head(hidden, inputs)

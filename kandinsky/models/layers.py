@@ -1,0 +1,226 @@
+"""The diffusion transformer's building blocks: embeddings, modulation, attention, feed-forward, transformer blocks.
+
+Attribute names are the published checkpoints' keys, so that a state dict loads without any renaming. Norms, rotary
+embeddings, modulation and gated residuals compute in float32 (float64 for a float64 model) and return the compute
+dtype; everything else runs in the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kandinsky.attention.engines import Attention, sdpa
+
+if TYPE_CHECKING:
+    from kandinsky.models.rope import RotaryTable
+
+LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it already is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift for x (B, N, D), shift and scale (B, 1, D); result as x."""
+    normed = F.layer_norm(upcast(x), x.shape[-1:], eps=LAYER_NORM_EPS)
+    return torch.addcmul(shift, normed, scale + 1).to(x.dtype)
+
+
+def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * update for x, update (B, N, D) and gate (B, 1, D); result as x."""
+    return torch.addcmul(upcast(x), gate, upcast(update)).to(x.dtype)
+
+
+class TimeEmbeddings(nn.Module):
+    """Sinusoidal embedding of the timestep, then a two-layer perceptron; float32 whatever the model's dtype."""
+
+    def __init__(self, model_dim: int, time_dim: int) -> None:
+        super().__init__()
+        self.model_dim = model_dim
+        self.in_layer = nn.Linear(model_dim, time_dim)
+        self.out_layer = nn.Linear(time_dim, time_dim)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """timesteps (B,) in [0, 1000] -> (B, time_dim). Rounding them to bfloat16 is a known, large error: don't."""
+        half = self.model_dim // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        args = torch.outer(upcast(timesteps), torch.exp(-math.log(10000.0) * exponents))
+        embedding = torch.cat((args.cos(), args.sin()), dim=-1)  # (B, D)
+        hidden = F.silu(float32_linear(self.in_layer, embedding))
+        return float32_linear(self.out_layer, hidden)
+
+
+def float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer` applied in float32, whatever dtype its weights are stored in (exact for bfloat16 storage)."""
+    return F.linear(upcast(x).to(upcast(layer.weight).dtype), upcast(layer.weight), upcast(layer.bias))
+
+
+class TextProjection(nn.Module):
+    """A text encoder's output brought to the model's width: Linear, then LayerNorm."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, out_dim)
+        self.norm = nn.LayerNorm(out_dim, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.in_layer(x.to(self.in_layer.weight.dtype))
+        weight, bias = upcast(self.norm.weight), upcast(self.norm.bias)
+        return F.layer_norm(upcast(hidden), hidden.shape[-1:], weight, bias, LAYER_NORM_EPS).to(hidden.dtype)
+
+
+class VisualEmbeddings(nn.Module):
+    """Latents cut into patches, each patch projected to the model's width."""
+
+    def __init__(self, in_dim: int, model_dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.in_layer = nn.Linear(math.prod(patch_size) * in_dim, model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, C) -> (B, T/pt, H/ph, W/pw, D); a patch's features are ordered (pt, ph, pw, channel)."""
+        for dim, p in zip((1, 3, 5), self.patch_size, strict=True):
+            x = x.unflatten(dim, (-1, p))
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # (B, T', H', W', pt*ph*pw*C)
+        return self.in_layer(x)
+
+
+class Modulation(nn.Module):
+    """Shifts, scales and gates from the time embedding: SiLU, then Linear, in float32. Starts as the identity."""
+
+    def __init__(self, time_dim: int, model_dim: int, num_params: int) -> None:
+        super().__init__()
+        self.num_params = num_params
+        self.out_layer = nn.Linear(time_dim, num_params * model_dim)
+        nn.init.zeros_(self.out_layer.weight)
+        nn.init.zeros_(self.out_layer.bias)
+
+    def forward(self, time_embed: Tensor) -> tuple[Tensor, ...]:
+        """time_embed (B, E) -> `num_params` tensors (B, 1, D)."""
+        params = float32_linear(self.out_layer, F.silu(time_embed))
+        return params.unsqueeze(1).chunk(self.num_params, dim=-1)
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys; self-attention where `context` is None."""
+
+    def __init__(self, model_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = model_dim // head_dim
+        self.to_query = nn.Linear(model_dim, model_dim)
+        self.to_key = nn.Linear(model_dim, model_dim)
+        self.to_value = nn.Linear(model_dim, model_dim)
+        self.query_norm = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.key_norm = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.out_layer = nn.Linear(model_dim, model_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        rope: RotaryTable | None = None,
+        mask: Tensor | None = None,
+        attention: Attention = sdpa,
+    ) -> Tensor:
+        """x (B, N, D), context (B, M, D); `rope` rotates queries and keys; `mask` (B, 1, 1, M) is True on real keys."""
+        context = x if context is None else context
+        q = self.to_query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
+        k = self.to_key(context).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, M, d)
+        v = self.to_value(context).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, M, d)
+        q, k = norm_and_rotate(q, self.query_norm, rope), norm_and_rotate(k, self.key_norm, rope)
+        out = attention(q, k, v, mask) if mask is not None else attention(q, k, v)
+        return self.out_layer(out.transpose(1, 2).flatten(2))
+
+
+def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Tensor:
+    """RMS norm over head_dim and rotary embedding of x (B, h, N, d) in one float32 stretch; result as x."""
+    from kandinsky.models.rope import apply_rotary
+
+    normed = F.rms_norm(upcast(x), x.shape[-1:], upcast(norm.weight), norm.eps)
+    return (normed if rope is None else apply_rotary(normed, rope)).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, Linear; no biases."""
+
+    def __init__(self, model_dim: int, ff_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(model_dim, ff_dim, bias=False)
+        self.out_layer = nn.Linear(ff_dim, model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.gelu(self.in_layer(x)))
+
+
+class TextBlock(nn.Module):
+    """Transformer block of the text stream: self-attention, feed-forward."""
+
+    def __init__(self, model_dim: int, time_dim: int, ff_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.text_modulation = Modulation(time_dim, model_dim, 6)
+        self.self_attention = MultiheadAttention(model_dim, head_dim)
+        self.feed_forward = FeedForward(model_dim, ff_dim)
+
+    def forward(self, x: Tensor, time_embed: Tensor, rope: RotaryTable, mask: Tensor | None) -> Tensor:
+        """x (B, L, D), mask None or (B, 1, 1, L)."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.text_modulation(time_embed)
+        out = self.self_attention(modulated_norm(x, shift_a, scale_a), rope=rope, mask=mask)
+        x = gated_residual(x, out, gate_a)
+        out = self.feed_forward(modulated_norm(x, shift_f, scale_f))
+        return gated_residual(x, out, gate_f)
+
+
+class VisualBlock(nn.Module):
+    """Transformer block of the visual stream: self-attention, cross-attention to the text, feed-forward."""
+
+    def __init__(self, model_dim: int, time_dim: int, ff_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.visual_modulation = Modulation(time_dim, model_dim, 9)
+        self.self_attention = MultiheadAttention(model_dim, head_dim)
+        self.cross_attention = MultiheadAttention(model_dim, head_dim)
+        self.feed_forward = FeedForward(model_dim, ff_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        time_embed: Tensor,
+        rope: RotaryTable,
+        text_mask: Tensor | None,
+        attention: Attention,
+    ) -> Tensor:
+        """x (B, N, D), text (B, L, D), text_mask None or (B, 1, 1, L); `attention` is the self-attention's engine."""
+        params = self.visual_modulation(time_embed)
+        shift_s, scale_s, gate_s, shift_c, scale_c, gate_c, shift_f, scale_f, gate_f = params
+        out = self.self_attention(modulated_norm(x, shift_s, scale_s), rope=rope, attention=attention)
+        x = gated_residual(x, out, gate_s)
+        out = self.cross_attention(modulated_norm(x, shift_c, scale_c), context=text, mask=text_mask)
+        x = gated_residual(x, out, gate_c)
+        out = self.feed_forward(modulated_norm(x, shift_f, scale_f))
+        return gated_residual(x, out, gate_f)
+
+
+class OutLayer(nn.Module):
+    """Modulated norm, then a projection of every token back to its patch of latents."""
+
+    def __init__(self, model_dim: int, time_dim: int, out_dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.modulation = Modulation(time_dim, model_dim, 2)
+        self.out_layer = nn.Linear(model_dim, math.prod(patch_size) * out_dim)
+
+    def forward(self, x: Tensor, time_embed: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """x (B, N, D) on a (T', H', W') grid -> (B, T, H, W, C); here the channel is a patch's slowest index."""
+        shift, scale = self.modulation(time_embed)
+        x = self.out_layer(modulated_norm(x, shift, scale))
+        x = x.unflatten(-1, (-1, *self.patch_size)).unflatten(1, grid)  # (B, T', H', W', C, pt, ph, pw)
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, T', pt, H', ph, W', pw, C)
+        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)

@@ -1,0 +1,69 @@
+"""Rotary position embeddings: tables for text (1-D) and video (3-D) positions, and their application.
+
+Knows positions and head dimensions; knows nothing about models, tokens' contents or devices other than the one asked
+for. Published formula: interleaved pairs, angle = position / scale * 10000^(-i / (d / 2)) in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kandinsky.models.layers import upcast
+
+MAX_VISUAL_POSITIONS = 128  # patches per axis that the published models were built for
+MAX_TEXT_POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """cos and sin of every token's angles, each (tokens, head_dim / 2), float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def axis_angles(length: int, dim: int, device: torch.device | str, scale: float = 1.0) -> Tensor:
+    """Angles (length, dim / 2) of positions 0..length-1 for `dim` rotary channels; positions are divided by `scale`."""
+    half = dim // 2
+    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, dtype=torch.float32) / half)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return (angles / scale).to(device)
+
+
+def text_rotary_table(length: int, head_dim: int, device: torch.device | str) -> RotaryTable:
+    """Table of `length` text tokens. Raises ValueError beyond the 1,024 positions that the models were built for."""
+    if length > MAX_TEXT_POSITIONS:
+        raise ValueError(f"the text has {length} tokens; the model takes at most {MAX_TEXT_POSITIONS}: shorten it")
+    angles = axis_angles(length, head_dim, device)
+    return RotaryTable(angles.cos(), angles.sin())
+
+
+def visual_rotary_table(
+    grid: tuple[int, int, int], axes_dims: Sequence[int], scale_factor: Sequence[float], device: torch.device | str
+) -> RotaryTable:
+    """Table of a (frames, rows, columns) grid of patches, row-major.
+
+    `axes_dims` says how many of a head's channels belong to time, height and width; `scale_factor` divides the
+    positions of each axis. Raises ValueError where an axis is longer than the 128 patches the models were built for.
+    """
+    for name, length in zip(("time", "height", "width"), grid, strict=True):
+        if length > MAX_VISUAL_POSITIONS:
+            raise ValueError(f"{length} patches along {name}; the model takes at most {MAX_VISUAL_POSITIONS} an axis")
+    angles = []
+    for axis, (length, dim, scale) in enumerate(zip(grid, axes_dims, scale_factor, strict=True)):
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = length
+        angles.append(axis_angles(length, dim, device, scale).view(shape).expand(*grid, -1))
+    all_angles = torch.cat(angles, dim=-1).flatten(0, 2)  # (T*H*W, head_dim / 2)
+    return RotaryTable(all_angles.cos(), all_angles.sin())
+
+
+def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
+    """Rotate pairs (x[2i], x[2i+1]) of x (..., tokens, head_dim) by the table's angles; in float32, result as x."""
+    even, odd = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)  # each (..., tokens, head_dim / 2)
+    rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,0 +1,422 @@
+"""The config: strict about what it does not know, lenient about YAML files that people already have."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kandinsky.config import HD_SIZES, SD_SIZES, VIDEO_NEGATIVE_CAPTION, config_to_dict, load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SFT = REPOSITORY / "configs" / "config_5s_sft.yaml"
+
+# The layout of the original repository: no task, no generation, no scheduler_scale, and attention keys without effect.
+ORIGINAL_LAYOUT = """
+metrics:
+  scale_factor:
+  - 1.0
+  - 2.0
+  - 2.0
+  resolution: 512
+model:
+  checkpoint_path: "./weights/model/kandinsky5lite_t2v_sft_5s.safetensors"
+  num_steps: 50
+  guidance_weight: 5.0
+  dit_params:
+    in_visual_dim: 16
+    out_visual_dim: 16
+    time_dim: 512
+    patch_size:
+    - 1
+    - 2
+    - 2
+    model_dim: 1792
+    ff_dim: 7168
+    num_text_blocks: 2
+    num_visual_blocks: 32
+    axes_dims:
+    - 16
+    - 24
+    - 24
+    visual_cond: true
+    in_text_dim: 3584
+    in_text_dim2: 768
+  attention:
+    type: flash
+    causal: false
+    local: false
+    glob: false
+    window: 3
+  vae:
+    checkpoint_path: "./weights/vae/"
+    name: "hunyuan"
+  text_embedder:
+    qwen:
+      emb_size: 3584
+      checkpoint_path: "./weights/text_encoder/"
+      max_length: 256
+    clip:
+      checkpoint_path: "./weights/text_encoder2/"
+      emb_size: 768
+      max_length: 77
+magcache:
+  mag_ratios: [0.91607, 0.91507, 0.95254, 1]
+"""
+
+
+def write(folder, edit=None, drop=()):
+    """The original layout as a file; `edit` changes the parsed dict, `drop` removes dotted keys."""
+    raw = yaml.safe_load(ORIGINAL_LAYOUT)
+    if edit is not None:
+        edit(raw)
+    for key in drop:
+        *sections, name = key.split(".")
+        section = raw
+        for part in sections:
+            section = section[part]
+        del section[name]
+    path = folder / "old.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def set_checkpoint(path, **sections):
+    def edit(raw):
+        raw["model"]["checkpoint_path"] = path
+        for name, values in sections.items():
+            target = raw if name in ("metrics", "magcache") else raw["model"]
+            target.setdefault(name, {}).update(values)
+
+    return edit
+
+
+def test_import_and_loading_are_free_of_torch():
+    code = (
+        "import sys, kandinsky.checkpoints; from kandinsky.config import load_config; "
+        f"load_config({str(SFT)!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+# --- what people already have -----------------------------------------------------------------------------------------
+
+
+def test_original_layout_loads_with_exactly_one_warning(tmp_path, caplog):
+    path = tmp_path / "k5.yaml"
+    path.write_text(ORIGINAL_LAYOUT)
+    with caplog.at_level(logging.WARNING):
+        config = load_config(path)
+    assert len(caplog.records) == 1
+    for key in ("causal", "local", "glob", "window"):
+        assert f"model.attention.{key}" in caplog.text
+    assert config.task == "t2v"
+    assert config.source == path
+    assert config.model.attention.type == "full"
+    assert config.model.dit_params.visual_cond is True
+    assert (config.model.dit_params.head_dim, config.model.dit_params.num_heads) == (64, 28)
+    assert config.metrics.scheduler_scale == 5.0
+    assert config.magcache.mag_ratios == (0.91607, 0.91507, 0.95254, 1.0)
+    assert all(type(ratio) is float for ratio in config.magcache.mag_ratios)
+    assert config.generation.resolutions == SD_SIZES
+    assert (config.generation.width, config.generation.height, config.generation.time_length) == (768, 512, 5.0)
+    assert config.generation.negative_caption == VIDEO_NEGATIVE_CAPTION
+
+
+def test_our_own_configs_load_without_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        paths = sorted((REPOSITORY / "configs").glob("*.yaml"))
+        assert len(paths) >= 9
+        for path in paths:
+            load_config(path)
+    assert not caplog.records
+
+
+def test_fork_layout_loads(tmp_path, caplog):
+    """A known fork has a block_swap section, no attention section, and the engine among the dit_params."""
+
+    def edit(raw):
+        raw["block_swap"] = {"enabled": True, "blocks_in_memory": 6}
+        raw["model"]["dit_params"]["attention_engine"] = "sdpa"
+        raw["model"]["text_embedder"]["qwen"]["processor_path"] = "tokenizer"
+        raw["model"]["vae"]["is_parallel"] = True
+
+    with caplog.at_level(logging.WARNING):
+        config = load_config(write(tmp_path, edit, drop=["model.attention", "magcache"]))
+    assert len(caplog.records) == 1
+    assert "block_swap" in caplog.text and "processor_path" in caplog.text and "is_parallel" in caplog.text
+    assert config.model.attention.engine == "sdpa"
+    assert config.model.attention.type == "full"
+    assert config.magcache.mag_ratios is None
+
+
+def test_attention_engine_of_the_attention_section_wins(tmp_path):
+    def edit(raw):
+        raw["model"]["dit_params"]["attention_engine"] = "sdpa"
+        raw["model"]["attention"]["engine"] = "auto"
+
+    assert load_config(write(tmp_path, edit)).model.attention.engine == "auto"
+
+
+def test_first_release_had_neither_steps_nor_guidance(tmp_path):
+    drop = ["model.num_steps", "model.guidance_weight", "magcache"]
+    config = load_config(write(tmp_path, drop=drop))
+    assert (config.model.num_steps, config.model.guidance_weight) == (50, 5.0)
+    edit = set_checkpoint("./weights/model/kandinsky5lite_t2v_distilled16steps_5s.safetensors")
+    config = load_config(write(tmp_path, edit, drop))
+    assert (config.model.num_steps, config.model.guidance_weight) == (16, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "sections", "task", "scale", "size", "seconds"),
+    [
+        ("m/k5lite_t2v_sft_10s.safetensors", {"attention": {"type": "nabla"}}, "t2v", 10.0, (768, 512), 10.0),
+        ("m/renamed.safetensors", {"attention": {"type": "nabla"}}, "t2v", 10.0, (768, 512), 5.0),
+        ("m/k5lite_i2v_5s.safetensors", {}, "i2v", 10.0, (768, 512), 5.0),
+        ("K5-I2V-Pro-5s/transformer/diffusion_pytorch_model.safetensors", {}, "i2v", 10.0, (768, 512), 5.0),
+        ("i2v_trials/k5lite_t2v_5s.safetensors", {}, "t2v", 5.0, (768, 512), 5.0),
+        ("m/k5pro_t2v_sft_5s.safetensors", {"metrics": {"resolution": 1024}}, "t2v", 5.0, (1280, 768), 5.0),
+        ("m/k5pro_t2v_sft_10s.safetensors", {"metrics": {"resolution": 1024}}, "t2v", 10.0, (1280, 768), 10.0),
+        ("m/k5pro_i2v_sft_5s.safetensors", {"metrics": {"resolution": 1024}}, "i2v", 5.0, (1280, 768), 5.0),
+        (
+            "m/k5lite_t2i.safetensors",
+            {"metrics": {"resolution": 1024}, "vae": {"name": "flux"}},
+            "t2i",
+            3.0,
+            (1024, 1024),
+            0.0,
+        ),
+        (
+            "m/k5lite_i2i.safetensors",
+            {
+                "metrics": {"resolution": 1024},
+                "vae": {"name": "flux"},
+                "dit_params": {"instruct_type": "channel", "visual_cond": False},
+            },
+            "i2i",
+            3.0,
+            (1024, 1024),
+            0.0,
+        ),
+    ],
+)
+def test_what_an_old_file_does_not_say(tmp_path, checkpoint, sections, task, scale, size, seconds):
+    config = load_config(write(tmp_path, set_checkpoint(checkpoint, **sections)))
+    assert config.task == task
+    assert config.metrics.scheduler_scale == scale
+    assert (config.generation.width, config.generation.height) == size
+    assert config.generation.time_length == seconds
+    assert config.generation.resolutions == (HD_SIZES if config.metrics.resolution == 1024 else SD_SIZES)
+    assert config.generation.negative_caption == ("" if task in ("t2i", "i2i") else VIDEO_NEGATIVE_CAPTION)
+
+
+def test_what_a_file_says_is_kept(tmp_path):
+    def edit(raw):
+        raw["task"] = "t2v"
+        raw["model"]["checkpoint_path"] = "k5_i2v_10s.safetensors"
+        raw["metrics"]["scheduler_scale"] = 7
+        raw["generation"] = {"resolutions": [[256, 128]], "time_length": 2, "negative_caption": "fog"}
+
+    config = load_config(write(tmp_path, edit))
+    assert (config.task, config.metrics.scheduler_scale) == ("t2v", 7.0)
+    assert (config.generation.width, config.generation.height) == (
+        256,
+        128,
+    )  # the first size where the usual is not one
+    assert (config.generation.time_length, config.generation.negative_caption) == (2.0, "fog")
+
+
+@pytest.mark.parametrize("alias", ["flash", "regular", "sdpa", "full"])
+def test_names_of_dense_attention(tmp_path, alias):
+    config = load_config(write(tmp_path), [f"model.attention.type={alias}"])
+    assert config.model.attention.type == "full"
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+def test_override_wins_over_yaml_and_yaml_over_default():
+    assert load_config(SFT).model.num_steps == 50
+    config = load_config(
+        SFT,
+        [
+            "model.num_steps=20",
+            "model.guidance_weight=1",
+            "generation.width=512",
+            "metrics.scale_factor=[1,3.16,3.16]",
+            "generation.negative_caption=a, b = c",
+            "model.text_embedder.qwen.crop=5",
+        ],
+    )
+    assert config.model.num_steps == 20
+    assert config.model.guidance_weight == 1.0
+    assert (config.generation.width, config.generation.height) == (512, 512)
+    assert config.metrics.scale_factor == (1.0, 3.16, 3.16)
+    assert config.generation.negative_caption == "a, b = c"
+    assert config.model.text_embedder.qwen.crop == 5
+
+
+@pytest.mark.parametrize("override", ["model.num_steps", "=3", "model.num_steps 3", ".num_steps=3", "a[0]=3", ""])
+def test_override_of_a_bad_form(override):
+    with pytest.raises(ValueError, match="is not of the form") as error:
+        load_config(SFT, [override])
+    assert repr(override) in str(error.value)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "nearest"),
+    [
+        ("model.num_step=20", "model.num_step", "model.num_steps"),
+        ("num_steps=20", "num_steps", "model.num_steps"),
+        ("model.dit_params.modle_dim=20", "model.dit_params.modle_dim", "model.dit_params.model_dim"),
+        ("generation.widht=512", "generation.widht", "generation.width"),
+        ("metric.resolution=512", "metric", "metrics"),
+        ("model.attention.wt=3", "model.attention.wt", "model.attention.wT"),
+        ("source=x", "source", ""),
+    ],
+)
+def test_unknown_key_names_the_nearest(override, unknown, nearest):
+    with pytest.raises(ValueError) as error:
+        load_config(SFT, [override])
+    assert f"unknown key {unknown};" in str(error.value)
+    assert f"did you mean {nearest}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.num_steps=0", ["model.num_steps = 0", "at least 1"]),
+        ("model.num_steps=-5", ["model.num_steps = -5", "at least 1"]),
+        ("model.num_steps=2.5", ["model.num_steps = 2.5", "a whole number"]),
+        ("model.num_steps=true", ["model.num_steps = True", "a whole number"]),
+        ("model.num_steps='20'", ["model.num_steps = '20'", "a whole number"]),
+        ("model.num_steps=", ["model.num_steps", "a whole number"]),
+        ("model.guidance_weight=-1", ["model.guidance_weight = -1.0", "0 or more"]),
+        ("model.guidance_weight=.nan", ["model.guidance_weight = nan", "a finite number"]),
+        ("model.guidance_weight=strong", ["model.guidance_weight = 'strong'", "a finite number"]),
+        ("metrics.scheduler_scale=0", ["metrics.scheduler_scale", "more than 0"]),
+        ("metrics.scale_factor=[1,2]", ["metrics.scale_factor", "3 values"]),
+        ("metrics.scale_factor=2", ["metrics.scale_factor = 2", "a list"]),
+        ("metrics.scale_factor=[1,2,0]", ["metrics.scale_factor", "positive"]),
+        ("task=v2v", ["task = 'v2v'", "t2v or i2v or t2i or i2i"]),
+        ("task=t2i", ["model.vae.name = 'hunyuan'", "flux for task t2i"]),
+        ("model=5", ["model = 5", "section", "checkpoint_path"]),
+        ("model.checkpoint_path=''", ["model.checkpoint_path", "not empty"]),
+        ("model.attention.type=dense", ["model.attention.type = 'dense'", "full or nabla"]),
+        ("model.attention.P=0", ["model.attention.P = 0.0", "at most 1"]),
+        ("model.attention.P=1.1", ["model.attention.P = 1.1", "at most 1"]),
+        ("model.attention.wT=0", ["model.attention.wT = 0", "at least 1"]),
+        ("model.dit_params.num_visual_blocks=0", ["model.dit_params.num_visual_blocks = 0", "at least 1"]),
+        ("model.dit_params.axes_dims=[17,24,23]", ["model.dit_params.axes_dims", "even"]),
+        ("model.dit_params.axes_dims=[8,8,8]", ["model.dit_params.axes_dims", "24", "divides model_dim = 1792"]),
+        ("model.dit_params.in_text_dim=99", ["qwen.emb_size = 3584", "in_text_dim = 99"]),
+        ("model.dit_params.instruct_type=token", ["model.dit_params.instruct_type = 'token'", "channel"]),
+        ("model.text_embedder.clip.emb_size=99", ["clip.emb_size = 99", "in_text_dim2 = 768"]),
+        ("model.text_embedder.qwen.max_length=2000", ["qwen.max_length = 2000", "1 to 1024"]),
+        ("model.text_embedder.qwen.crop=-1", ["qwen.crop = -1", "0 or more"]),
+        ("model.vae.name=other", ["model.vae.name = 'other'", "hunyuan or flux"]),
+        ("model.vae.spatial_tile=100", ["model.vae.spatial_tile = 100", "multiple of 8"]),
+        ("model.vae.spatial_overlap=512", ["model.vae.spatial_overlap = 512", "half"]),
+        ("magcache.mag_ratios=[1.0,x]", ["magcache.mag_ratios[1] = 'x'", "a finite number"]),
+        ("magcache.mag_ratios=[1.0]", ["mag_ratios = 1", "even"]),
+        ("generation.resolutions=[[500,500]]", ["generation.resolutions", "(500, 500)", "multiples of 16"]),
+        ("generation.resolutions=[[4096,512]]", ["generation.resolutions", "up to 2048"]),
+        ("generation.resolutions=[]", ["generation.resolutions", "one [width, height] or more"]),
+        ("generation.width=100", ["100x512", "512x512, 768x512, 512x768"]),
+        ("generation.time_length=-1", ["generation.time_length = -1.0", "0 to 21"]),
+        ("generation.time_length=60", ["generation.time_length = 60.0", "0 to 21"]),
+        ("generation.noise_device=tpu", ["generation.noise_device = 'tpu'", "cpu or cuda"]),
+        ("generation.noise_dtype=float16", ["generation.noise_dtype = 'float16'", "float32 or bfloat16"]),
+    ],
+)
+def test_wrong_value_names_key_value_and_what_is_allowed(override, parts):
+    with pytest.raises(ValueError) as error:
+        load_config(SFT, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert "config_5s_sft.yaml" in message
+    for part in parts:
+        assert part in message
+
+
+def test_nabla_wants_multiples_of_128(tmp_path):
+    resolutions = "generation.resolutions=[[768,512],[576,320]]"
+    load_config(SFT, [resolutions])
+    with pytest.raises(ValueError, match=r"\(576, 320\).*multiples of 128"):
+        load_config(SFT, [resolutions, "model.attention.type=nabla"])
+
+
+def test_image_to_video_needs_the_condition_channels(tmp_path):
+    path = write(tmp_path)
+    assert load_config(path, ["task=i2v"]).task == "i2v"
+    with pytest.raises(ValueError, match="visual_cond = False .* true for task i2v"):
+        load_config(path, ["task=i2v", "model.dit_params.visual_cond=false"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "metrics",
+        "metrics.resolution",
+        "metrics.scale_factor",
+        "model.checkpoint_path",
+        "model.vae",
+        "model.vae.checkpoint_path",
+        "model.text_embedder.qwen",
+        "model.text_embedder.clip.checkpoint_path",
+    ],
+)
+def test_missing_key_is_named(tmp_path, key):
+    with pytest.raises(ValueError, match=f"the key {key}.* is missing"):
+        load_config(write(tmp_path, drop=[key]))
+
+
+def test_missing_file_names_a_near_one():
+    with pytest.raises(ValueError, match="no such config file; did you mean config_5s_sft.yaml"):
+        load_config(REPOSITORY / "configs" / "config_5s_stf.yaml")
+    with pytest.raises(ValueError, match="no such config file"):
+        load_config("/nowhere/at/all.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1", "a: 1\na: 2\n", "just words", "\x00\x01", "model: ${nothing}"])
+def test_not_a_config_is_one_line(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_config(path)
+    assert "bad.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_binary_file_is_one_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x80weights")
+    with pytest.raises(ValueError, match="bad.yaml"):
+        load_config(path)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_config_is_frozen():
+    config = load_config(SFT)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.num_steps = 3
+
+
+def test_dict_is_json_and_loads_again(tmp_path):
+    config = load_config(SFT, ["model.num_steps=7"])
+    plain = config_to_dict(config)
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["model"]["num_steps"] == 7
+    assert plain["metrics"]["scale_factor"] == [1.0, 2.0, 2.0]
+    assert plain.pop("source") == str(SFT)
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    assert dataclasses.replace(load_config(path), source=SFT) == config

@@ -1,0 +1,333 @@
+"""The text encoders: what is loaded from which file layout, and that padding and batching change nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+
+from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings, load_text_embedder
+from kandinsky.prompts import get_template, prefix_length
+from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
+
+CAPTIONS = [
+    f"a {colour} {shape} moves {motion}"
+    for colour in ("red", "green", "blue")
+    for shape in ("circle", "square")
+    for motion in ("left", "right", "in a circle")
+]
+PROMPTS = ["a red circle moves left", "", "a green square moves in a circle, then left, then right again"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_text_encoders(CAPTIONS, folder, seed=0)
+    return folder
+
+
+def crop_of(folder: Path) -> int:
+    return prefix_length(Qwen2Tokenizer.from_pretrained(folder / "text_encoder"), get_template("video"))
+
+
+def load(folder: Path, **options: Any) -> TextEmbedder:
+    options = {"qwen_max_length": 64, "clip_max_length": 32, "crop": crop_of(folder), "dtype": torch.float32} | options
+    return load_text_embedder(folder / "text_encoder", folder / "text_encoder2", **options)
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny: Path) -> TextEmbedder:
+    return load(tiny)
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def full_models(folder: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, CLIPModel]:
+    """Full models (vision tower and head included) around the folder's configs, with random weights."""
+    torch.manual_seed(1)
+    qwen_config = Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder")
+    text_config = json.loads((folder / "text_encoder2" / "config.json").read_text())
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    clip_config = CLIPConfig(text_config=text_config, vision_config=vision, projection_dim=16)
+    qwen = Qwen2_5_VLForConditionalGeneration(qwen_config).float().eval()
+    for parameter in qwen.parameters():  # norms and biases too: a weight that stays 0 or 1 proves nothing
+        torch.nn.init.normal_(parameter, std=0.1)
+    return qwen, CLIPModel(clip_config).eval()
+
+
+def old_style(name: str) -> str:
+    """The published checkpoints' name of a tensor that transformers 5 calls `name`."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+KEY_STYLES = {
+    "published": old_style,
+    "transformers 5": lambda name: name,
+    "without model": lambda name: name.removeprefix("model."),
+    "bare": lambda name: name.replace("model.language_model.", ""),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", KEY_STYLES)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_key_style_loads_and_equals_the_full_model(copy: Path, style: str, sharded: bool) -> None:
+    qwen, clip = full_models(copy)
+    tensors = {KEY_STYLES[style](name): tensor.clone() for name, tensor in qwen.state_dict().items()}
+    assert any("visual" in key for key in tensors) and "lm_head.weight" in tensors
+    folder = copy / "text_encoder"
+    if sharded:
+        (folder / "model.safetensors").unlink()
+        keys = sorted(tensors)
+        parts = [keys[::2], keys[1::2]]
+        weight_map = {}
+        for number, part in enumerate(parts, start=1):
+            file = f"model-{number:05}-of-00002.safetensors"
+            save_file({key: tensors[key] for key in part}, folder / file)
+            weight_map |= dict.fromkeys(part, file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    clip_prefix = "" if style == "bare" else "text_model."  # a CLIPTextModel saved alone, or a full CLIPModel
+    clip_tensors = {
+        clip_prefix + key.removeprefix("text_model.") if key.startswith("text_model.") else key: tensor.clone()
+        for key, tensor in clip.state_dict().items()
+    }
+    assert any(key.startswith("vision_model.") for key in clip_tensors)
+    save_file(clip_tensors, copy / "text_encoder2" / "model.safetensors")
+
+    embedder = load(copy)
+    ids = torch.randint(0, 250, (2, 40))
+    ours = embedder.qwen(input_ids=ids, use_cache=False).last_hidden_state
+    theirs = qwen.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    assert theirs.std() > 0.01 and (ours - theirs).abs().max() <= 1e-6
+    clip_ids = torch.tensor(embedder.clip_tokenizer(PROMPTS, padding="max_length", max_length=32)["input_ids"])
+    theirs = clip.text_model(input_ids=clip_ids).pooler_output
+    assert (embedder.clip(input_ids=clip_ids).pooler_output - theirs).abs().max() <= 1e-6
+
+
+def test_flat_config_of_older_files_reads_the_same(copy: Path, embedder: TextEmbedder) -> None:
+    path = copy / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for key in ("model_type", "dtype", "layer_types"):
+        del text[key]
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    path.write_text(json.dumps(config | text | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}))
+    found, expected = load(copy).encode(PROMPTS), embedder.encode(PROMPTS)
+    assert torch.equal(found.text_embeds, expected.text_embeds)
+
+
+def test_only_the_text_parts_are_in_memory(embedder: TextEmbedder) -> None:
+    names = list(dict(embedder.named_parameters()))
+    assert names and not [name for name in names if "lm_head" in name or "vis" in name or "projection" in name]
+    tensors = [*embedder.parameters(), *embedder.buffers()]
+    assert not any(tensor.is_meta or tensor.requires_grad for tensor in tensors)
+
+
+def test_dtypes(tiny: Path) -> None:
+    embedder = load(tiny, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in embedder.qwen.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in embedder.clip.parameters()} == {torch.float32}
+    assert embedder.qwen.rotary_emb.inv_freq.dtype == torch.float32
+    embeddings = embedder.encode(["a red circle"])
+    assert embeddings.text_embeds.dtype == torch.bfloat16 and embeddings.pooled_embeds.dtype == torch.float32
+
+
+def test_shapes_and_mask(embedder: TextEmbedder) -> None:
+    embeddings = embedder.encode(PROMPTS)
+    batch, length, dim = embeddings.text_embeds.shape
+    assert (batch, dim) == (3, 128) and embeddings.pooled_embeds.shape == (3, 128)
+    assert embeddings.text_mask is not None and embeddings.text_mask.shape == (3, length)
+    assert embeddings.text_mask.sum(dim=1).tolist()[1:] == [1, length]  # an empty prompt keeps one token
+
+
+def test_a_batch_of_different_lengths_equals_single_prompts(embedder: TextEmbedder) -> None:
+    together = embedder.encode(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        alone = embedder.encode([prompt])
+        assert alone.text_mask is None
+        length = alone.text_embeds.shape[1]
+        assert (together.text_embeds[row, :length] - alone.text_embeds[0]).abs().max() <= 1e-5
+        assert (together.pooled_embeds[row] - alone.pooled_embeds[0]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_padding_masked_or_dropped_gives_the_same(embedder: TextEmbedder) -> None:
+    ids = torch.randint(0, 250, (1, 20))
+    padded = torch.cat([ids, torch.full((1, 9), embedder.qwen_tokenizer.pad_token_id)], dim=1)
+    mask = (torch.arange(29) < 20).long()[None]
+    dropped = embedder.qwen(input_ids=ids).last_hidden_state
+    masked = embedder.qwen(input_ids=padded, attention_mask=mask).last_hidden_state[:, :20]
+    unmasked = embedder.qwen(input_ids=padded).last_hidden_state[:, :20]
+    assert (masked - dropped).abs().max() <= 1e-5 and (unmasked - dropped).abs().max() <= 1e-5
+
+
+def test_the_prompt_matters(embedder: TextEmbedder) -> None:
+    embeddings = embedder.encode(["a red circle moves left", "a red circle moves right"])
+    assert (embeddings.text_embeds[0] - embeddings.text_embeds[1]).abs().max() > 0.1
+    assert (embeddings.pooled_embeds[0] - embeddings.pooled_embeds[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_clip_pools_at_the_first_end_of_text(embedder: TextEmbedder) -> None:
+    row = embedder.clip_tokenizer([PROMPTS[0]], padding="max_length", max_length=32)["input_ids"][0]
+    end = embedder.clip_tokenizer.eos_token_id
+    assert row[0] == embedder.clip_tokenizer.bos_token_id and row.count(end) > 1
+    states = embedder.clip(input_ids=torch.tensor([row])).last_hidden_state[0]
+    assert torch.equal(embedder.encode(PROMPTS[:1]).pooled_embeds[0], states[row.index(end)])
+
+
+def test_split_trims_each_half(embedder: TextEmbedder) -> None:
+    prompt, negative = embedder.encode([PROMPTS[2], PROMPTS[1]]).split(1)
+    assert prompt.text_mask is None and negative.text_mask is None
+    assert negative.text_embeds.shape[1] == 1 < prompt.text_embeds.shape[1]
+    first, rest = embedder.encode([PROMPTS[2], *PROMPTS[:2]]).split(1)
+    assert first.text_mask is None and rest.text_mask is not None
+    assert rest.text_mask.sum(dim=1).max() == rest.text_embeds.shape[1] and len(rest.pooled_embeds) == 2
+
+
+@pytest.mark.parametrize("n", [0, 2, 3, -1])
+def test_split_refuses_an_empty_half(n: int) -> None:
+    embeddings = TextEmbeddings(torch.zeros(2, 3, 4), torch.zeros(2, 5), None)
+    with pytest.raises(ValueError, match="cannot split 2 prompts"):
+        embeddings.split(n)
+
+
+def test_another_template_is_cut_at_its_own_prefix(embedder: TextEmbedder) -> None:
+    length = prefix_length(embedder.qwen_tokenizer, get_template("image"))
+    assert embedder.crop("image") == length != embedder.crop("video")
+    assert embedder.encode([""], content="image").text_embeds.shape[1] == 1
+
+
+def test_encode_has_no_gradient_and_forward_has(tiny: Path) -> None:
+    embedder = load(tiny).requires_grad_(True)
+    assert not embedder.encode(["a red circle"]).text_embeds.requires_grad
+    embedder(["a red circle"]).pooled_embeds.sum().backward()
+    assert embedder.clip.get_input_embeddings().weight.grad is not None
+
+
+def test_saved_and_loaded_again_is_the_same_also_in_place(copy: Path) -> None:
+    embedder = load(copy)
+    before = embedder.encode(PROMPTS)
+    save_text_encoders(embedder, copy)  # over the files that its weights are mapped to
+    after = load(copy).encode(PROMPTS)
+    assert torch.equal(embedder.encode(PROMPTS).text_embeds, before.text_embeds)
+    # The weights on disk were bfloat16 already, so that nothing is lost.
+    assert torch.equal(before.text_embeds, after.text_embeds)
+    assert torch.equal(before.pooled_embeds, after.pooled_embeds)
+    assert sorted(path.name for path in (copy / "text_encoder").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_the_seed_decides_the_weights(tiny: Path, tmp_path: Path) -> None:
+    make_text_encoders(CAPTIONS, tmp_path / "same", seed=0)
+    make_text_encoders(CAPTIONS, tmp_path / "other", seed=1)
+    for name in ("text_encoder", "text_encoder2"):
+        file = f"{name}/model.safetensors"
+        assert (tiny / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
+        assert (tiny / file).read_bytes() != (tmp_path / "other" / file).read_bytes()
+        assert (tiny / name / "tokenizer.json").read_bytes() == (
+            tmp_path / "other" / name / "tokenizer.json"
+        ).read_bytes()
+
+
+def test_tiny_tokenizers_know_every_text(embedder: TextEmbedder) -> None:
+    text = "Ünï 日本 ¿100%? 🦊"
+    assert embedder.qwen_tokenizer.decode(embedder.qwen_tokenizer([text])["input_ids"][0]) == text
+    ids = embedder.clip_tokenizer([text])["input_ids"][0]
+    assert ids.count(embedder.clip_tokenizer.eos_token_id) == 1 and max(ids) == ids[-1]
+
+
+def test_tokenizers_are_found_beside_the_encoders(copy: Path, embedder: TextEmbedder) -> None:
+    crop = crop_of(copy)
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder2", "tokenizer_2")):
+        (copy / tokenizer).mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (copy / encoder / file).rename(copy / tokenizer / file)
+    assert torch.equal(load(copy, crop=crop).encode(PROMPTS).text_embeds, embedder.encode(PROMPTS).text_embeds)
+    shutil.rmtree(copy / "tokenizer_2")
+    with pytest.raises(ValueError, match=r"no tokenizer for .*text_encoder2"):
+        load(copy, crop=crop)
+
+
+def change_tensors(file: Path, **tensors: torch.Tensor | None) -> None:
+    merged = {key: value.clone() for key, value in load_file(file).items()} | tensors
+    save_file({key: value for key, value in merged.items() if value is not None}, file)
+
+
+@pytest.mark.parametrize(
+    ("folder", "key"), [("text_encoder", "model.norm.weight"), ("text_encoder2", "text_model.final_layer_norm.bias")]
+)
+def test_missing_and_misshapen_tensors_are_named(copy: Path, folder: str, key: str) -> None:
+    change_tensors(copy / folder / "model.safetensors", **{key: None})
+    with pytest.raises(ValueError, match=rf"{folder} lacks 1 of the .*{key.rsplit('.', 2)[1]}"):
+        load(copy)
+    change_tensors(copy / folder / "model.safetensors", **{key: torch.zeros(7)})
+    with pytest.raises(ValueError, match=rf"{key} in .* has shape \(7,\).*\(128,\)"):
+        load(copy)
+
+
+def test_pickle_is_refused(copy: Path) -> None:
+    (copy / "text_encoder2" / "model.safetensors").unlink()
+    torch.save({}, copy / "text_encoder2" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \*.safetensors file; pytorch_model.bin will not be read"):
+        load(copy)
+
+
+def test_a_truncated_file_is_one_clear_error(copy: Path) -> None:
+    file = copy / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        load(copy)
+
+
+def test_missing_shards_are_named(copy: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (copy / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks model-00001-of-00002.safetensors, model-00002"):
+        load(copy)
+
+
+def test_wrong_settings_are_refused(tiny: Path, copy: Path) -> None:
+    with pytest.raises(ValueError, match="not a text encoder's folder"):
+        load_text_embedder(tiny / "nowhere", tiny / "text_encoder2", qwen_max_length=64, clip_max_length=32)
+    with pytest.raises(ValueError, match=r"model.text_embedder.qwen.crop"):
+        load(tiny, crop=crop_of(tiny) - 1)
+    with pytest.raises(ValueError, match="129 are expected"):
+        load(tiny, crop=None)
+    with pytest.raises(ValueError, match=r"clip.max_length is 77.*32 positions"):
+        load(tiny, clip_max_length=77)
+    with pytest.raises(ValueError, match="non-empty list"):
+        load(tiny).encode("a bare string")
+    config = json.loads((copy / "text_encoder2" / "config.json").read_text())
+    (copy / "text_encoder2" / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    change_tensors(
+        copy / "text_encoder2" / "model.safetensors",
+        **{"text_model.embeddings.token_embedding.weight": torch.zeros(300, 128)},
+    )
+    with pytest.raises(ValueError, match=r"CLIP tokenizer knows .* only 300"):
+        load(copy)
