@@ -166,6 +166,8 @@ def known_arguments(model: Callable[..., Any], config_file: Path) -> dict[str, A
         values = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{config_file}: not readable as JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_file}: not a config, its JSON is not an object; download it again")
     return {name: values[name] for name in inspect.signature(model).parameters if name in values}
 
 

@@ -22,7 +22,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """One generation with nothing left open. Lengths in pixels and frames; num_frames is 1 + 4 * (latent frames - 1)."""
+    """One generation with nothing left open. Lengths in pixels and frames; num_frames is 4n + 1."""
 
     text: str
     negative_caption: str
@@ -63,10 +63,12 @@ def resolve_request(
     Raises ValueError that says what was given, what is allowed and what to do.
     """
     generation = config.generation
-    if not isinstance(text, str):
-        raise ValueError(f"the prompt is {text!r}; it must be a string")
+    text = _checked_text("prompt", text)
     if not text.strip():
         raise ValueError("the prompt is empty: say what the video should show")
+    negative = _checked_text(
+        "negative prompt", generation.negative_caption if negative_caption is None else negative_caption
+    )
     if config.model.attention.type == "nabla":
         raise ValueError(
             f"{config.source}: this variant uses NABLA attention, which this version can load but not run: "
@@ -74,7 +76,7 @@ def resolve_request(
         )
     return Request(
         text=text,
-        negative_caption=generation.negative_caption if negative_caption is None else negative_caption,
+        negative_caption=negative,
         width=_checked_side("width", generation.width if width is None else width),
         height=_checked_side("height", generation.height if height is None else height),
         num_frames=_frames(generation.time_length if time_length is None else time_length),
@@ -105,10 +107,22 @@ def warn_about_size(config: Config, request: Request) -> None:
         )
 
 
+def _checked_text(name: str, text: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"the {name} is {text!r}; it must be a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of another encoding, from a terminal or a file
+        raise ValueError(f"the {name} is not UTF-8: {text[:60]!a}; type it in a UTF-8 terminal") from None
+    return text
+
+
 def _checked_side(name: str, pixels: int) -> int:
     limit = MAX_PATCHES * PATCH_PIXELS
-    if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels % PATCH_PIXELS or not 0 < pixels <= limit:
-        nearest = min(max(round(pixels / PATCH_PIXELS), 1) * PATCH_PIXELS, limit) if isinstance(pixels, int) else 512
+    if isinstance(pixels, bool) or not isinstance(pixels, int):
+        raise ValueError(f"{name} is {pixels!r}; it must be a whole number of pixels, a multiple of {PATCH_PIXELS}")
+    if pixels % PATCH_PIXELS or not 0 < pixels <= limit:
+        nearest = round(min(max(pixels, PATCH_PIXELS), limit) / PATCH_PIXELS) * PATCH_PIXELS
         raise ValueError(
             f"{name} is {pixels}; it must be a multiple of {PATCH_PIXELS} pixels from {PATCH_PIXELS} to {limit}: "
             f"the nearest is {nearest}"

@@ -279,7 +279,7 @@ def measure(frames: np.ndarray) -> Measured:
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or frames.shape[1] != frames.shape[2]:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}; measure() takes uint8 (T, H, W, 3) with H = W")
-    num_frames, size = frames.shape[:2]
+    _, size = frames.shape[:2]
     border = max(1, size // 32)
     ring = np.concatenate(
         [part.reshape(-1, 3) for part in (frames[:, :border], frames[:, -border:])]

@@ -8,35 +8,31 @@ dtype; everything else runs in the dtype of the weights.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky.attention.engines import Attention, sdpa
-
-if TYPE_CHECKING:
-    from kandinsky.models.rope import RotaryTable
+from kandinsky.models.numerics import upcast
+from kandinsky.models.rope import RotaryTable, apply_rotary
 
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 
 
-def upcast(x: Tensor) -> Tensor:
-    """x in float32, or as it is where it already is float64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift for x (B, N, D), shift and scale (B, 1, D); result as x."""
-    normed = F.layer_norm(upcast(x), x.shape[-1:], eps=LAYER_NORM_EPS)
+    width = x.shape[-1:]
+    if len(x) == 1:  # all rows share one modulation: layer_norm's own weight and bias, a pass over memory less
+        return F.layer_norm(upcast(x), width, (scale + 1).view(width), shift.view(width), LAYER_NORM_EPS).to(x.dtype)
+    normed = F.layer_norm(upcast(x), width, eps=LAYER_NORM_EPS)
     return torch.addcmul(shift, normed, scale + 1).to(x.dtype)
 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * update for x, update (B, N, D) and gate (B, 1, D); result as x."""
-    return torch.addcmul(upcast(x), gate, upcast(update)).to(x.dtype)
+    """x + gate * update for x, update (B, N, D) and gate (B, 1, D); in the gate's float32, result as x."""
+    return torch.addcmul(x, gate, update).to(x.dtype)
 
 
 class TimeEmbeddings(nn.Module):
@@ -142,9 +138,10 @@ class MultiheadAttention(nn.Module):
 
 def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Tensor:
     """RMS norm over head_dim and rotary embedding of x (B, h, N, d) in one float32 stretch; result as x."""
-    from kandinsky.models.rope import apply_rotary
-
-    normed = F.rms_norm(upcast(x), x.shape[-1:], upcast(norm.weight), norm.eps)
+    wide = upcast(x)
+    # Written out because F.rms_norm on a CPU first copies what is not contiguous, and makes twice as many passes.
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+    normed = wide * torch.rsqrt(mean_square + RMS_NORM_EPS) * upcast(norm.weight)
     return (normed if rope is None else apply_rotary(normed, rope)).to(x.dtype)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kandinsky.models.layers import upcast
+from kandinsky.models.numerics import upcast
 
 MAX_VISUAL_POSITIONS = 128  # patches per axis that the published models were built for
 MAX_TEXT_POSITIONS = 1024
@@ -64,6 +64,12 @@ def visual_rotary_table(
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate pairs (x[2i], x[2i+1]) of x (..., tokens, head_dim) by the table's angles; in float32, result as x."""
-    even, odd = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)  # each (..., tokens, head_dim / 2)
-    rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
+    pairs = upcast(x).unflatten(-1, (-1, 2))  # (..., tokens, head_dim / 2, 2)
+    if torch.compiler.is_compiling():
+        even, odd = pairs.unbind(-1)
+        rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
+    else:
+        # The same as one product of complex numbers: one pass over memory. The compiler makes one of the lines above
+        # by itself, and makes nothing of complex numbers.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(table.cos, table.sin))
     return rotated.flatten(-2).to(x.dtype)

@@ -88,16 +88,15 @@ class CausalConv3d(nn.Module):
             out = F.conv2d(x, self.conv.weight.sum(2), self.conv.bias, stride)
             return out.unsqueeze(2)
         x = x.unflatten(0, (batch, frames))
-        out = None
-        steps = torch.arange(0, frames, stride_time, device=x.device)
-        for tap, weight in enumerate(self.conv.weight.unbind(2)):
-            past = (steps - self.history + tap).clamp_(min=0)  # before the first frame there is the first frame
-            picture = x[:, past].flatten(0, 1) if self.history else x.flatten(0, 1)
+        # Before the first frame there is the first frame.
+        x = torch.cat((*[x[:, :1]] * self.history, x), dim=1)  # (B, history + T, C, H, W)
+        taps = self.conv.weight.unbind(2)
+        parts = []
+        for tap, weight in enumerate(taps):
+            pictures = x[:, tap : tap + frames : stride_time].flatten(0, 1)
             bias = self.conv.bias if tap == self.history else None
-            part = F.conv2d(picture, weight, bias, stride)
-            out = part if out is None else out + part
-        assert out is not None
-        return out.unflatten(0, (batch, len(steps))).transpose(1, 2)
+            parts.append(F.conv2d(pictures, weight, bias, stride))
+        return sum(parts[1:], parts[0]).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 class ResnetBlock(nn.Module):
@@ -215,7 +214,7 @@ class UpBlock(nn.Module):
         return x
 
 
-def level_factors(levels: int, spatial: int, temporal: int, decoder: bool) -> list[tuple[int, int, int]]:
+def level_factors(levels: int, spatial: int, temporal: int) -> list[tuple[int, int, int]]:
     """(time, height, width) factors of each level: space first at the pixels' end, time last, none at the deepest.
 
     For the published 4 levels, 8x in space and 4x in time, the encoder's are (1,2,2), (2,2,2), (2,2,2), (1,1,1) and
@@ -225,7 +224,7 @@ def level_factors(levels: int, spatial: int, temporal: int, decoder: bool) -> li
     factors = []
     for level in range(levels):
         last = level == levels - 1
-        space = 2 if level < num_space and not (last and decoder) else 1
+        space = 2 if level < num_space else 1
         time = 2 if level >= levels - 1 - num_time and not last else 1
         factors.append((time, space, space))
     return factors
@@ -308,15 +307,20 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         self.scaling_factor = scaling_factor
         self.spatial_compression_ratio = spatial_compression_ratio
         self.temporal_compression_ratio = temporal_compression_ratio
-        levels, ratios = len(block_out_channels), (spatial_compression_ratio, temporal_compression_ratio)
+        factors = level_factors(len(block_out_channels), spatial_compression_ratio, temporal_compression_ratio)
         shared = (latent_channels, block_out_channels, layers_per_block, norm_num_groups)
-        self.encoder = Encoder(in_channels, *shared, level_factors(levels, *ratios, False), mid_block_add_attention)
-        self.decoder = Decoder(out_channels, *shared, level_factors(levels, *ratios, True), mid_block_add_attention)
+        self.encoder = Encoder(in_channels, *shared, factors, mid_block_add_attention)
+        self.decoder = Decoder(out_channels, *shared, factors, mid_block_add_attention)
         self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1)
 
     def encode(self, x: Tensor, tiling: VAETiling | None = None) -> DiagonalGaussian:
         """x (B, 3, T, H, W) in [-1, 1], T = 4n + 1 -> distribution over latents (B, C, n + 1, H / 8, W / 8)."""
+        if (x.shape[2] - 1) % self.temporal_compression_ratio:
+            ratio = self.temporal_compression_ratio
+            raise ValueError(
+                f"{x.shape[2]} frames; the VAE takes {ratio}n + 1 of them (1, {1 + ratio}, {1 + 2 * ratio}...)"
+            )
         axes = self._tiled_axes(tiling, decoding=False)
         return DiagonalGaussian(apply_tiled(lambda tile: self.quant_conv(self.encoder(tile)), x, axes))
 
@@ -327,7 +331,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
 
     def convolve_by_frame(self, enabled: bool = True) -> None:
         """Compute every 3-D convolution as 2-D ones (see `CausalConv3d`), in channels-last memory: for CPUs."""
-        self.to(memory_format=torch.channels_last_3d if enabled else torch.contiguous_format)
+        self.to(memory_format=torch.channels_last_3d if enabled else torch.contiguous_format)  # type: ignore[call-overload]
         for module in self.modules():
             if isinstance(module, CausalConv3d):
                 module.by_frame = enabled

@@ -77,7 +77,7 @@ class Pipeline:
         """
         warn_about_size(self.config, request)
         if save_path is not None:
-            media.check_writable(save_path)
+            media.check_writable(save_path, media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX)
         watch = Stopwatch()
         with watch.stage("encode"):
             cond, uncond = self.encode_prompts(request)
@@ -170,12 +170,18 @@ class Pipeline:
         logger.info("wrote %s", path)
 
     def describe(self, request: Request, watch: Stopwatch) -> dict[str, Any]:
-        """What is needed to make this output again, and how long it took."""
+        """What is needed to make this output again, and how long it took. Names are the command line's."""
+        settings = dict(vars(request))
         return {
-            "request": {**vars(request)},
-            "config": config_to_dict(self.config),
+            "prompt": settings.pop("text"),
+            "negative_prompt": settings.pop("negative_caption"),
+            **settings,
+            "fps": FPS,
+            "attention_engine": getattr(self.dit.attention, "__name__", str(self.dit.attention)),
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
-            "dtype": str(next(self.dit.visual_transformer_blocks.parameters()).dtype).removeprefix("torch."),
+            # Not that of any parameter: time embedding and modulations keep what their file has.
+            "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
+            "config": config_to_dict(self.config),
             "versions": media.versions(),
             "seconds": watch.seconds,
         }

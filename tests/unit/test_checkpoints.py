@@ -159,24 +159,24 @@ def test_shards(tmp_path, stem):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../../x.safetensors"}}'])
 def test_damaged_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="index.json: damaged"):
+    with pytest.raises(ValueError, match=r"index.json: damaged"):
         find_weights(tmp_path)
 
 
 def test_folders_without_one_answer(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         find_weights(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no .safetensors file"):
+    with pytest.raises(ValueError, match=r"no .safetensors file"):
         find_weights(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match="safetensors only"):
         find_weights(tmp_path)
     for name in ("one", "two"):
         (tmp_path / f"{name}.safetensors").touch()
-    with pytest.raises(ValueError, match="2 .safetensors files .*one.safetensors, two.safetensors"):
+    with pytest.raises(ValueError, match=r"2 .safetensors files .*one.safetensors, two.safetensors"):
         find_weights(tmp_path)
     (tmp_path / "text.txt").touch()
-    with pytest.raises(ValueError, match="not a .safetensors file"):
+    with pytest.raises(ValueError, match=r"not a .safetensors file"):
         find_weights(tmp_path / "text.txt")
 
 
@@ -239,7 +239,7 @@ def test_another_variant_is_named_on_both_sides():
 
 
 def test_advice_names_a_config_that_exists():
-    with pytest.raises(ValueError, match="use configs/config_5s_sft.yaml or another checkpoint"):
+    with pytest.raises(ValueError, match=r"use configs/config_5s_sft.yaml or another checkpoint"):
         check_dit_header(header_of(LITE), PRO)
 
 

@@ -356,7 +356,7 @@ def test_nabla_wants_multiples_of_128(tmp_path):
 def test_image_to_video_needs_the_condition_channels(tmp_path):
     path = write(tmp_path)
     assert load_config(path, ["task=i2v"]).task == "i2v"
-    with pytest.raises(ValueError, match="visual_cond = False .* true for task i2v"):
+    with pytest.raises(ValueError, match=r"visual_cond = False .* true for task i2v"):
         load_config(path, ["task=i2v", "model.dit_params.visual_cond=false"])
 
 
@@ -379,7 +379,7 @@ def test_missing_key_is_named(tmp_path, key):
 
 
 def test_missing_file_names_a_near_one():
-    with pytest.raises(ValueError, match="no such config file; did you mean config_5s_sft.yaml"):
+    with pytest.raises(ValueError, match=r"no such config file; did you mean config_5s_sft.yaml"):
         load_config(REPOSITORY / "configs" / "config_5s_stf.yaml")
     with pytest.raises(ValueError, match="no such config file"):
         load_config("/nowhere/at/all.yaml")
@@ -397,7 +397,7 @@ def test_not_a_config_is_one_line(tmp_path, text):
 def test_binary_file_is_one_line(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"\xff\xfe\x80weights")
-    with pytest.raises(ValueError, match="bad.yaml"):
+    with pytest.raises(ValueError, match=r"bad.yaml"):
         load_config(path)
 
 

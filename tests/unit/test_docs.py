@@ -1,0 +1,132 @@
+"""What README and ARCHITECTURE say is so: commands parse, files and functions exist, tables hold the real numbers."""
+
+import ast
+import re
+import shlex
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from kandinsky.checkpoints import expected_dit_shapes
+from kandinsky.config import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
+DOCUMENTS = {"README.md": README, "ARCHITECTURE.md": ARCHITECTURE}
+# Made by commands that the documents name.
+GENERATED = ("outputs", "weights", ".venv")
+
+
+def table_rows(document: str, first_heading: str) -> list[list[str]]:
+    """The cells of the table whose first heading this is."""
+    lines = document.split(f"\n| {first_heading} |", 1)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def commands(program: str) -> list[list[str]]:
+    """The words of every command line in the README that runs `program`, comments off."""
+    text = README.replace("\\\n", " ")
+    lines = re.findall(rf"(?:^|`)python {re.escape(program)} ([^`\n]*)", text, flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_commands_parse() -> None:
+    from download_models import build_parser as download_parser
+    from tools.contact_sheet import main as contact_sheet
+
+    parser = load_module(REPOSITORY / "test.py")["build_parser"]()
+    lines = commands("test.py")
+    assert len(lines) >= 3
+    for words in lines:
+        args = parser.parse_intermixed_args(words)
+        load_config(REPOSITORY / args.config, args.overrides)
+    assert commands("download_models.py")
+    for words in commands("download_models.py"):
+        download_parser().parse_args(words)
+    assert callable(contact_sheet) and commands("tools/contact_sheet.py")
+
+
+def load_module(path: Path) -> dict:
+    import runpy
+
+    return runpy.run_path(str(path))
+
+
+def paths_in(document: str) -> set[str]:
+    """Links, and words in backticks or commands that look like files or folders of this repository."""
+    links = re.findall(r"\]\(([^)#][^)]*)\)", document)
+    folders = sorted(path.name for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith("."))
+    below = rf"(?:{'|'.join({*folders, 'assets', 'benchmarks', *GENERATED})})/[\w./-]*"
+    named = re.findall(rf"(?<![\w./-])({below}|[\w-]+\.(?:py|md|txt|toml))(?![\w/*])", document)
+    return {path for path in {*links, *named} if path.split("/")[0] not in GENERATED and "://" not in path}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_exist(name: str) -> None:
+    paths = paths_in(DOCUMENTS[name])
+    assert len(paths) > 10
+    modules = {path.name for path in (REPOSITORY / "kandinsky").rglob("*.py")}  # may be named without their folder
+    missing = sorted(path for path in paths if not (REPOSITORY / path).exists() and path not in modules)
+    assert not missing
+
+
+def test_model_table_is_the_configs() -> None:
+    rows = table_rows(README, "config")
+    assert {row[0].strip("`") for row in rows} == {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")}
+    for name, task, seconds, steps, guidance, attention, parameters, state in rows:
+        config = load_config(REPOSITORY / "configs" / f"{name.strip('`')}.yaml")
+        model = config.model
+        assert task == config.task
+        assert float(seconds) == config.generation.time_length
+        assert (int(steps), float(guidance)) == (model.num_steps, model.guidance_weight)
+        assert attention == model.attention.type
+        count = sum(prod(shape) for shape in expected_dit_shapes(model.dit_params).values())
+        assert int(parameters.replace(",", "")) == count
+        assert state.startswith("loads only" if attention == "nabla" else "runs")
+
+
+def test_flag_table_is_the_parser() -> None:
+    parser = load_module(REPOSITORY / "test.py")["build_parser"]()
+    flags = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    assert {flag for row in table_rows(README, "flag") for flag in re.findall(r"--\w+", row[0])} == flags
+
+
+def test_proofs_are_tests() -> None:
+    rows = table_rows(README, "what")
+    proofs = [proof for row in rows for proof in re.findall(r"`(tests/[^`]+)`", row[2])]
+    assert len(rows) > 5 and len(proofs) >= len(rows)
+    for proof in proofs:
+        path, function = proof.split("::")
+        assert f"\ndef {function}(" in (REPOSITORY / path).read_text(encoding="utf-8"), proof
+
+
+def test_python_example_uses_the_real_arguments() -> None:
+    import inspect
+
+    from kandinsky.loading import get_T2V_pipeline
+    from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+
+    signatures = {
+        "get_T2V_pipeline": inspect.signature(get_T2V_pipeline),
+        "pipe": inspect.signature(TextToVideoPipeline.__call__),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    calls = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    assert {ast.unparse(call.func) for call in calls} == set(signatures)
+    for call in calls:
+        assert {keyword.arg for keyword in call.keywords} <= set(signatures[ast.unparse(call.func)].parameters)
+
+
+def test_functions_of_a_request_exist() -> None:
+    """Every `name` in the life of a request that stands for a function, a method or a class of the package."""
+    life = ARCHITECTURE.split("## The life of a request")[1].split("\n## ")[0]
+    sources = [REPOSITORY / "test.py", *(REPOSITORY / "kandinsky").rglob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sources]
+    defined = {
+        node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    names = {name for name in re.findall(r"`([\w.]+)`", life) if not name.endswith(".py")}
+    assert len(names) > 20
+    assert {name for name in names if not set(name.split(".")) <= defined} == set()

@@ -1,0 +1,149 @@
+"""The sampler on flows whose solution is known, without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kandinsky.sampler import euler_sample, flow_timesteps, guided_velocity, uses_guidance
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape or (2, 3, 4, 4, 16), generator=torch.Generator().manual_seed(seed))
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 16, 50])
+@pytest.mark.parametrize("scheduler_scale", [0.5, 1.0, 3.0, 5.0, 10.0])
+def test_schedule_is_the_shifted_line(num_steps: int, scheduler_scale: float) -> None:
+    sigmas = flow_timesteps(num_steps, scheduler_scale)
+    assert sigmas.dtype == torch.float32 and sigmas.shape == (num_steps + 1,)
+    assert sigmas[0] == 1 and sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+    for i, sigma in enumerate(sigmas.tolist()):
+        s = 1 - i / num_steps
+        assert sigma == pytest.approx(scheduler_scale * s / (1 + (scheduler_scale - 1) * s), abs=1e-6)
+
+
+def test_last_noise_level_is_the_published_one() -> None:
+    assert flow_timesteps(50, 5.0)[-2] == pytest.approx(0.09259, abs=1e-5)
+    assert flow_timesteps(16, 10.0)[-2] == pytest.approx(0.4, abs=1e-6)
+
+
+def test_larger_scale_spends_more_steps_on_noise() -> None:
+    assert (flow_timesteps(20, 10.0)[1:-1] > flow_timesteps(20, 3.0)[1:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "scheduler_scale", "message"),
+    [
+        (0, 5.0, "num_steps is 0.*at least 1"),
+        (-3, 5.0, "num_steps is -3.*at least 1"),
+        (10, 0.0, r"scheduler_scale is 0\.0.*above 0"),
+        (10, -1.0, r"scheduler_scale is -1\.0.*above 0"),
+    ],
+)
+def test_impossible_schedules(num_steps: int, scheduler_scale: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flow_timesteps(num_steps, scheduler_scale)
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+class RecordingVelocity:
+    """A constant velocity for each branch that remembers what it was asked."""
+
+    def __init__(self, cond: Tensor, uncond: Tensor) -> None:
+        self.values = {"cond": cond, "uncond": uncond}
+        self.calls: list[tuple[str, float, torch.dtype]] = []
+
+    def __call__(self, latents: Tensor, timestep: Tensor, branch: str) -> Tensor:
+        assert timestep.shape == () and timestep.dtype == torch.float32
+        self.calls.append((branch, timestep.item(), latents.dtype))
+        return self.values[branch].expand_as(latents)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0, 5.0])
+def test_guidance_formula(weight: float) -> None:
+    velocity = RecordingVelocity(torch.tensor(3.0), torch.tensor(1.0))
+    out = guided_velocity(velocity, torch.zeros(2, 3), torch.tensor(500.0), weight)
+    assert torch.allclose(out, torch.full((2, 3), 1 + weight * 2))
+    assert [call[0] for call in velocity.calls] == ["cond", "uncond"]
+
+
+@pytest.mark.parametrize("weight", [1.0, 1 + 1e-7, 1 - 1e-7])
+def test_no_unconditional_evaluation_at_guidance_one(weight: float) -> None:
+    velocity = RecordingVelocity(torch.tensor(3.0), torch.tensor(1.0))
+    assert not uses_guidance(weight)
+    out = guided_velocity(velocity, torch.zeros(2, 3), torch.tensor(500.0), weight)
+    assert torch.equal(out, torch.full((2, 3), 3.0))
+    assert [call[0] for call in velocity.calls] == ["cond"]
+
+
+def test_guidance_below_one_runs() -> None:
+    assert uses_guidance(0.0) and uses_guidance(0.99) and uses_guidance(1.01)
+
+
+# --- Euler ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+@pytest.mark.parametrize("scheduler_scale", [1.0, 10.0])
+def test_straight_flow_is_solved_exactly(num_steps: int, scheduler_scale: float) -> None:
+    """Velocity noise - data leads from the noise to the data in any number of steps."""
+    start, data = noise(seed=1), noise(seed=2)
+    result = euler_sample(lambda *_: start - data, start, flow_timesteps(num_steps, scheduler_scale), 1.0)
+    assert torch.allclose(result, data, atol=1e-5)
+
+
+def test_steps_of_a_curved_flow() -> None:
+    """Velocity x: every step multiplies by 1 + (next - now)."""
+    sigmas = flow_timesteps(6, 3.0)
+    start = noise(1, 1, 2, 2, 4)
+    factor = torch.prod(1 + sigmas.double().diff())
+    result = euler_sample(lambda latents, *_: latents, start, sigmas, 1.0)
+    assert torch.allclose(result.double(), start.double() * factor, atol=1e-6)
+
+
+def test_model_sees_a_thousand_times_the_noise_level() -> None:
+    velocity = RecordingVelocity(torch.tensor(0.5), torch.tensor(0.0))
+    sigmas = flow_timesteps(4, 5.0)
+    euler_sample(velocity, noise(), sigmas, 2.0)
+    assert [call[0] for call in velocity.calls] == ["cond", "uncond"] * 4
+    assert [call[1] for call in velocity.calls[::2]] == pytest.approx((1000 * sigmas[:-1]).tolist())
+    assert [call[1] for call in velocity.calls[1::2]] == pytest.approx((1000 * sigmas[:-1]).tolist())
+
+
+def test_state_stays_float32_with_a_bfloat16_model() -> None:
+    """Steps too small for bfloat16 still add up; with a bfloat16 state they would be lost."""
+    velocity = RecordingVelocity(torch.tensor(-0.125, dtype=torch.bfloat16), torch.tensor(0.0, dtype=torch.bfloat16))
+    start = torch.full((1, 1, 2, 2, 4), 3.0, dtype=torch.bfloat16)
+    result = euler_sample(velocity, start, flow_timesteps(50, 1.0), 1.0)
+    assert result.dtype == torch.float32
+    assert all(dtype == torch.float32 for _, _, dtype in velocity.calls)
+    assert torch.allclose(result, torch.full_like(result, 3.125), atol=1e-5)
+
+
+def test_noise_is_not_written_to() -> None:
+    start = noise()
+    before = start.clone()
+    euler_sample(lambda latents, *_: latents.clone(), start, flow_timesteps(3, 5.0), 1.0)
+    assert torch.equal(start, before)
+
+
+def test_progress_wraps_the_steps() -> None:
+    seen: list[int] = []
+
+    def progress(steps: Iterable[int]) -> Iterable[int]:
+        for step in steps:
+            seen.append(step)
+            yield step
+
+    euler_sample(lambda latents, *_: latents, noise(), flow_timesteps(5, 5.0), 1.0, progress)
+    assert seen == [0, 1, 2, 3, 4]
