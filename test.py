@@ -9,13 +9,22 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all other mistakes are told."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (python test.py --help shows every flag)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         description="Generate a video (or, with --video_duration 0, a picture) from a text prompt.",
         epilog="Any value of the YAML can be overridden: python test.py --prompt '...' model.num_steps=20",
         allow_abbrev=False,
@@ -59,7 +68,7 @@ def run(args: argparse.Namespace) -> Path:
         scheduler_scale=args.scheduler_scale,
         negative_caption=args.negative_prompt,
     )
-    suffix = ".png" if request.is_image else ".mp4"
+    suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
     output = args.output_filename or media.default_output_path("outputs", request.text, request.seed, suffix)
     media.check_writable(output, suffix)
 
@@ -76,20 +85,28 @@ def run(args: argparse.Namespace) -> Path:
     return output
 
 
-def main() -> int:
-    args = build_parser().parse_intermixed_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         print(run(args))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
+            raise
+        return fail("out of GPU memory: try a smaller --width and --height or a shorter --video_duration")
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def fail(what: object) -> int:
+    print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

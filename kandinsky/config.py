@@ -164,7 +164,7 @@ class GenerationConfig:
     width: int
     height: int
     time_length: float  # seconds; 0: one image
-    resolutions: tuple[tuple[int, int], ...]  # (width, height), the sizes that a request may ask for
+    resolutions: tuple[tuple[int, int], ...]  # (width, height), the sizes that the checkpoint was trained at
     negative_caption: str
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -86,6 +86,8 @@ def get_T2V_pipeline(
     if config.task != "t2v":
         raise ValueError(f"{config.source} is a config for {config.task}; get_T2V_pipeline takes one for t2v")
     devices = parse_device_map(device_map)
+    if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     engine = resolve_engine(attention_engine or config.model.attention.engine, devices["dit"])
     resolved_dtype = resolve_dtype(dtype, devices["dit"])
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from tools.tiny_world import Attributes, Measured, caption, measure, render, scene_for, test_combinations
 
-Generate = Callable[[list[str], int], Any]  # (captions, seed) -> uint8 (batch, 3, T, H, W), a torch tensor
+Generate = Callable[[str, int], Any]  # (caption, seed) -> uint8 (3, T, H, W), a torch tensor
 
 
 def held_out(num: int, seed: int = 0) -> list[tuple[Attributes, int]]:
@@ -44,38 +44,29 @@ def score(frames: np.ndarray, attributes: Attributes) -> tuple[dict[str, bool], 
 
 
 def evaluate(
-    generate: Generate, num: int, seed: int = 0, batch: int = 1, progress: Callable[[str], None] | None = None
+    generate: Generate, num: int, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Generates and scores ``num`` held-out captions; returns the report and the clips, each uint8 (T, H, W, 3).
-
-    A batch gets the seed of its first caption, so a report depends on the batch size.
-    """
-    if num < 1 or batch < 1:
-        raise ValueError(f"num={num}, batch={batch}: both must be at least 1")
-    jobs = held_out(num, seed)
+    """Generates and scores ``num`` held-out captions; returns the report and the clips, each uint8 (T, H, W, 3)."""
     samples: list[dict[str, Any]] = []
     clips: list[np.ndarray] = []
     started = time.perf_counter()
-    for first in range(0, num, batch):
-        group = jobs[first : first + batch]
-        videos = generate([caption(attributes) for attributes, _ in group], group[0][1])
-        for (attributes, _), video in zip(group, videos, strict=True):
-            frames = video.permute(1, 2, 3, 0).cpu().numpy()  # (T, H, W, 3)
-            right, measured = score(frames, attributes)
-            clips.append(frames)
-            samples.append(
-                {
-                    "caption": caption(attributes),
-                    "seed": group[0][1],
-                    "asked": attributes._asdict(),
-                    "seen": {name: getattr(measured, name) for name in Attributes._fields},
-                    "right": right,
-                    "diagnostics": measured.diagnostics,
-                }
-            )
+    for attributes, clip_seed in held_out(num, seed):
+        frames = generate(caption(attributes), clip_seed).permute(1, 2, 3, 0).cpu().numpy()  # (T, H, W, 3)
+        right, measured = score(frames, attributes)
+        clips.append(frames)
+        samples.append(
+            {
+                "caption": caption(attributes),
+                "seed": clip_seed,
+                "asked": attributes._asdict(),
+                "seen": {name: getattr(measured, name) for name in Attributes._fields},
+                "right": right,
+                "diagnostics": measured.diagnostics,
+            }
+        )
         if progress is not None:
             progress(f"{len(samples)}/{num} clips, {(time.perf_counter() - started) / len(samples):.1f} s each")
-    report = summarise(samples) | {"num": num, "seed": seed, "batch": batch, "samples": samples}
+    report = summarise(samples) | {"num": num, "seed": seed, "samples": samples}
     report["seconds"] = time.perf_counter() - started
     return report, clips
 
@@ -116,11 +107,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def evaluate_vae(
     vae: Any, num: int, seed: int = 0, num_frames: int = 25, size: int = 128
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """PSNR over ``num`` whole unseen clips through ``vae.encode(x).mode()`` and ``vae.decode(z)``, x in [-1, 1].
+    """PSNR over ``num`` whole unseen clips through the VAE, in the time windows that the pipeline decodes with.
 
     Returns the report, and for each clip the original beside what came back.
     """
     import torch
+
+    from kandinsky.models.vae_hunyuan import VAETiling
 
     parameter = next(vae.parameters())
     values: list[float] = []
@@ -130,7 +123,7 @@ def evaluate_vae(
         frames = render(scene_for(attributes, np.random.default_rng(clip_seed)), num_frames, size)
         x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(parameter.device, parameter.dtype) / 127.5 - 1
         with torch.inference_mode():
-            y = vae.decode(vae.encode(x).mode())  # (1, 3, T, H, W)
+            y = vae.decode(vae.encode(x, VAETiling()).mode(), VAETiling())  # (1, 3, T, H, W)
         back = ((y[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
         right, measured = score(back, attributes)
         values.append(psnr(frames, back))
@@ -156,7 +149,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="configs/config_tiny_t2v.yaml")
     parser.add_argument("--device", default="cpu", help="where to run, for example cuda:0 (default: %(default)s)")
     parser.add_argument("--num", type=int, default=100, help="how many held-out captions (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="captions per pipeline call (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip, one more for each next one")
     parser.add_argument("--num_steps", type=int, help="sampling steps (default: as the YAML says)")
     parser.add_argument("--guidance_weight", type=float, help="classifier-free guidance (default: as the YAML says)")
@@ -166,7 +158,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the whole report there as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture of the first 24 clips there")
     args = parser.parse_args(argv)
-    for name in ("num", "batch", "vae", "vae_frames"):
+    for name in ("num", "vae", "vae_frames"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     return args
@@ -185,13 +177,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"num_steps": args.num_steps, "guidance_weight": args.guidance_weight}
         given = {name: value for name, value in options.items() if value is not None}
 
-        def generate(captions: list[str], seed: int) -> Any:
-            return pipe(captions if len(captions) > 1 else captions[0], seed=seed, progress=False, **given)
+        def generate(text: str, seed: int) -> Any:
+            return pipe(text, seed=seed, progress=False, **given)[0]
 
         def progress(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
-        report, clips = evaluate(generate, args.num, args.seed, args.batch, progress)
+        report, clips = evaluate(generate, args.num, args.seed, progress)
         report["options"] = given
     print(format_table(report))
     if args.output is not None:

@@ -228,9 +228,9 @@ def stage_vae(args: argparse.Namespace) -> None:
         return loss_on(vae, batch(small, 16, 1) if step < 0.7 * args.image_steps else batch(clips, 8, 1))
 
     def windows(step: int) -> Tensor:
-        if step % 2:
+        if step % 5 == 4:
             return loss_on(vae, batch(clips, 8, 1))
-        return loss_on(vae, batch(small, 2, 17) if step < 0.6 * args.clip_steps else batch(clips, 1, 17))
+        return loss_on(vae, batch(small, 2, 17) if step < 0.9 * args.clip_steps else batch(clips, 1, 17))
 
     vae = new_vae()
     for name, loss, steps, judged in (
@@ -479,7 +479,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--image_steps", type=int, default=480)
-    parser.add_argument("--clip_steps", type=int, default=500)
+    parser.add_argument("--clip_steps", type=int, default=1100)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.state.mkdir(parents=True, exist_ok=True)

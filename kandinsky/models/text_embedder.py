@@ -238,7 +238,12 @@ def _load_tokenizer(folder: Path, sibling: str) -> PreTrainedTokenizerBase:
     """The tokenizer in the encoder's folder or, as diffusers repositories have it, in a folder beside it."""
     for candidate in (folder, folder.parent / sibling):
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
-            return AutoTokenizer.from_pretrained(candidate, local_files_only=True)
+            try:
+                return AutoTokenizer.from_pretrained(candidate, local_files_only=True)
+            except Exception as error:  # a damaged file shows as any of a dozen types, none of which names the file
+                raise ValueError(
+                    f"the tokenizer in {candidate} is damaged ({error}); download its files again"
+                ) from None
     raise ValueError(
         f"no tokenizer for {folder}: neither it nor {folder.parent / sibling} has a tokenizer.json or a vocab.json; "
         "download the model's tokenizer files into one of them"

@@ -49,6 +49,8 @@ def _checked_device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"{device!r} is not a device: use cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{device} is not a device this runs on: use cpu, cuda or cuda:0")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"this machine has no {device}: {torch.cuda.device_count()} CUDA devices found; use cpu")
     return device
