@@ -44,11 +44,11 @@ def uses_guidance(guidance_weight: float) -> bool:
 
 
 def guided_velocity(velocity: Velocity, latents: Tensor, timestep: Tensor, guidance_weight: float) -> Tensor:
-    """uncond + guidance_weight * (cond - uncond), or cond alone where guidance is off."""
-    cond = velocity(latents, timestep, "cond")
+    """uncond + guidance_weight * (cond - uncond) in float32, or cond alone where guidance is off."""
+    cond = velocity(latents, timestep, "cond").to(torch.float32)
     if not uses_guidance(guidance_weight):
         return cond
-    uncond = velocity(latents, timestep, "uncond")
+    uncond = velocity(latents, timestep, "uncond").to(torch.float32)
     return uncond + guidance_weight * (cond - uncond)
 
 
@@ -71,5 +71,5 @@ def euler_sample(
     for step in progress(range(len(sigmas) - 1)):
         sigma, next_sigma = sigmas[step], sigmas[step + 1]
         v = guided_velocity(velocity, latents, sigma * NUM_TRAIN_TIMESTEPS, guidance_weight)
-        latents = latents + (next_sigma - sigma) * v.to(torch.float32)
+        latents = latents + (next_sigma - sigma) * v
     return latents

@@ -30,14 +30,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kandinsky.config import load_config
-from kandinsky.loading import KEEP_PRECISION
+from kandinsky.config import Config, load_config
+from kandinsky.loading import KEEP_PRECISION, load_dit, load_vae
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
-from kandinsky.prompts import get_template, prefix_length
 from tools import tiny_world
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
 
@@ -45,7 +44,6 @@ log = logging.getLogger("train_tiny")
 NUM_FRAMES = 25
 SIZE = 128
 VAE_CONFIG: dict[str, Any] = dict(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
-QWEN_MAX_LENGTH, CLIP_MAX_LENGTH = 64, 32
 VALUES = (tuple(tiny_world.SHAPES), tuple(tiny_world.COLOURS), tuple(tiny_world.MOTIONS), tuple(tiny_world.BACKGROUNDS))
 LATENT_NOISE = 0.1  # std of the noise on the latent mean, in place of a KL term; also the exported posterior's std
 
@@ -143,12 +141,15 @@ class MatrixMuon(torch.optim.Muon):
         super().step()
 
 
-def optimizers_for(model: nn.Module, lr: float, use_muon: Callable[[str], bool]) -> list[torch.optim.Optimizer]:
+def optimizers_for(
+    model: nn.Module, muon_lr: float, adamw_lr: float, use_muon: Callable[[str], bool]
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and kernels whose name `use_muon` accepts, AdamW for everything else."""
-    weights = [p for n, p in model.named_parameters() if p.dim() >= 2 and use_muon(n)]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    weights = [p for n, p in trained.items() if p.dim() >= 2 and use_muon(n)]
     chosen = {id(p) for p in weights}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [MatrixMuon(weights, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    others = [p for p in trained.values() if id(p) not in chosen]
+    return [MatrixMuon(weights, muon_lr), torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -198,6 +199,7 @@ def reconstruction_psnr(vae: nn.Module, clips: Tensor) -> float:
 
 
 def stage_vae(args: argparse.Namespace) -> None:
+    """Single frames, then 17-frame windows, then the decoder alone: the latents may be in use by then."""
     rng = np.random.default_rng(1)
     log.info("drawing clips")
     scenes = training_scenes(1, seed=1)
@@ -216,7 +218,8 @@ def stage_vae(args: argparse.Namespace) -> None:
     def loss_on(vae: AutoencoderKLHunyuanVideo, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast("cpu", torch.bfloat16):
-            mean = vae.encode(x).mode()
+            with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
+                mean = vae.encode(x).mode()
             out = vae.decode(mean + LATENT_NOISE * torch.randn_like(mean))
         # The object is a tenth of the picture and most of what matters in it.
         weight = 1 + ((x - x[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
@@ -230,18 +233,27 @@ def stage_vae(args: argparse.Namespace) -> None:
     def windows(step: int) -> Tensor:
         if step % 5 == 4:
             return loss_on(vae, batch(clips, 8, 1))
-        return loss_on(vae, batch(small, 2, 17) if step < 0.9 * args.clip_steps else batch(clips, 1, 17))
+        return loss_on(vae, batch(small, 2, 17) if step < 0.97 * args.clip_steps else batch(clips, 1, 17))
+
+    def decoder_windows(step: int) -> Tensor:
+        return loss_on(vae, batch(small, 2, 17) if step < 0.9 * args.decoder_steps else batch(clips, 1, 17))
 
     vae = new_vae()
-    for name, loss, steps, judged in (
-        ("vae_images", images, args.image_steps, held_out[:, :, 12:13]),
-        ("vae", windows, args.clip_steps, held_out),
+    for name, loss, steps, rate, judged in (
+        ("vae_images", images, args.image_steps, 1e-3, held_out[:, :, 12:13]),
+        ("vae", windows, args.clip_steps, 1e-3, held_out),
+        ("vae_decoder", decoder_windows, args.decoder_steps, 5e-4, held_out),
     ):
+        if name == "vae_decoder":
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
 
         def report(model: nn.Module, judged: Tensor = judged) -> str:
             return f"held out {reconstruction_psnr(model, judged):.2f} dB"
 
-        train(name, args.state, vae, optimizers_for(vae, 1e-3, lambda _: True), loss, steps, 0.99, evaluate=report)
+        train(
+            name, args.state, vae, optimizers_for(vae, rate, rate, lambda _: True), loss, steps, 0.99, evaluate=report
+        )
 
 
 # --- text encoders ---------------------------------------------------------------------------------------------------
@@ -257,15 +269,25 @@ def training_captions() -> dict[tiny_world.Attributes, list[str]]:
     return captions
 
 
-def load_embedder(folder: Path) -> TextEmbedder:
+def load_embedder(folder: Path, config: Config) -> TextEmbedder:
+    encoders = config.model.text_embedder
     return load_text_embedder(
         folder / "text_encoder",
         folder / "text_encoder2",
-        qwen_max_length=QWEN_MAX_LENGTH,
-        clip_max_length=CLIP_MAX_LENGTH,
-        crop=int((folder / "crop.txt").read_text()),
+        qwen_max_length=encoders.qwen.max_length,
+        clip_max_length=encoders.clip.max_length,
+        crop=encoders.qwen.crop,
         dtype=torch.float32,
     )
+
+
+def trained_embedder(args: argparse.Namespace) -> TextEmbedder:
+    """The text encoders of the `text` stage or, where there is no state of it, the exported ones."""
+    folder = args.state / "text"
+    if not folder.exists():
+        log.info("no text encoders in %s: taking those in %s", args.state, args.out)
+        folder = args.out
+    return load_embedder(folder, load_config(args.config))
 
 
 class AttributeHeads(nn.Module):
@@ -294,11 +316,9 @@ def stage_text(args: argparse.Namespace) -> None:
     folder = args.state / "text"
     captions = training_captions()
     texts = [(text, a) for a, wordings in captions.items() for text in wordings]
-    if not (folder / "crop.txt").exists():
+    if not folder.exists():
         make_text_encoders([text for text, _ in texts], folder, seed=0)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "text_encoder")
-        (folder / "crop.txt").write_text(str(prefix_length(tokenizer, get_template("video"))))
-    embedder = load_embedder(folder).requires_grad_(True)
+    embedder = load_embedder(folder, load_config(args.config)).requires_grad_(True)
     heads = AttributeHeads(embedder, embedder.qwen.config.hidden_size)
     rng = np.random.default_rng(2)
 
@@ -315,51 +335,56 @@ def stage_text(args: argparse.Namespace) -> None:
 # --- latents ---------------------------------------------------------------------------------------------------------
 
 
-def trained_vae(state_dir: Path) -> AutoencoderKLHunyuanVideo:
+def trained_vae(args: argparse.Namespace) -> AutoencoderKLHunyuanVideo:
+    """The VAE of the `vae` stage or, where there is no state of it, the exported one."""
+    path = next((args.state / name for name in ("vae_decoder.pt", "vae.pt") if (args.state / name).exists()), None)
+    if path is None:
+        log.info("no VAE in %s: taking the one in %s", args.state, args.out)
+        return load_vae(args.out / "vae", "cpu", torch.float32)
     vae = new_vae()
-    vae.load_state_dict(torch.load(state_dir / "vae.pt")["ema"])
+    vae.load_state_dict(torch.load(path)["ema"])
     return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def stage_latents(args: argparse.Namespace) -> None:
-    """Unscaled latents of training clips at both sizes, a shard for each pass over the combinations.
-
-    Shards that exist are kept.
-    """
-    vae = trained_vae(args.state)
-    for size, shards in ((SIZE // 2, 2 * args.shards), (SIZE, args.shards)):
-        if args.size not in (None, size):
+    """Unscaled latents of `--shards` files of training clips of `--size` pixels; files that exist are kept."""
+    vae = trained_vae(args).bfloat16()
+    combinations = tiny_world.train_combinations()
+    for shard in range(args.first_shard, args.first_shard + args.shards):
+        path = args.state / f"latents_{args.size}_{shard}.pt"
+        if path.exists():
             continue
-        for shard in range(shards):
-            path = args.state / f"latents_{size}_{shard}.pt"
-            if path.exists():
-                continue
-            latents = []
-            scenes = training_scenes(1, seed=100 + shard)
-            for begin in range(0, len(scenes), 4):
-                clips = to_float(draw_clips(scenes[begin : begin + 4], size))
-                with torch.autocast("cpu", torch.bfloat16):
-                    latents.append(vae.encode(clips, VAETiling()).mode().half())
-            torch.save(torch.cat(latents), path)
-            log.info("latents of %d px: shard %d of %d", size, shard + 1, shards)
+        rng = np.random.default_rng(100 + shard)
+        chosen = rng.permutation(len(combinations))[: args.shard_clips]
+        latents = []
+        for i in chosen:
+            clip = to_float(draw_clips([tiny_world.scene_for(combinations[i], rng)], args.size)).bfloat16()
+            latents.append(vae.encode(clip, VAETiling()).mode().half())
+        torch.save({"latents": torch.cat(latents), "combination": torch.from_numpy(chosen)}, path)
+        log.info("latents of %d px: shard %d, %d clips", args.size, shard, len(latents))
 
 
 @dataclass(frozen=True)
 class LatentClips:
-    """Training latents of one size (N, T, H, W, C), scaled; the i-th belongs to combination i modulo their number."""
+    """Training latents of one size (N, T, H, W, C), scaled, and the training combination that each one shows."""
 
     latents: Tensor
+    combination: Tensor
     rotary_scale: tuple[float, float, float]
 
     @classmethod
     @cache
     def load(cls, state_dir: Path, size: int) -> LatentClips:
         shards = [torch.load(path) for path in sorted(state_dir.glob(f"latents_{size}_*.pt"))]
-        latents = torch.cat(shards).permute(0, 2, 3, 4, 1).contiguous() * latent_scale(state_dir)
-        # Small clips get the positions that their patches have in a large one, so that what is learnt there holds.
+        latents = torch.cat([shard["latents"] for shard in shards]).permute(0, 2, 3, 4, 1).contiguous()
         log.info("%d px: %d clips of %s", size, len(latents), tuple(latents.shape[1:]))
-        return cls(latents, (1.0, size / SIZE, size / SIZE))
+        # Small clips get the positions that their patches have in a large one, so that what is learnt there holds.
+        return cls(
+            latents * latent_scale(state_dir),
+            torch.cat([shard["combination"] for shard in shards]),
+            (1.0, size / SIZE, size / SIZE),
+        )
 
 
 # --- diffusion transformer -------------------------------------------------------------------------------------------
@@ -393,22 +418,26 @@ class CaptionTable:
 
 def stage_dit(args: argparse.Namespace) -> None:
     config = load_config(args.config)
-    num_combinations = len(tiny_world.train_combinations())
-    captions = CaptionTable.build(load_embedder(args.state / "text"))
+    captions = CaptionTable.build(trained_embedder(args))
 
     torch.manual_seed(0)
-    dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
-    optimizers = optimizers_for(dit, args.lr, lambda name: "blocks" in name and "modulation" not in name)
+    exported = args.out / "model" / "tiny_t2v.safetensors"
+    if args.from_exported and not (args.state / "dit.pt").exists():
+        log.info("starting from %s", exported)
+        dit = load_dit(exported, config.model.dit_params, "cpu", torch.float32).float().requires_grad_(True)
+    else:
+        dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
+    optimizers = optimizers_for(dit, args.lr, args.lr / 2, lambda name: "blocks" in name and "modulation" not in name)
     rng = np.random.default_rng(int(time.time()))
     shift = config.metrics.scheduler_scale
 
     def loss(step: int) -> Tensor:
         # Most of what there is to learn can be learnt on small clips, at a quarter of the tokens.
-        small = step < 0.6 * args.dit_steps
+        small = step < args.small_steps
         clips = LatentClips.load(args.state, SIZE // 2 if small else SIZE)
         batch = 2 * args.batch if small else args.batch
         index = rng.integers(0, len(clips.latents), batch)
-        rows = [rng.choice(captions.rows[i % num_combinations]) if rng.random() > 0.1 else -1 for i in index]
+        rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
         x0 = clips.latents[index].float()
         noise = torch.randn_like(x0)
         # Stratified over the batch, and shifted as the sampler's own steps are.
@@ -421,7 +450,9 @@ def stage_dit(args: argparse.Namespace) -> None:
         extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
         inputs = (torch.cat((x, extra), -1), captions.text[rows], captions.pooled[rows], sigma * 1000)
         options = {"text_mask": captions.mask[rows], "scale_factor": clips.rotary_scale}
-        velocity = torch.func.functional_call(dit, weights, inputs, options)
+        # PyTorch's fused attention is slow backwards on a CPU where there are few tokens.
+        with sdpa_kernel(SDPBackend.MATH if small else SDPBackend.FLASH_ATTENTION):
+            velocity = torch.func.functional_call(dit, weights, inputs, options)
         return F.mse_loss(velocity.float(), noise - x0)
 
     train("dit", args.state, dit, optimizers, loss, args.dit_steps, ema_decay=0.999, warmup=200)
@@ -429,7 +460,7 @@ def stage_dit(args: argparse.Namespace) -> None:
 
 def latent_scale(state_dir: Path) -> float:
     """1 / std of the first shard of small clips: what brings the latents to unit variance."""
-    return round(1 / float(torch.load(state_dir / f"latents_{SIZE // 2}_0.pt").float().std()), 4)
+    return round(1 / float(torch.load(state_dir / f"latents_{SIZE // 2}_0.pt")["latents"].float().std()), 4)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -438,7 +469,7 @@ def latent_scale(state_dir: Path) -> float:
 def stage_export(args: argparse.Namespace) -> None:
     """Write the checkpoint in the published layout: bfloat16, safetensors, one folder a component."""
     out = args.out
-    vae = trained_vae(args.state)
+    vae = trained_vae(args)
     with torch.no_grad():
         # The VAE was trained with noise of a fixed size on the mean: say so in the log-variance, exactly.
         channels = vae.quant_conv.out_channels // 2
@@ -449,7 +480,7 @@ def stage_export(args: argparse.Namespace) -> None:
     write_safetensors(vae.state_dict(), out / "vae" / "diffusion_pytorch_model.safetensors")
     config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args.state)}
     (out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_text_encoders(load_embedder(args.state / "text"), out)
+    save_text_encoders(trained_embedder(args), out)
     log.info("wrote %s: DiT at step %d, %.1f MB in all", out, state["step"], folder_megabytes(out))
 
 
@@ -471,15 +502,18 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/config_tiny_t2v.yaml"))
     parser.add_argument("--out", type=Path, default=Path("assets/tiny/t2v"))
     parser.add_argument("--text_steps", type=int, default=400)
-    parser.add_argument(
-        "--shards", type=int, default=2, help="clips a combination at full size; twice as many at half size"
-    )
-    parser.add_argument("--size", type=int, choices=(SIZE // 2, SIZE), help="make latents of this size only")
+    parser.add_argument("--size", type=int, default=SIZE // 2, help="latents: of clips of this many pixels a side")
+    parser.add_argument("--first_shard", type=int, default=0, help="latents: number of the first file")
+    parser.add_argument("--shards", type=int, default=2, help="latents: how many files")
+    parser.add_argument("--shard_clips", type=int, default=1152, help="latents: clips a file, each another combination")
+    parser.add_argument("--small_steps", type=int, default=5000, help="dit: steps on half-size clips, the first ones")
+    parser.add_argument("--from_exported", action="store_true", help="dit: start from the checkpoint in --out")
     parser.add_argument("--dit_steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--image_steps", type=int, default=480)
-    parser.add_argument("--clip_steps", type=int, default=1100)
+    parser.add_argument("--decoder_steps", type=int, default=600)
+    parser.add_argument("--clip_steps", type=int, default=930)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.state.mkdir(parents=True, exist_ok=True)

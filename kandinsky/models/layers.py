@@ -169,10 +169,8 @@ class TextBlock(nn.Module):
     def forward(self, x: Tensor, time_embed: Tensor, rope: RotaryTable, mask: Tensor | None) -> Tensor:
         """x (B, L, D), mask None or (B, 1, 1, L)."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.text_modulation(time_embed)
-        out = self.self_attention(modulated_norm(x, shift_a, scale_a), rope=rope, mask=mask)
-        x = gated_residual(x, out, gate_a)
-        out = self.feed_forward(modulated_norm(x, shift_f, scale_f))
-        return gated_residual(x, out, gate_f)
+        x = gated_residual(x, self.self_attention(modulated_norm(x, shift_a, scale_a), rope=rope, mask=mask), gate_a)
+        return gated_residual(x, self.feed_forward(modulated_norm(x, shift_f, scale_f)), gate_f)
 
 
 class VisualBlock(nn.Module):
@@ -197,12 +195,13 @@ class VisualBlock(nn.Module):
         """x (B, N, D), text (B, L, D), text_mask None or (B, 1, 1, L); `attention` is the self-attention's engine."""
         params = self.visual_modulation(time_embed)
         shift_s, scale_s, gate_s, shift_c, scale_c, gate_c, shift_f, scale_f, gate_f = params
-        out = self.self_attention(modulated_norm(x, shift_s, scale_s), rope=rope, attention=attention)
-        x = gated_residual(x, out, gate_s)
-        out = self.cross_attention(modulated_norm(x, shift_c, scale_c), context=text, mask=text_mask)
-        x = gated_residual(x, out, gate_c)
-        out = self.feed_forward(modulated_norm(x, shift_f, scale_f))
-        return gated_residual(x, out, gate_f)
+        # No name for the updates: it would keep one in memory while the next is computed.
+        normed = modulated_norm(x, shift_s, scale_s)
+        x = gated_residual(x, self.self_attention(normed, rope=rope, attention=attention), gate_s)
+        normed = modulated_norm(x, shift_c, scale_c)
+        x = gated_residual(x, self.cross_attention(normed, context=text, mask=text_mask), gate_c)
+        normed = modulated_norm(x, shift_f, scale_f)
+        return gated_residual(x, self.feed_forward(normed), gate_f)
 
 
 class OutLayer(nn.Module):

@@ -4,13 +4,17 @@ Convolutions are causal in time (frame t sees frames <= t), so one frame is an i
 latent frames. Latents are handed out unscaled: multiply by `scaling_factor` for the diffusion model. Knows no devices
 and no files; how a large input is cut into tiles is an argument (`VAETiling`).
 
+Without autograd a large tensor goes through norm, activation, padding and convolution a few frames at a time
+(`padded_windows`), so that beside a layer's input and output only those few frames exist. How many depends on the
+tensor's size alone.
+
 State-dict keys are those of the published file (HunyuanVideo, Tencent; 248 tensors).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,9 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky.models.numerics import upcast
 from kandinsky.models.vae_tiling import TiledAxis, apply_tiled
 
 GROUP_NORM_EPS = 1e-6
+ELEMENTS_AT_ONCE = 2**21  # of a layer's input, as far as whole frames allow
+LEAST_FRAMES_AT_ONCE = 2  # fewer, and copying the history costs more than the frame itself
+
+FrameOperation = Callable[[Tensor], Tensor]  # of any stretch of a video's frames (B, C, T', H, W)
 
 
 @dataclass(frozen=True)
@@ -54,49 +63,134 @@ class DiagonalGaussian:
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
 
+def frames_at_once(x: Tensor) -> int:
+    """How many frames of x (B, C, T, H, W) a layer works on at a time. Autograd keeps everything anyway: all."""
+    if torch.is_grad_enabled():
+        return x.shape[2]
+    return max(LEAST_FRAMES_AT_ONCE, ELEMENTS_AT_ONCE * x.shape[2] // x.numel())
+
+
+def unchanged(frames: Tensor) -> Tensor:
+    return frames
+
+
+def norm_and_silu(norm: nn.GroupNorm, x: Tensor) -> FrameOperation:
+    """GroupNorm over all of x (B, C, T, H, W), then SiLU, as an operation that takes x's frames a few at a time."""
+    if torch.is_grad_enabled():
+        return lambda frames: F.silu(norm(frames))  # the frames are all of x
+
+    means, powers = [], []  # of every channel in every frame
+    for frame in x.unbind(2):
+        pixels = upcast(frame).flatten(2)  # (B, C, H*W)
+        means.append(pixels.mean(-1))
+        powers.append(torch.linalg.vecdot(pixels, pixels) / pixels.shape[-1])
+    groups = (norm.num_groups, -1)
+    mean = torch.stack(means, dim=-1).unflatten(1, groups).mean((2, 3))  # (B, groups)
+    power = torch.stack(powers, dim=-1).unflatten(1, groups).mean((2, 3))
+    deviation = torch.sqrt((power - mean.square()).clamp(min=0) + norm.eps)
+    factor = upcast(norm.weight).unflatten(0, groups) / deviation.unsqueeze(-1)  # (B, groups, C / groups)
+    offset = upcast(norm.bias).unflatten(0, groups) - factor * mean.unsqueeze(-1)
+    factor, offset = (value.flatten(1)[:, :, None, None, None] for value in (factor, offset))
+    return lambda frames: F.silu(torch.addcmul(offset, frames, factor), inplace=True).to(x.dtype)
+
+
+def padded_windows(
+    x: Tensor, prepare: FrameOperation, border: int, taps: int, stride: int = 1
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Stretches (begin, end, window) of a causal convolution's output frames, and the frames that they are made from.
+
+    A window is `prepare`d and padded by repetition: by `border` pixels in space, and at the very beginning by taps - 1
+    frames in time, so that what is left to do is a convolution without padding.
+    """
+    frames_out = (x.shape[2] - 1) // stride + 1
+    step = frames_at_once(x)
+    history = x  # the prepared and padded frames that the next stretch shares with the last
+    for begin in range(0, frames_out, step):
+        end = min(begin + step, frames_out)
+        window = prepare(x[:, :, stride * (begin - 1) + 1 if begin else 0 : stride * (end - 1) + 1])
+        past = 0 if begin else taps - 1
+        if border or past:
+            window = repeat_border(window, border, past)
+        if begin:
+            window = torch.cat((history, window), dim=2)
+        if end < frames_out:
+            history = window[:, :, window.shape[2] - (taps - stride) :].clone()
+        yield begin, end, window
+        del window  # before the next one is made
+
+
+def repeat_border(x: Tensor, border: int, past: int) -> Tensor:
+    """x (B, C, T, H, W) with `border` repeated pixels on each side in space and `past` repeated first frames."""
+    if not torch.is_grad_enabled():
+        return F.pad(x, (border, border, border, border, past, 0), mode="replicate")
+    # The gradient of that corrupts memory for channels-last tensors on a CPU (torch 2.13); these two steps have none.
+    pictures = F.pad(x.transpose(1, 2).flatten(0, 1), (border,) * 4, mode="replicate")
+    x = pictures.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    return torch.cat((*[x[:, :, :1]] * past, x), dim=2)
+
+
+def convolve(window: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], by_frame: bool) -> Tensor:
+    """3-D convolution without padding; with `by_frame` as one 2-D convolution per time tap, added up."""
+    if not by_frame:
+        return F.conv3d(window, weight, bias, tuple(stride))
+    stride_time, *stride_space = stride
+    taps = weight.shape[2]
+    frames = (window.shape[2] - taps) // stride_time + 1
+    out = None
+    for tap in range(taps):
+        pictures = window[:, :, tap : tap + stride_time * (frames - 1) + 1 : stride_time].transpose(1, 2).flatten(0, 1)
+        part = F.conv2d(pictures, weight[:, :, tap], bias if tap == 0 else None, stride_space)
+        if out is None:
+            out = part
+        elif torch.is_grad_enabled():
+            out = out + part
+        else:
+            out.add_(part)
+    assert out is not None
+    return out.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def new_video(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of `shape`, its dtype, device and memory format as `like`'s."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last_3d)
+    memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
 class CausalConv3d(nn.Module):
     """Convolution that pads by repeating the border: both sides in space, only the past in time.
 
-    With `by_frame` every time tap is a 2-D convolution and the taps are added up: the same sum in another order. On a
-    CPU that is several times faster, because 2-D convolutions have kernels there that 3-D ones lack.
+    With `by_frame` every time tap is a 2-D convolution and the taps are added up: the same sum in another order.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
         super().__init__()
         self.border = kernel // 2
-        self.history = kernel - 1  # how many earlier frames an output frame sees
         self.by_frame = False
+        self.gradients_by_frame = False
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', ceil(T / stride), ...)."""
-        if self.by_frame:
-            return self._forward_by_frame(x)
-        border = (self.border,) * 4
-        if self.history:
-            x = F.pad(x, (*border, self.history, 0), mode="replicate")
-        return self.conv(x)
+    def forward(self, x: Tensor, prepare: FrameOperation = unchanged, out: Tensor | None = None) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', ceil(T / stride), ...) of prepare(x).
 
-    def _forward_by_frame(self, x: Tensor) -> Tensor:
-        batch, _, frames = x.shape[:3]
-        stride_time, *stride = self.conv.stride
-        x = x.transpose(1, 2).flatten(0, 1)  # (B*T, C, H, W), without a copy where x is channels-last
-        if self.border:
-            x = F.pad(x, (self.border,) * 4, mode="replicate")
-        if frames == 1:
-            # The only frame is its own past: all taps see the same picture, so their sum is one convolution.
-            out = F.conv2d(x, self.conv.weight.sum(2), self.conv.bias, stride)
-            return out.unsqueeze(2)
-        x = x.unflatten(0, (batch, frames))
-        # Before the first frame there is the first frame.
-        x = torch.cat((*[x[:, :1]] * self.history, x), dim=1)  # (B, history + T, C, H, W)
-        taps = self.conv.weight.unbind(2)
-        parts = []
-        for tap, weight in enumerate(taps):
-            pictures = x[:, tap : tap + frames : stride_time].flatten(0, 1)
-            bias = self.conv.bias if tap == self.history else None
-            parts.append(F.conv2d(pictures, weight, bias, stride))
-        return sum(parts[1:], parts[0]).unflatten(0, (batch, -1)).transpose(1, 2)
+        `out` is memory that the result may be written to, x itself where their shapes agree.
+        """
+        weight, bias, stride = self.conv.weight, self.conv.bias, self.conv.stride
+        if x.shape[2] == 1:
+            # The only frame is its own past: all taps see the same picture, so their sum is one tap.
+            weight = upcast(weight).sum(2, keepdim=True).to(weight.dtype)
+        frames_out = (x.shape[2] - 1) // stride[0] + 1
+        for begin, end, window in padded_windows(x, prepare, self.border, weight.shape[2], stride[0]):
+            by_frame = self.gradients_by_frame if torch.is_grad_enabled() else self.by_frame
+            part = convolve(window, weight, bias, stride, by_frame)
+            del window
+            if part.shape[2] == frames_out:
+                return part
+            if out is None:
+                out = new_video(part, (*part.shape[:2], frames_out, *part.shape[3:]))
+            out[:, :, begin:end] = part
+        assert out is not None
+        return out
 
 
 class ResnetBlock(nn.Module):
@@ -110,9 +204,10 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return hidden + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        hidden = self.conv1(x, norm_and_silu(self.norm1, x))
+        hidden = self.conv2(hidden, norm_and_silu(self.norm2, hidden), out=hidden)
+        shortcut = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
 class FrameCausalAttention(nn.Module):
@@ -164,8 +259,24 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
+def phase_kernels(weight: Tensor, dim: int, factor: int) -> tuple[Tensor, ...]:
+    """Kernels along `dim` for each of the `factor` outputs that nearest-neighbour upsampling makes of one input.
+
+    Upsampled by 2, the three taps (a, b, c) of an output see only two different inputs: (a, b + c) the one before and
+    its own, or (a + b, c), depending on which of the two outputs it is.
+    """
+    if factor == 1:
+        return (weight,)
+    a, b, c = weight.unbind(dim)
+    return torch.stack((a, b + c), dim), torch.stack((a + b, c), dim)
+
+
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by `factor`, then a convolution; the first frame is not repeated in time."""
+    """Nearest-neighbour upsampling by `factor` (each 1 or 2), then a convolution; the first frame isn't repeated.
+
+    Without autograd the upsampled tensor is never made: every phase of the output is a convolution of the input with
+    its own, smaller kernel, which is the same sum with less than a third of the products.
+    """
 
     def __init__(self, channels: int, factor: tuple[int, int, int]) -> None:
         super().__init__()
@@ -173,6 +284,9 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._repeat_and_convolve(x) if torch.is_grad_enabled() else self._convolve_phases(x)
+
+    def _repeat_and_convolve(self, x: Tensor) -> Tensor:
         time, height, width = self.factor
         if time > 1:
             x = torch.cat((x[:, :, :1], x[:, :, 1:].repeat_interleave(time, dim=2)), dim=2)
@@ -181,8 +295,41 @@ class Upsample(nn.Module):
         pictures = F.interpolate(pictures, scale_factor=(height, width), mode="nearest")
         return self.conv(pictures.unflatten(0, (batch, -1)).transpose(1, 2))
 
+    def _convolve_phases(self, x: Tensor) -> Tensor:
+        batch, channels, frames, rows, columns = x.shape
+        time, height, width = self.factor
+        conv = self.conv.conv
+        weight = upcast(conv.weight)
+        if frames == 1:
+            time, weight = 1, weight.sum(2, keepdim=True)
+        kernels = {}
+        for i, by_row in enumerate(phase_kernels(weight, 3, height)):
+            for j, by_column in enumerate(phase_kernels(by_row, 4, width)):
+                # Both phases of time see the same frames: one convolution with twice the output channels.
+                kernels[i, j] = torch.cat(phase_kernels(by_column, 2, time)).to(x.dtype)
+        taps = next(iter(kernels.values())).shape[2]
+        bias = None if conv.bias is None else conv.bias.repeat(time)
+
+        out = None
+        for begin, end, window in padded_windows(x, unchanged, border=1, taps=taps):
+            for (i, j), kernel in kernels.items():
+                view = window[..., i : i + rows + kernel.shape[3] - 1, j : j + columns + kernel.shape[4] - 1]
+                own, *earlier = convolve(view, kernel, bias, conv.stride, self.conv.by_frame).chunk(time, dim=1)
+                if out is None:
+                    out = new_video(own, (batch, channels, time * (frames - 1) + 1, height * rows, width * columns))
+                pixels = out[..., i::height, j::width]
+                pixels[:, :, time * begin : time * (end - 1) + 1 : time] = own
+                for phase in earlier:  # input frame n > 0 makes the output frames 2n - 1 and 2n
+                    first = max(begin, 1)
+                    pixels[:, :, time * first - 1 : time * (end - 1) : time] = phase[:, :, first - begin :]
+            del window
+        assert out is not None
+        return out
+
 
 class DownBlock(nn.Module):
+    """A level of the encoder; `layers_of` runs its layers."""
+
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, groups: int, stride: tuple[int, int, int]
     ) -> None:
@@ -192,13 +339,10 @@ class DownBlock(nn.Module):
         )
         self.downsamplers = nn.ModuleList([Downsample(out_channels, stride)] if max(stride) > 1 else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
-
 
 class UpBlock(nn.Module):
+    """A level of the decoder; `layers_of` runs its layers."""
+
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, groups: int, factor: tuple[int, int, int]
     ) -> None:
@@ -208,10 +352,13 @@ class UpBlock(nn.Module):
         )
         self.upsamplers = nn.ModuleList([Upsample(out_channels, factor)] if max(factor) > 1 else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+
+def layers_of(blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """The blocks' layers in order: run one by one, so that nothing holds a block's input while its later layers run."""
+    for block in blocks:
+        for layers in block.children():
+            assert isinstance(layers, nn.ModuleList)
+            yield from layers
 
 
 def level_factors(levels: int, spatial: int, temporal: int) -> list[tuple[int, int, int]]:
@@ -252,9 +399,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        for layer in layers_of(self.down_blocks):
+            x = layer(x)
+        x = self.mid_block(x)
+        return self.conv_out(x, norm_and_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -281,9 +429,9 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        for layer in layers_of(self.up_blocks):
+            x = layer(x)
+        return self.conv_out(x, norm_and_silu(self.conv_norm_out, x))
 
 
 class AutoencoderKLHunyuanVideo(nn.Module):
@@ -330,11 +478,17 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         return apply_tiled(lambda tile: self.decoder(self.post_quant_conv(tile)), z, axes)
 
     def convolve_by_frame(self, enabled: bool = True) -> None:
-        """Compute every 3-D convolution as 2-D ones (see `CausalConv3d`), in channels-last memory: for CPUs."""
+        """For CPUs: channels-last memory, and 2-D convolutions (see `CausalConv3d`) wherever 3-D ones are slow there.
+
+        oneDNN's 3-D kernels are as fast as its 2-D ones for input channels in multiples of 32, several times slower
+        for others; for 1x1x1 there are none at all. Their gradients in bfloat16 take minutes, so training is 2-D.
+        """
         self.to(memory_format=torch.channels_last_3d if enabled else torch.contiguous_format)  # type: ignore[call-overload]
         for module in self.modules():
             if isinstance(module, CausalConv3d):
-                module.by_frame = enabled
+                narrow = module.conv.in_channels % 32 != 0
+                module.by_frame = enabled and (narrow or module.conv.kernel_size == (1, 1, 1))
+                module.gradients_by_frame = enabled
 
     def _tiled_axes(self, tiling: VAETiling | None, decoding: bool) -> list[TiledAxis]:
         if tiling is None:
