@@ -1,9 +1,9 @@
 """Train the tiny text-to-video checkpoint that ships in `assets/`, from nothing, on clips that our own code draws.
 
-    python tools/train_tiny.py vae       # 3-D VAE: single frames first, then 17-frame windows
+    python tools/train_tiny.py vae       # 3-D VAE: single frames, then 17-frame windows, then the decoder alone
     python tools/train_tiny.py text      # Qwen2.5-VL and CLIP in small, taught to tell the captions apart
-    python tools/train_tiny.py latents   # clips through the VAE, captions through the text encoders
-    python tools/train_tiny.py dit       # the diffusion transformer, flow matching on those latents
+    python tools/train_tiny.py latents --size 64 ; python tools/train_tiny.py latents --size 128   # clips encoded
+    python tools/train_tiny.py dit       # the diffusion transformer, flow matching on small, then on full-size clips
     python tools/train_tiny.py export    # write assets/tiny/t2v/{model,vae,text_encoder,text_encoder2}
 
 Every stage keeps its state in `.train/tiny` (ignored by git), saves it about once a minute and goes on from there
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
 
 from kandinsky.config import Config, load_config
 from kandinsky.loading import KEEP_PRECISION, load_dit, load_vae
@@ -455,7 +458,7 @@ def stage_dit(args: argparse.Namespace) -> None:
             velocity = torch.func.functional_call(dit, weights, inputs, options)
         return F.mse_loss(velocity.float(), noise - x0)
 
-    train("dit", args.state, dit, optimizers, loss, args.dit_steps, ema_decay=0.999, warmup=200)
+    train("dit", args.state, dit, optimizers, loss, args.dit_steps, warmup=200)
 
 
 def latent_scale(state_dir: Path) -> float:
@@ -476,7 +479,7 @@ def stage_export(args: argparse.Namespace) -> None:
         vae.quant_conv.weight[channels:].zero_()
         vae.quant_conv.bias[channels:].fill_(2 * math.log(LATENT_NOISE))
     state = torch.load(args.state / "dit.pt")
-    write_safetensors(state["ema"], out / "model" / "tiny_t2v.safetensors")
+    write_safetensors(state["model"], out / "model" / "tiny_t2v.safetensors")
     write_safetensors(vae.state_dict(), out / "vae" / "diffusion_pytorch_model.safetensors")
     config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args.state)}
     (out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -506,9 +509,9 @@ def main() -> None:
     parser.add_argument("--first_shard", type=int, default=0, help="latents: number of the first file")
     parser.add_argument("--shards", type=int, default=2, help="latents: how many files")
     parser.add_argument("--shard_clips", type=int, default=1152, help="latents: clips a file, each another combination")
-    parser.add_argument("--small_steps", type=int, default=5000, help="dit: steps on half-size clips, the first ones")
+    parser.add_argument("--small_steps", type=int, default=1200, help="dit: steps on half-size clips, the first ones")
     parser.add_argument("--from_exported", action="store_true", help="dit: start from the checkpoint in --out")
-    parser.add_argument("--dit_steps", type=int, default=8000)
+    parser.add_argument("--dit_steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--image_steps", type=int, default=480)
