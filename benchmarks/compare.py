@@ -1,6 +1,6 @@
 """Our models beside diffusers', with the same weights in one run: time and peak memory, as a table.
 
-    python benchmarks/compare.py [--device cpu|cuda] [--dtype float32|bfloat16] [--part dit|vae|all] [--compile]
+    python benchmarks/compare.py [--device cpu|cuda] [--dtype float32|bfloat16] [--part dit|vae|image|all] [--compile]
 
 Times are medians over repeats in which the two implementations take turns, without autograd. Peak memory is what one
 call needs beyond the weights: on CUDA the allocator's peak; on a CPU the peak of the resident set, in a process of its
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL as TheirImageVAE
 from diffusers import AutoencoderKLHunyuanVideo as TheirVAE
 from diffusers import Kandinsky5Transformer3DModel as TheirDiT
 from diffusers.utils import logging as diffusers_logging
@@ -33,10 +34,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
+from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiling import VAETiling
 
 IMPLEMENTATIONS = ("ours", "diffusers")
-CASES = ("dit", "vae window", "vae windows")
+CASES = ("dit", "vae window", "vae windows", "image vae")
 SCALE_FACTOR = (1.0, 2.0, 2.0)
 WINDOWS = VAETiling(frames=17, frame_stride=8, size=4096)  # in time only
 
@@ -51,11 +54,12 @@ class Sizes:
     text_tokens: int
     vae_channels: tuple[int, int, int, int]
     vae_latents: tuple[int, int]  # height and width
+    image_latents: tuple[int, int]
     repeats: int
 
 
-CPU_SIZES = Sizes(512, 4, (8, 32, 32), 64, (64, 128, 256, 256), (12, 12), 3)
-CUDA_SIZES = Sizes(1792, 8, (16, 64, 96), 128, (128, 256, 512, 512), (64, 96), 5)
+CPU_SIZES = Sizes(512, 4, (8, 32, 32), 64, (64, 128, 256, 256), (12, 12), (64, 64), 3)
+CUDA_SIZES = Sizes(1792, 8, (16, 64, 96), 128, (128, 256, 512, 512), (64, 96), (128, 128), 5)
 
 
 @dataclass(frozen=True)
@@ -174,10 +178,44 @@ def vae_case(sizes: Sizes, device: torch.device, dtype: torch.dtype, latent_fram
     return Case(title, run, warm_up, lambda result: result[:, :, :shared], note)
 
 
+def image_vae_case(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+    """Decoding one picture, untiled; ours in the memory format that it is loaded in, diffusers as it ships."""
+    structure = {
+        "block_out_channels": sizes.vae_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    theirs = TheirImageVAE(**structure).eval().requires_grad_(False)
+    randomise(theirs)
+    ours = AutoencoderKL(block_out_channels=sizes.vae_channels)
+    ours.load_state_dict(theirs.state_dict())
+    ours.to(device, dtype).eval().requires_grad_(False)
+    theirs.to(device, dtype)
+    if device.type == "cpu":
+        ours.to(memory_format=torch.channels_last)
+
+    def calls(height: int, width: int) -> dict[str, Callable[[], Tensor]]:
+        latents = torch.randn(1, 16, height, width).to(device, dtype)
+        return {
+            "ours": lambda: ours.decode(latents),
+            "diffusers": lambda: theirs.decode(latents, return_dict=False)[0],
+        }
+
+    height, width = sizes.image_latents
+    title = f"image VAE decode: channels {sizes.vae_channels}, {8 * width}x{8 * height}"
+    return Case(title, calls(height, width), calls(4, 4))
+
+
 def build(name: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Case:
     sizes = CPU_SIZES if device.type == "cpu" else CUDA_SIZES
     if name == "dit":
         return dit_case(sizes, device, dtype, compiled)
+    if name == "image vae":
+        return image_vae_case(sizes, device, dtype)
     return vae_case(sizes, device, dtype, latent_frames=5 if name == "vae window" else 7)
 
 
@@ -266,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--part", choices=("dit", "vae", "all"), default="all")
+    parser.add_argument("--part", choices=("dit", "vae", "image", "all"), default="all")
     parser.add_argument("--compile", action="store_true", help="also the DiT compiled by torch.compile")
     parser.add_argument("--repeats", type=int, help="timed calls of each implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")

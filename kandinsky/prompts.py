@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROMPT_SLOT = "{}"
+IMAGE_TOKEN = "<|image_pad|>"  # stands for a picture in a template, and as often as it makes tokens in front of Qwen
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,14 @@ def default_negative_caption(content: str = "video") -> str:
     return _prompt_data()["negative_captions"].get(content, "")
 
 
-def render(template: PromptTemplate, prompt: str, num_images: int = 0) -> str:
-    """The template with the prompt in its slot. Braces in the prompt stay what they are."""
+def render(template: PromptTemplate, prompt: str, image_tokens: Sequence[int] = ()) -> str:
+    """The template with the prompt in its slot and room for its pictures, each of so many tokens.
+
+    Braces in the prompt stay what they are.
+    """
     before, _, after = template.text.partition(_PROMPT_SLOT)
-    return before + prompt + after + template.per_image * num_images + template.end
+    images = "".join(template.per_image.replace(IMAGE_TOKEN, IMAGE_TOKEN * n) for n in image_tokens)
+    return before + prompt + after + images + template.end
 
 
 def prefix_length(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> int:
@@ -105,27 +110,41 @@ def check_prefix(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, c
         )
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise a ValueError where there are no prompts, or where a bare string stands instead of a list."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a non-empty list of strings, not {prompts!r}")
+
+
 def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     template: PromptTemplate,
     max_length: int | None,
     crop: int,
+    image_tokens: Sequence[int] | None = None,
 ) -> TokenizedPrompts:
     """Render and tokenise prompts; the prefix is still in front, so that the caller can crop the hidden states.
 
-    A prompt longer than `max_length` tokens after the crop (None: no limit) loses its tail, closing token included, as
-    in the release, and a warning says how much. Padding goes to the longest prompt only: behind the last real token of
-    a causal model it changes nothing before it, and the caller masks or drops it.
+    `image_tokens` says how many tokens the picture of each prompt makes (None: there are no pictures). Pictures stand
+    behind the words, so that `max_length` cannot apply: nothing is cut off then.
+
+    Without pictures, a prompt longer than `max_length` tokens after the crop (None: no limit) loses its tail, closing
+    token included, as in the release, and a warning says how much. Padding goes to the longest prompt only: behind the
+    last real token of a causal model it changes nothing before it, and the caller masks or drops it.
 
     Raises:
-        ValueError: no prompts, a bare string instead of a sequence, or nothing left of a prompt after the crop.
+        ValueError: no prompts, a bare string instead of a sequence, nothing left of a prompt after the crop, or a
+            prompt with the token that stands for a picture.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a non-empty list of strings, not {prompts!r}")
+    check_prompts(prompts)
+    pictures: list[tuple[int, ...]] = [()] * len(prompts) if image_tokens is None else [(n,) for n in image_tokens]
+    for prompt in prompts:
+        if image_tokens is not None and IMAGE_TOKEN in prompt:
+            raise ValueError(f"the prompt {prompt!r} has {IMAGE_TOKEN} in it, which stands for a picture; leave it out")
     # Closing <|im_end|> and the prompt are tokenised together: how words merge depends on their neighbours.
-    rows = tokenizer([render(template, prompt) for prompt in prompts])["input_ids"]
-    if max_length is not None:
+    rows = tokenizer([render(template, *both) for both in zip(prompts, pictures, strict=True)])["input_ids"]
+    if max_length is not None and image_tokens is None:
         for index, row in enumerate(rows):
             surplus = len(row) - (crop + max_length)
             if surplus > 0:

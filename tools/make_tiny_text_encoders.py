@@ -2,10 +2,14 @@
 
 The folders look like the real ones (`text_encoder/`, `text_encoder2/`, each with config.json, model.safetensors and
 the tokenizer's files), and `load_text_embedder` reads them through the same code. Sizes differ, and the tokenizers:
-they know every byte, and as whole words those of the captions and of the video template, so that the template's prefix
-is short. Its length goes into the config as `model.text_embedder.qwen.crop`; the command prints it.
+they know every byte, and as whole words those of the captions and of the templates in use, so that the templates'
+prefixes are short. Their length goes into the configs as `model.text_embedder.qwen.crop`; the command prints it.
+
+Encoders for videos read text. Those for images serve two tasks: they have a vision tower for editing, which is not
+loaded for text to image.
 
     python -m tools.make_tiny_text_encoders --captions captions.txt --out assets/tiny/t2v --seed 0
+    python -m tools.make_tiny_text_encoders --captions captions.txt --out assets/tiny/image --seed 0 --images
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,8 +31,10 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
 )
 
 from kandinsky.models.text_embedder import TextEmbedder
@@ -39,6 +46,12 @@ CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")  # the last id is end-of-tex
 QWEN_VOCAB_SIZE = 768
 CLIP_VOCAB_SIZE = 768  # 512 of them bytes, in the middle and at the end of a word: no text is unknown
 CLIP_MAX_LENGTH = 32
+VIDEO_CONTENTS = ("video",)
+IMAGE_CONTENTS = ("image", "image_edit")
+# Where there is no vision tower, this section only makes config.json read as what it is, a Qwen2.5-VL's.
+NO_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [0]}
+# One block that attends within windows and one that sees the whole picture, as the real tower has both.
+TINY_VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "fullatt_block_indexes": [1]}
 
 
 def _bpe(
@@ -68,10 +81,12 @@ def _bpe(
     return vocab, merges
 
 
-def build_tokenizers(captions: list[str], out_dir: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """Train and save a Qwen2-style and a CLIP-style tokenizer; returns both."""
-    template_words = re.sub(r"<\|.*?\|>", "", get_template("video").text.replace("{}", ""))
-    vocab, merges = _bpe([*captions, template_words], Qwen2Tokenizer(), QWEN_VOCAB_SIZE, QWEN_SPECIAL)
+def build_tokenizers(
+    captions: list[str], out_dir: Path, contents: Sequence[str] = VIDEO_CONTENTS
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Train and save a Qwen2-style and a CLIP-style tokenizer, the first one also on the templates' words."""
+    template_words = [re.sub(r"<\|.*?\|>", "", get_template(content).text.replace("{}", "")) for content in contents]
+    vocab, merges = _bpe([*captions, *template_words], Qwen2Tokenizer(), QWEN_VOCAB_SIZE, QWEN_SPECIAL)
     qwen_tokenizer = Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,
@@ -88,12 +103,16 @@ def build_tokenizers(captions: list[str], out_dir: Path) -> tuple[PreTrainedToke
     return qwen_tokenizer, clip_tokenizer
 
 
-def make_text_encoders(captions: list[str], out_dir: Path, seed: int) -> None:
-    """Write both encoders with random weights, ready for `load_text_embedder`."""
-    qwen_tokenizer, clip_tokenizer = build_tokenizers(captions, out_dir)
+def make_text_encoders(captions: list[str], out_dir: Path, seed: int, *, images: bool = False) -> None:
+    """Write both encoders with random weights, ready for `load_text_embedder`.
+
+    With `images` they are for text to image and, through a vision tower, for editing images.
+    """
+    contents = IMAGE_CONTENTS if images else VIDEO_CONTENTS
+    qwen_tokenizer, clip_tokenizer = build_tokenizers(captions, out_dir, contents)
     # 0.08 is about 1 / sqrt(hidden_size): with the usual 0.02 so few and narrow layers would hardly do anything.
-    qwen_config = Qwen2_5_VLConfig(
-        text_config={
+    qwen_config = _full_config(
+        {
             "vocab_size": len(qwen_tokenizer),
             "hidden_size": 128,
             "intermediate_size": 256,
@@ -108,8 +127,10 @@ def make_text_encoders(captions: list[str], out_dir: Path, seed: int) -> None:
             "bos_token_id": None,
             "eos_token_id": qwen_tokenizer.eos_token_id,
             "pad_token_id": None,
-        }
-    ).text_config
+        },
+        {**TINY_VISION, "out_hidden_size": 128, "initializer_range": 0.125} if images else None,
+        qwen_tokenizer,
+    )
     clip_config = CLIPTextConfig(
         vocab_size=len(clip_tokenizer),
         hidden_size=128,
@@ -125,7 +146,10 @@ def make_text_encoders(captions: list[str], out_dir: Path, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        qwen, clip = Qwen2_5_VLTextModel(qwen_config), CLIPTextModel(clip_config)
+        qwen = Qwen2_5_VLModel(qwen_config) if images else Qwen2_5_VLTextModel(qwen_config.text_config)
+        clip = CLIPTextModel(clip_config)
+        if images:  # 1176 numbers come into a patch, and 1 / sqrt of that keeps what comes out near 1
+            torch.nn.init.normal_(qwen.visual.patch_embed.proj.weight, std=1176**-0.5)
     embedder = TextEmbedder(
         qwen,
         clip,
@@ -133,45 +157,58 @@ def make_text_encoders(captions: list[str], out_dir: Path, seed: int) -> None:
         clip_tokenizer,
         qwen_max_length=256,
         clip_max_length=CLIP_MAX_LENGTH,
-        crop=prefix_length(qwen_tokenizer, get_template("video")),
+        crop=prefix_length(qwen_tokenizer, get_template(contents[0])),
+        content=contents[0],
+        image_processor=Qwen2VLImageProcessorPil() if images else None,  # its defaults are those published
     )
     save_text_encoders(embedder, out_dir)
 
 
 def save_text_encoders(embedder: TextEmbedder, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write both encoders under `out_dir` with the published key names; it may be the folder they came from."""
-    qwen_config = embedder.qwen.config
-    full_config = Qwen2_5_VLConfig(
-        text_config={**qwen_config.to_dict(), "dtype": str(dtype).removeprefix("torch.")},
-        # There is no vision tower; its section only makes the file read as what it is, a Qwen2.5-VL.
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": qwen_config.hidden_size,
-            "fullatt_block_indexes": [0],
-        },
-        image_token_id=embedder.qwen_tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=embedder.qwen_tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        vision_start_token_id=embedder.qwen_tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=embedder.qwen_tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    """Write both encoders under `out_dir` with the published key names; it may be the folder they came from.
+
+    What the embedder does not have, it does not write: one that was loaded without the vision tower would leave a
+    folder without it.
+    """
+    qwen, language_model = embedder.qwen, embedder.language_model
+    full_config = _full_config(
+        {**language_model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")},
+        qwen.config.vision_config.to_dict() if isinstance(qwen, Qwen2_5_VLModel) else None,
+        embedder.qwen_tokenizer,
     )
     clip_config = CLIPTextConfig.from_dict({**embedder.clip.config.to_dict(), "architectures": ["CLIPTextModel"]})
+    # The published names are those of an older transformers: `model.` for the language model, `visual.` for the tower.
+    tensors = {f"model.{name}": tensor for name, tensor in language_model.named_parameters()}
+    if isinstance(qwen, Qwen2_5_VLModel):
+        tensors |= {f"visual.{name}": tensor for name, tensor in qwen.visual.named_parameters()}
+    clip_tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in embedder.clip.named_parameters()}
 
-    for folder, prefix, model, config, tokenizer in (
-        (out_dir / QWEN_FOLDER, "model.", embedder.qwen, full_config, embedder.qwen_tokenizer),
-        (out_dir / CLIP_FOLDER, "text_model.", embedder.clip, clip_config, embedder.clip_tokenizer),
+    for folder, named, config, tokenizer in (
+        (out_dir / QWEN_FOLDER, tensors, full_config, embedder.qwen_tokenizer),
+        (out_dir / CLIP_FOLDER, clip_tensors, clip_config, embedder.clip_tokenizer),
     ):
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        tensors = {
-            prefix + name.removeprefix(prefix): tensor.detach().to("cpu", dtype).contiguous()
-            for name, tensor in model.named_parameters()
-        }
-        _replace_safetensors(tensors, folder / "model.safetensors")
+        saved = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
+        _replace_safetensors(saved, folder / "model.safetensors")
+    if embedder.image_processor is not None:
+        embedder.image_processor.save_pretrained(out_dir / QWEN_FOLDER)
+
+
+def _full_config(
+    text: Mapping[str, Any], vision: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase
+) -> Qwen2_5_VLConfig:
+    """The config of a whole Qwen2.5-VL from its two sections; None where there is no vision tower."""
+    return Qwen2_5_VLConfig(
+        text_config=dict(text),
+        vision_config=dict(vision) if vision else {**NO_VISION, "out_hidden_size": text["hidden_size"]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
 
 
 def _replace_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -186,11 +223,13 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", action="store_true", help="for text to image and image editing, not for videos")
     arguments = parser.parse_args()
     captions = arguments.captions.read_text(encoding="utf-8").splitlines()
-    make_text_encoders(captions, arguments.out, arguments.seed)
+    make_text_encoders(captions, arguments.out, arguments.seed, images=arguments.images)
     qwen_tokenizer = Qwen2Tokenizer.from_pretrained(arguments.out / QWEN_FOLDER)
-    print(f"model.text_embedder.qwen.crop: {prefix_length(qwen_tokenizer, get_template('video'))}")
+    for content in IMAGE_CONTENTS if arguments.images else VIDEO_CONTENTS:
+        print(f"model.text_embedder.qwen.crop ({content}): {prefix_length(qwen_tokenizer, get_template(content))}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
 """Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
 
 `forward` is embed -> run_blocks -> head. Caches and block swapping wrap `run_blocks`; attention engines and sequence
-parallelism are set as `dit.attention`. The module knows no devices, files or schedules, and keeps no state between
-calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and handed in.
+parallelism are set as `dit.attention`, NABLA's kernel as `dit.block_sparse`. The module knows no devices, files or
+schedules, and keeps no state between calls: what depends on the request alone (`RequestTables`) is computed once by
+`request_tables` and handed in.
 
 Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from kandinsky.attention.block_sparse import BlockSparseAttention, sdpa_block_sparse
 from kandinsky.attention.engines import Attention, sdpa
+from kandinsky.attention.nabla import NablaConfig, NablaTables, nabla_attention, nabla_tables
 from kandinsky.models.layers import OutLayer, TextBlock, TextProjection, TimeEmbeddings, VisualBlock, VisualEmbeddings
 from kandinsky.models.rope import RotaryTable, text_rotary_table, visual_rotary_table
 
@@ -24,11 +28,12 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class RequestTables:
-    """What depends only on a request's sizes: the patch grid and the rotary tables."""
+    """What depends only on a request's sizes: the patch grid, the rotary tables, and NABLA's window and token order."""
 
     grid: Grid
-    visual_rope: RotaryTable
+    visual_rope: RotaryTable  # of tokens in NABLA's order, where there is NABLA
     text_rope: RotaryTable
+    nabla: NablaTables | None = None  # None: visual self-attention is dense
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class DiffusionTransformer3D(nn.Module):
         self.axes_dims = tuple(axes_dims)
         self.head_dim = head_dim
         self.attention: Attention = sdpa
+        self.block_sparse: BlockSparseAttention = sdpa_block_sparse
 
         self.time_embeddings = TimeEmbeddings(model_dim, time_dim)
         self.text_embeddings = TextProjection(in_text_dim, model_dim)
@@ -94,15 +100,22 @@ class DiffusionTransformer3D(nn.Module):
         text_length: int,
         scale_factor: Sequence[float],
         device: torch.device | str,
+        nabla: NablaConfig | None = None,
     ) -> RequestTables:
-        """Tables for latents of (T, H, W) and `text_length` text tokens. Raises ValueError for sizes it can't take."""
+        """Tables for latents of (T, H, W) and `text_length` text tokens, with NABLA or (None) dense attention.
+
+        Raises ValueError for sizes it can't take.
+        """
         if any(size % p for size, p in zip(latent_size, self.patch_size, strict=True)):
             raise ValueError(f"latents of size {latent_size} do not divide into patches of {self.patch_size}")
         t, h, w = (size // p for size, p in zip(latent_size, self.patch_size, strict=True))
+        blocks = None if nabla is None else nabla_tables((t, h, w), nabla, device)
+        visual_rope = visual_rotary_table((t, h, w), self.axes_dims, scale_factor, device)
         return RequestTables(
             grid=(t, h, w),
-            visual_rope=visual_rotary_table((t, h, w), self.axes_dims, scale_factor, device),
+            visual_rope=visual_rope if blocks is None else visual_rope.reordered(blocks.order),
             text_rope=text_rotary_table(text_length, self.head_dim, device),
+            nabla=blocks,
         )
 
     def embed(
@@ -114,26 +127,32 @@ class DiffusionTransformer3D(nn.Module):
         tables: RequestTables,
         text_mask: Tensor | None,
     ) -> tuple[Tensor, BlockInputs]:
-        """Patch tokens (B, N, D), and what the blocks see besides them; runs the text blocks."""
+        """Patch tokens (B, N, D), in NABLA's order if any, and what blocks see besides them; runs the text blocks."""
         mask = None if text_mask is None else text_mask[:, None, None, :]
         time_embed = self.time_embeddings(timesteps) + self.pooled_text_embeddings(pooled_embeds)
         text = self.text_embeddings(text_embeds)  # (B, L, D)
         for block in self.text_transformer_blocks:
             text = block(text, time_embed, tables.text_rope, mask)
         hidden = self.visual_embeddings(latents.to(text.dtype)).flatten(1, 3)  # (B, N, D)
+        if tables.nabla is not None:
+            hidden = hidden.index_select(1, tables.nabla.order)
         return hidden, BlockInputs(text, mask, time_embed, tables)
 
     def run_blocks(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """All visual blocks, (B, N, D) -> (B, N, D)."""
+        tables, attention = inputs.tables, self.attention
+        if tables.nabla is not None:
+            attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=self.block_sparse)
         for block in self.visual_transformer_blocks:
-            hidden = block(
-                hidden, inputs.text, inputs.time_embed, inputs.tables.visual_rope, inputs.text_mask, self.attention
-            )
+            hidden = block(hidden, inputs.text, inputs.time_embed, tables.visual_rope, inputs.text_mask, attention)
         return hidden
 
     def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """(B, N, D) -> velocity (B, T, H, W, out_visual_dim)."""
-        return self.out_layer(hidden, inputs.time_embed, inputs.tables.grid)
+        tables = inputs.tables
+        if tables.nabla is not None:
+            hidden = hidden.index_select(1, tables.nabla.inverse)
+        return self.out_layer(hidden, inputs.time_embed, tables.grid)
 
     def forward(
         self,
@@ -142,7 +161,7 @@ class DiffusionTransformer3D(nn.Module):
         pooled_embeds: Tensor,
         timesteps: Tensor,
         scale_factor: Sequence[float] = (1.0, 2.0, 2.0),
-        nabla: object | None = None,
+        nabla: NablaConfig | None = None,
         text_mask: Tensor | None = None,
         *,
         tables: RequestTables | None = None,
@@ -155,20 +174,20 @@ class DiffusionTransformer3D(nn.Module):
             pooled_embeds: (B, in_text_dim2).
             timesteps: (B,) in [0, 1000]; keep them in float32.
             scale_factor: divides rotary positions along time, height and width.
-            nabla: block-sparse attention is not built yet; anything but None raises NotImplementedError.
+            nabla: visual self-attention is block-sparse, with this config; None: dense, or as `tables` say.
             text_mask: (B, L) bool, True on real tokens; None where all are real.
             tables: this request's `request_tables`; computed here when None.
 
         Returns:
             (B, T, H, W, out_visual_dim) in the model's dtype.
         """
-        if nabla is not None:
-            raise NotImplementedError("NABLA block-sparse attention is not part of this version")
         if latents.shape[-1] != self.in_channels:
             raise ValueError(f"latents have {latents.shape[-1]} channels; this model takes {self.in_channels}")
         if tables is None:
             t, h, w = latents.shape[1:4]
-            tables = self.request_tables((t, h, w), text_embeds.shape[1], scale_factor, latents.device)
+            tables = self.request_tables((t, h, w), text_embeds.shape[1], scale_factor, latents.device, nabla)
+        elif nabla is not None and (tables.nabla is None or tables.nabla.config != nabla):
+            raise ValueError(f"nabla is {nabla}, but the tables were made for another config: hand in one of the two")
         hidden, inputs = self.embed(latents, text_embeds, pooled_embeds, timesteps, tables, text_mask)
         hidden = self.run_blocks(hidden, inputs)
         return self.head(hidden, inputs)

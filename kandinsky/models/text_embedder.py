@@ -1,28 +1,35 @@
 """The two text encoders: Qwen2.5-VL for a sequence of text embeddings, CLIP for one pooled vector.
 
 Qwen reads the prompt inside its chat template and hands over the last hidden state (after the final RMSNorm) without
-the template's prefix. CLIP reads the bare prompt, and its state at the first end-of-text token, without projection, is
-the pooled embedding. Both come from transformers; only their text parts are built, and only the tensors of those are
-read: no lm_head (1.1 GB) and no vision tower.
+the template's prefix. To edit a picture it also sees that picture: its vision tower turns it into tokens that stand
+behind the words. CLIP reads the bare prompt, and its state at the first end-of-text token, without projection, is the
+pooled embedding. Both come from transformers; only the parts in use are built, and only the tensors of those are read:
+no lm_head (1.1 GB), and the vision tower (1.4 GB) only where pictures are to be seen.
 
 Files: a folder with config.json and safetensors (one file, or shards with an index), never pickle. Keys may be
 `model.layers.*` as published, `model.language_model.*` or `language_model.*` as newer transformers write them, or the
 text model's own; for CLIP `text_model.*` (a full CLIPModel or a text model alone) or its own. The tokenizer lies in the
-same folder, or beside it as in a diffusers repository (`tokenizer`, `tokenizer_2`).
+same folder, or beside it as in a diffusers repository (`tokenizer`, `tokenizer_2`), and Qwen's
+preprocessor_config.json, which says how a picture is cut into patches, likewise.
 
 This module does not know which device there is, where files come from, or what the embeddings are used for.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -30,18 +37,21 @@ from transformers import (
     CLIPTextModel,
     PreTrainedModel,
     Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
 )
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
-from kandinsky.prompts import check_prefix, get_template, prefix_length, tokenize_prompts
+from kandinsky.models.rope import MAX_TEXT_POSITIONS
+from kandinsky.prompts import IMAGE_TOKEN, check_prefix, check_prompts, get_template, prefix_length, tokenize_prompts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 
-# What may stand before a text tensor's own name in a file; the longest match wins.
+# What may stand before a tensor's own name in a file; the longest match wins. Names of the vision tower keep `visual.`.
 _QWEN_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _CLIP_PREFIXES = ("text_model.",)
 
@@ -59,6 +69,54 @@ class TextEmbeddings:
         if not 0 < n < len(self.text_embeds):
             raise ValueError(f"cannot split {len(self.text_embeds)} prompts after the first {n}")
         return self._rows(slice(None, n)), self._rows(slice(n, None))
+
+    def unbind(self) -> list[TextEmbeddings]:
+        """Every prompt by itself (batch 1), without padding and so without a mask."""
+        masks = [slice(None)] * len(self.text_embeds) if self.text_mask is None else self.text_mask
+        return [
+            TextEmbeddings(text_embeds[mask][None], pooled_embeds[None], None)
+            for text_embeds, pooled_embeds, mask in zip(self.text_embeds, self.pooled_embeds, masks, strict=True)
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that `load` reads. It appears whole or not at all."""
+        path = Path(path)
+        named = {"text_embeds": self.text_embeds, "pooled_embeds": self.pooled_embeds, "text_mask": self.text_mask}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TextEmbeddings:
+        """What `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: there is no such file, or it holds something else.
+        """
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is no file of saved text embeddings ({error})") from None
+        if not {"text_embeds", "pooled_embeds"} <= set(tensors) <= {"text_embeds", "pooled_embeds", "text_mask"}:
+            raise ValueError(
+                f"{path} has {', '.join(sorted(tensors)[:5]) or 'nothing'} in it, not text_embeds and pooled_embeds "
+                "as text embeddings have; give a file that TextEmbeddings.save wrote"
+            )
+        text_embeds, pooled_embeds, mask = tensors["text_embeds"], tensors["pooled_embeds"], tensors.get("text_mask")
+        mask_fits = mask is None or (mask.dtype == torch.bool and mask.shape == text_embeds.shape[:2])
+        if not (text_embeds.ndim == 3 and pooled_embeds.ndim == 2 and len(text_embeds) == len(pooled_embeds)) or (
+            not mask_fits
+        ):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise ValueError(
+                f"{path} has {shapes}, but text embeddings have text_embeds (B, L, D), pooled_embeds (B, D2) and at "
+                "most a bool text_mask (B, L); give a file that TextEmbeddings.save wrote"
+            )
+        return cls(text_embeds, pooled_embeds, mask)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
         """The same on another device; `dtype` is for the embeddings, the mask stays bool."""
@@ -78,22 +136,23 @@ class TextEmbeddings:
 
 
 class TextEmbedder(nn.Module):
-    """Prompts in, `TextEmbeddings` out.
+    """Prompts (and pictures) in, `TextEmbeddings` out.
 
     Move it with `.to(device)`, never to another dtype: Qwen's rotary frequencies and all of CLIP stay float32.
 
     Args:
-        qwen: Qwen2.5-VL's language model without its head.
+        qwen: Qwen2.5-VL without its head: the language model alone, or with its vision tower.
         clip: CLIP's text model.
         qwen_max_length: tokens of a prompt after the crop; None for no limit.
         clip_max_length: tokens that CLIP reads, padding included.
         crop: None for the templates' published crops. A number (for encoders with a tokenizer of their own) is checked
             against the template of `content`; the other templates are then cut at their measured prefix.
+        image_processor: cuts pictures into patches; needed with a vision tower, and only then.
     """
 
     def __init__(
         self,
-        qwen: Qwen2_5_VLTextModel,
+        qwen: Qwen2_5_VLTextModel | Qwen2_5_VLModel,
         clip: CLIPTextModel,
         qwen_tokenizer: PreTrainedTokenizerBase,
         clip_tokenizer: PreTrainedTokenizerBase,
@@ -102,6 +161,7 @@ class TextEmbedder(nn.Module):
         clip_max_length: int,
         crop: int | None = None,
         content: str = "video",
+        image_processor: Qwen2VLImageProcessorPil | None = None,
     ) -> None:
         super().__init__()
         if clip_max_length > clip.config.max_position_embeddings:
@@ -109,12 +169,15 @@ class TextEmbedder(nn.Module):
                 f"model.text_embedder.clip.max_length is {clip_max_length}, but this CLIP has "
                 f"{clip.config.max_position_embeddings} positions; use at most that many"
             )
-        _check_vocabulary("Qwen", qwen_tokenizer, qwen)
-        _check_vocabulary("CLIP", clip_tokenizer, clip)
-        template = get_template(content)
-        check_prefix(qwen_tokenizer, template, crop)
         self.qwen = qwen
         self.clip = clip
+        _check_vocabulary("Qwen", qwen_tokenizer, self.language_model)
+        _check_vocabulary("CLIP", clip_tokenizer, clip)
+        if isinstance(qwen, Qwen2_5_VLModel):
+            _check_vision(qwen.config, qwen_tokenizer, image_processor)
+        template = get_template(content)
+        check_prefix(qwen_tokenizer, template, crop)
+        self.image_processor = image_processor
         self.qwen_tokenizer = qwen_tokenizer
         self.clip_tokenizer = clip_tokenizer
         self.clip_tokenizer.padding_side = "right"  # the pooled state is the one at the first end-of-text token
@@ -122,6 +185,11 @@ class TextEmbedder(nn.Module):
         self.clip_max_length = clip_max_length
         self._custom_crop = None if crop in (None, template.crop) else crop
         self._crops = {content: template.crop if crop is None else crop}
+
+    @property
+    def language_model(self) -> Qwen2_5_VLTextModel:
+        """Qwen without its vision tower, whether it has one or not."""
+        return self.qwen.language_model if isinstance(self.qwen, Qwen2_5_VLModel) else self.qwen
 
     def crop(self, content: str) -> int:
         """How many leading hidden states are dropped with this template (checked the first time)."""
@@ -135,25 +203,56 @@ class TextEmbedder(nn.Module):
         return self._crops[content]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], content: str = "video") -> TextEmbeddings:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        content: str = "video",
+        images: Sequence[Image.Image] | None = None,
+        max_length: int | None = None,
+    ) -> TextEmbeddings:
         """Embed prompts in one batch; negative prompts belong into the same call (see `TextEmbeddings.split`).
 
         Embeddings come in each encoder's own dtype (CLIP: float32). Padded positions of `text_embeds` hold states that
         mean nothing; `text_mask` says which ones. CLIP cuts what does not fit into its positions.
 
-        Raises:
-            ValueError: no prompts, or an unknown content.
-        """
-        return self(prompts, content)
+        Args:
+            images: for "image_edit", and only there: one RGB picture a prompt, of the size that Qwen should see. Its
+                processor rounds the sides to multiples of 28 px, and 28 x 28 px make a token.
+            max_length: tokens of a prompt after the crop, None for what the embedder was built with. It does not apply
+                with pictures, which stand behind the words: those are never cut, but refused beyond 1024 tokens.
 
-    def forward(self, prompts: Sequence[str], content: str = "video") -> TextEmbeddings:
+        Raises:
+            ValueError: no prompts, an unknown content, pictures missing, not wanted or not one a prompt, no vision
+                tower to see them, or too many tokens with them.
+        """
+        return self(prompts, content, images, max_length)
+
+    def forward(
+        self,
+        prompts: Sequence[str],
+        content: str = "video",
+        images: Sequence[Image.Image] | None = None,
+        max_length: int | None = None,
+    ) -> TextEmbeddings:
         """`encode` with gradients, for training."""
-        crop = self.crop(content)
-        tokens = tokenize_prompts(self.qwen_tokenizer, prompts, get_template(content), self.qwen_max_length, crop)
-        device = self.qwen.embed_tokens.weight.device
+        check_prompts(prompts)
+        template, crop = get_template(content), self.crop(content)
+        max_length = self.qwen_max_length if max_length is None else max_length
+        device = self.language_model.embed_tokens.weight.device
         # No attention mask: the model is causal and padding stands behind, so that no real token sees it.
-        qwen_ids = torch.tensor(tokens.input_ids, device=device)  # (B, prefix + L)
-        text_embeds = self.qwen(input_ids=qwen_ids, use_cache=False).last_hidden_state[:, crop:]  # (B, L, in_text_dim)
+        if content == "image_edit":
+            pixels, image_tokens = self._preprocess(prompts, images)
+            tokens = tokenize_prompts(self.qwen_tokenizer, prompts, template, max_length, crop, image_tokens)
+            _check_length(tokens.attention_mask, image_tokens, crop)
+            qwen_ids = torch.tensor(tokens.input_ids, device=device)  # (B, prefix + L)
+            hidden_states = self._see(qwen_ids, pixels)
+        else:
+            if images is not None:
+                raise ValueError(f"the {content!r} prompt template takes no pictures; give none, or edit an image")
+            tokens = tokenize_prompts(self.qwen_tokenizer, prompts, template, max_length, crop)
+            qwen_ids = torch.tensor(tokens.input_ids, device=device)  # (B, prefix + L)
+            hidden_states = self.language_model(input_ids=qwen_ids, use_cache=False).last_hidden_state
+        text_embeds = hidden_states[:, crop:]  # (B, L, in_text_dim)
         text_mask = torch.tensor(tokens.attention_mask, dtype=torch.bool)[:, crop:]  # (B, L)
 
         clip_rows = self.clip_tokenizer(
@@ -162,6 +261,31 @@ class TextEmbedder(nn.Module):
         clip_ids = torch.tensor(clip_rows, device=device)  # (B, clip_max_length)
         pooled_embeds = self.clip(input_ids=clip_ids).pooler_output  # (B, in_text_dim2)
         return TextEmbeddings(text_embeds, pooled_embeds, None if text_mask.all() else text_mask.to(device))
+
+    def _preprocess(
+        self, prompts: Sequence[str], images: Sequence[Image.Image] | None
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """The patches of all pictures in one row, with the grid of each, and how many tokens each makes."""
+        if self.image_processor is None:
+            raise ValueError("these text encoders cannot see pictures: load them with vision=True to edit images")
+        if isinstance(images, Image.Image) or not images or len(images) != len(prompts):
+            given = "none" if images is None else "a bare one" if isinstance(images, Image.Image) else len(images)
+            raise ValueError(f"editing images takes a list of one picture a prompt: {len(prompts)}, not {given}")
+        for image in images:
+            if not isinstance(image, Image.Image) or image.mode != "RGB":
+                raise ValueError(f"pictures must be PIL images in RGB, not {image!r}; convert them")
+        pixels = self.image_processor(images=list(images), return_tensors="pt")
+        grid = pixels["image_grid_thw"]  # (B, 3), patches
+        tokens_each = grid.prod(dim=1) // self.image_processor.merge_size**2
+        return {"pixel_values": pixels["pixel_values"], "image_grid_thw": grid}, tokens_each.tolist()
+
+    def _see(self, qwen_ids: Tensor, pixels: dict[str, Tensor]) -> Tensor:
+        """Hidden states (B, L, D) of text with pictures in it."""
+        assert isinstance(self.qwen, Qwen2_5_VLModel)
+        inputs = {name: tensor.to(qwen_ids.device) for name, tensor in pixels.items()}
+        if "mm_token_type_ids" in inspect.signature(self.qwen.forward).parameters:  # which transformers 4 works out
+            inputs["mm_token_type_ids"] = (qwen_ids == self.qwen.config.image_token_id).int()
+        return self.qwen(input_ids=qwen_ids, use_cache=False, **inputs).last_hidden_state
 
 
 def load_text_embedder(
@@ -174,11 +298,13 @@ def load_text_embedder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     content: str = "video",
+    vision: bool = False,
 ) -> TextEmbedder:
     """Build both encoders from their folders, frozen and in evaluation mode.
 
     The models are built without memory and every tensor is read, cast and assigned by itself: there is never a float32
     copy of Qwen. `dtype` is Qwen's; CLIP is always float32, the precision it is published in, because it is small.
+    `vision` adds Qwen's vision tower, which content "image_edit" needs.
 
     Raises:
         ValueError: a folder, weights, tensors or a tokenizer are missing or do not belong together; only pickle files.
@@ -193,15 +319,9 @@ def load_text_embedder(
     qwen_tokenizer = _load_tokenizer(qwen_path, "tokenizer")
     clip_tokenizer = _load_tokenizer(clip_path, "tokenizer_2")
     check_prefix(qwen_tokenizer, get_template(content), crop)
+    image_processor = _load_image_processor(qwen_path) if vision else None
 
-    qwen_config = Qwen2_5_VLConfig.from_pretrained(qwen_path, local_files_only=True).text_config
-    assert isinstance(qwen_config, Qwen2_5_VLTextConfig)
-    qwen_config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        qwen = Qwen2_5_VLTextModel(qwen_config)
-    _assign_weights(qwen, qwen_path, _QWEN_PREFIXES, device, dtype)
-    # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
-    qwen.rotary_emb = Qwen2_5_VLRotaryEmbedding(qwen_config).to(device)  # type: ignore[arg-type]
+    qwen = _load_qwen(qwen_path, vision, device, dtype)
 
     clip_config = CLIPTextConfig.from_pretrained(clip_path, local_files_only=True)
     clip_config._attn_implementation = "sdpa"
@@ -222,8 +342,37 @@ def load_text_embedder(
         clip_max_length=clip_max_length,
         crop=crop,
         content=content,
+        image_processor=image_processor,
     )
     return embedder.eval().requires_grad_(False)
+
+
+def _load_qwen(
+    folder: Path, vision: bool, device: torch.device, dtype: torch.dtype
+) -> Qwen2_5_VLTextModel | Qwen2_5_VLModel:
+    config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    text_config, vision_config = config.text_config, config.vision_config
+    assert isinstance(text_config, Qwen2_5_VLTextConfig) and isinstance(vision_config, Qwen2_5_VLVisionConfig)
+    for section in (config, text_config, vision_config):
+        section._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        qwen = Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config)
+    _assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype)
+
+    # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
+    language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
+    rotary_emb = Qwen2_5_VLRotaryEmbedding(text_config).to(device)  # type: ignore[arg-type]
+    for module in list(language_model.modules()):
+        if hasattr(module, "rotary_emb"):  # transformers 4 has one in every layer too, which nothing uses
+            module.rotary_emb = rotary_emb
+    if isinstance(qwen, Qwen2_5_VLModel):
+        # Half of a head's channels turn with the row of a patch, half with its column. No published config names the
+        # base, and what the module wants to be built from depends on the transformers version: so the numbers are set.
+        channels = vision_config.hidden_size // vision_config.num_heads // 2
+        frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+        for name, _ in list(qwen.visual.rotary_pos_emb.named_buffers()):
+            qwen.visual.rotary_pos_emb.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
+    return qwen
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -232,6 +381,56 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreT
             f"the {name} tokenizer knows {len(tokenizer)} tokens, but its model only {model.config.vocab_size}; "
             "the two do not belong together"
         )
+
+
+def _check_vision(
+    config: Qwen2_5_VLConfig, tokenizer: PreTrainedTokenizerBase, processor: Qwen2VLImageProcessorPil | None
+) -> None:
+    assert processor is not None, "a vision tower needs an image processor"
+    vision = config.vision_config
+    assert isinstance(vision, Qwen2_5_VLVisionConfig)
+    expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    found = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+    if found != expected:
+        raise ValueError(
+            f"preprocessor_config.json cuts pictures into patches of (patch_size, merge_size, temporal_patch_size) = "
+            f"{found}, but Qwen's config.json says {expected}; the two do not belong together"
+        )
+    token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if token_id != config.image_token_id:
+        raise ValueError(
+            f"{IMAGE_TOKEN} is token {token_id} of the Qwen tokenizer, but {config.image_token_id} in Qwen's "
+            "config.json; the two do not belong together"
+        )
+
+
+def _check_length(attention_mask: list[list[int]], image_tokens: list[int], crop: int) -> None:
+    for index, (mask, image) in enumerate(zip(attention_mask, image_tokens, strict=True)):
+        if (kept := sum(mask) - crop) > MAX_TEXT_POSITIONS:
+            raise ValueError(
+                f"prompt {index} and its picture make {kept} tokens, {image} of them the picture's, but the model "
+                f"takes at most {MAX_TEXT_POSITIONS}; use a smaller picture or a shorter prompt"
+            )
+
+
+def _load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+    """How Qwen cuts pictures into patches. Not its whole processor: that needs torchvision, for videos."""
+    for candidate in (folder, folder.parent / "tokenizer"):
+        if (candidate / "preprocessor_config.json").is_file():
+            # The one that works with PIL and numpy has another name in transformers 5.
+            name = "Qwen2VLImageProcessorPil"
+            processor: Any = getattr(transformers, name if hasattr(transformers, name) else "Qwen2VLImageProcessor")
+            try:
+                return processor.from_pretrained(candidate, local_files_only=True)
+            except Exception as error:  # as with the tokenizer
+                first_line = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"preprocessor_config.json in {candidate} is damaged ({first_line}); download it again"
+                ) from None
+    raise ValueError(
+        f"no preprocessor_config.json for {folder}, neither in it nor in {folder.parent / 'tokenizer'}: without it "
+        "pictures cannot be shown to Qwen. Download that file of Qwen2.5-VL into one of them"
+    )
 
 
 def _load_tokenizer(folder: Path, sibling: str) -> PreTrainedTokenizerBase:

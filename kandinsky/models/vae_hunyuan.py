@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -23,44 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky.models.numerics import upcast
-from kandinsky.models.vae_tiling import TiledAxis, apply_tiled
+from kandinsky.models.vae_tiling import DiagonalGaussian, TiledAxis, VAETiling, apply_tiled
 
 GROUP_NORM_EPS = 1e-6
 ELEMENTS_AT_ONCE = 2**21  # of a layer's input, as far as whole frames allow
 LEAST_FRAMES_AT_ONCE = 2  # fewer, and copying the history costs more than the frame itself
 
 FrameOperation = Callable[[Tensor], Tensor]  # of any stretch of a video's frames (B, C, T', H, W)
-
-
-@dataclass(frozen=True)
-class VAETiling:
-    """How pixels are cut: time windows of `frames` every `frame_stride`, squares of `size` overlapping by `overlap`.
-
-    Frames are 4n + 1 and `frame_stride` a multiple of 4; `size` and `overlap` are pixels, multiples of 8. The default
-    windows (17, 8) are the ones the published pipeline decodes with.
-    """
-
-    frames: int = 17
-    frame_stride: int = 8
-    size: int = 768
-    overlap: int = 64
-
-
-class DiagonalGaussian:
-    """The encoder's output distribution; `moments` (B, 2C, T, H, W) are mean and log-variance."""
-
-    def __init__(self, moments: Tensor) -> None:
-        self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-
-    def mode(self) -> Tensor:
-        return self.mean
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Noise is drawn in float32 where the generator lives, so that a CPU seed means the same on every device."""
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=torch.float32)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
 
 def frames_at_once(x: Tensor) -> int:
@@ -493,17 +461,9 @@ class AutoencoderKLHunyuanVideo(nn.Module):
     def _tiled_axes(self, tiling: VAETiling | None, decoding: bool) -> list[TiledAxis]:
         if tiling is None:
             return []
-        time, space = self.temporal_compression_ratio, self.spatial_compression_ratio
-        frames, frame_stride = tiling.frames, tiling.frame_stride
-        size, stride = tiling.size, tiling.size - tiling.overlap
+        ratio, frames, stride = self.temporal_compression_ratio, tiling.frames, tiling.frame_stride
         if decoding:
-            frames, frame_stride = (frames - 1) // time + 1, frame_stride // time
-            size, stride = size // space, stride // space
-        time_scale, space_scale = Fraction(time), Fraction(space)
-        if not decoding:
-            time_scale, space_scale = 1 / time_scale, 1 / space_scale
-        return [
-            TiledAxis(2, frames, frame_stride, time_scale, causal=True),
-            TiledAxis(3, size, stride, space_scale),
-            TiledAxis(4, size, stride, space_scale),
-        ]
+            time = TiledAxis(2, (frames - 1) // ratio + 1, stride // ratio, Fraction(ratio), causal=True)
+        else:
+            time = TiledAxis(2, frames, stride, Fraction(1, ratio), causal=True)
+        return [time, *tiling.spatial_axes(self.spatial_compression_ratio, decoding)]

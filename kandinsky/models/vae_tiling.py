@@ -1,7 +1,8 @@
-"""Tiling: apply a function to overlapping tiles of a tensor and blend the results, along any axes.
+"""What the VAEs share: tiling, and the distribution that an encoder makes.
 
-Knows lengths, tiles and blends; knows nothing about VAEs. The memory of a decode is bounded by the size of a tile, and
-a tile's size comes from the configuration alone, so the same settings give the same pixels on every machine.
+`apply_tiled` applies a function to overlapping tiles of a tensor and blends the results, along any axes. It knows
+lengths, tiles and blends; it knows nothing about VAEs. The memory of a decode is bounded by the size of a tile, and a
+tile's size comes from the configuration alone, so the same settings give the same pixels on every machine.
 """
 
 from __future__ import annotations
@@ -85,3 +86,42 @@ def _blend_into(earlier: Tensor, later: Tensor, dim: int) -> None:
     shape[dim] = n
     weight = (torch.arange(n, device=earlier.device, dtype=torch.float32) / n).view(shape)
     earlier.lerp_(later, weight.to(earlier.dtype))
+
+
+@dataclass(frozen=True)
+class VAETiling:
+    """How pixels are cut: time windows of `frames` every `frame_stride`, squares of `size` overlapping by `overlap`.
+
+    Frames are 4n + 1 and `frame_stride` a multiple of 4; `size` and `overlap` are pixels, multiples of 8. The default
+    windows (17, 8) are the ones the published pipeline decodes with.
+    """
+
+    frames: int = 17
+    frame_stride: int = 8
+    size: int = 768
+    overlap: int = 64
+
+    def spatial_axes(self, ratio: int, decoding: bool) -> list[TiledAxis]:
+        """How a VAE with `ratio` pixels to a latent cuts its input (..., H, W): latents if `decoding`, else pixels."""
+        size, stride = self.size, self.size - self.overlap
+        if decoding:
+            size, stride = size // ratio, stride // ratio
+        scale = Fraction(ratio) if decoding else Fraction(1, ratio)
+        return [TiledAxis(dim, size, stride, scale) for dim in (-2, -1)]
+
+
+class DiagonalGaussian:
+    """The encoder's output distribution; `moments` (B, 2C, ...) are mean and log-variance."""
+
+    def __init__(self, moments: Tensor) -> None:
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Noise is drawn in float32 where the generator lives, so that a CPU seed means the same on every device."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=torch.float32)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)

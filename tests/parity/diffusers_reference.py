@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL as TheirImageVAE
+from diffusers import AutoencoderKLHunyuanVideo as TheirVideoVAE
 from diffusers import Kandinsky5Transformer3DModel
 from diffusers.models.transformers import transformer_kandinsky
 from torch import Tensor, nn
 
 from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 
 HARD_ROUNDING = ".to(torch.bfloat16)"
 
@@ -51,6 +55,14 @@ T2I = SMALL | {
     "axes_dims": (32, 48, 48),
 }
 I2I = T2I | {"instruct_type": "channel"}
+
+# A VAE of the published number of levels and latent channels.
+SMALL_VAE: dict[str, Any] = {
+    "latent_channels": 16,
+    "block_out_channels": (16, 32, 64, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
 
 # What the published checkpoints are made of.
 PUBLISHED_LITE = {"in_visual_dim": 16, "out_visual_dim": 16, "model_dim": 1792, "ff_dim": 7168, "visual_cond": True}
@@ -97,6 +109,18 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             parameter.copy_(0.2 * values)
 
 
+def random_text(params: dict[str, Any], batch: int = 1, seed: int = 7) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each branch of guidance embeddings (batch, L, in_text_dim) and (batch, in_text_dim2), of its own L."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        branch: (
+            torch.randn((batch, length, params["in_text_dim"]), generator=generator),
+            torch.randn((batch, params["in_text_dim2"]), generator=generator),
+        )
+        for branch, length in (("cond", 9), ("uncond", 6))
+    }
+
+
 def build_diffusers(params: dict[str, Any]) -> Kandinsky5Transformer3DModel:
     """diffusers' transformer for our `dit_params`; it has no instruct_type, which makes the same channels."""
     arguments = {name: value for name, value in params.items() if name != "instruct_type"}
@@ -110,6 +134,31 @@ def build_pair(params: dict[str, Any], seed: int = 0) -> tuple[DiffusionTransfor
     theirs = build_diffusers(params).eval()
     randomise(theirs, seed)
     ours = DiffusionTransformer3D(**params).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def build_video_vae_pair(seed: int = 0) -> tuple[AutoencoderKLHunyuanVideo, TheirVideoVAE]:
+    """Ours and theirs, small, with the same weights. Theirs cuts more than four latent frames into windows."""
+    theirs = TheirVideoVAE(**SMALL_VAE).eval()
+    randomise(theirs, seed)
+    ours = AutoencoderKLHunyuanVideo(**SMALL_VAE).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def build_image_vae_pair(seed: int = 0) -> tuple[AutoencoderKL, TheirImageVAE]:
+    """Ours and theirs, small, with the same weights and the published scale and shift."""
+    numbers = SMALL_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    theirs = TheirImageVAE(
+        **numbers,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    randomise(theirs, seed)
+    ours = AutoencoderKL(**numbers).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 

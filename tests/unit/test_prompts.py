@@ -28,7 +28,7 @@ class WordTokenizer:
         self.ids: dict[str, int] = {}
 
     def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
-        rows = [text.replace("\n", " \n ").replace("<|im_end|>", " <|im_end|> ").split(" ") for text in texts]
+        rows = [text.replace("\n", " \n ").replace("<|", " <|").replace("|>", "|> ").split(" ") for text in texts]
         return {"input_ids": [[self.ids.setdefault(w, len(self.ids) + 1) for w in row if w] for row in rows]}
 
 
@@ -65,11 +65,14 @@ def test_render_puts_the_prompt_in_its_slot_and_leaves_braces_alone() -> None:
     assert text.startswith(VIDEO.prefix + "a {red} {} fox {0}<|im_end|>") and text.endswith("<|im_end|>")
 
 
-def test_render_shows_every_image_to_the_edit_template() -> None:
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
-    assert render(get_template("image_edit"), "make it red", num_images=2).endswith(
-        f"user\nmake it red{image}{image}<|im_end|>"
+def test_render_makes_room_for_every_image_behind_the_words() -> None:
+    edit = get_template("image_edit")
+    pads = "<|image_pad|>" * 3
+    assert render(edit, "make it red", [3, 1]) == (
+        f"{edit.prefix}make it red<|vision_start|>{pads}<|vision_end|>"
+        "<|vision_start|><|image_pad|><|vision_end|><|im_end|>"
     )
+    assert render(edit, "make it red").endswith("user\nmake it red<|im_end|>")
 
 
 def test_default_negative_caption() -> None:
@@ -95,6 +98,21 @@ def test_truncates_at_crop_plus_max_length_and_says_so(caplog: pytest.LogCapture
     caplog.clear()
     assert len(tokenize_prompts(tokenizer, ["a b c d e f"], VIDEO, None, crop).input_ids[0]) == crop + 7
     assert not caplog.records
+
+
+def test_with_pictures_nothing_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, edit = WordTokenizer(), get_template("image_edit")
+    crop = prefix_length(tokenizer, edit)
+    tokens = tokenize_prompts(tokenizer, ["make it red", "a b c d e f"], edit, 4, crop, image_tokens=[5, 1])
+    assert [sum(mask[crop:]) for mask in tokens.attention_mask] == [3 + 1 + 5 + 1 + 1, 6 + 1 + 1 + 1 + 1]
+    assert [row.count(tokenizer.ids["<|image_pad|>"]) for row in tokens.input_ids] == [5, 1]
+    assert not caplog.records
+
+
+def test_a_prompt_cannot_pass_for_a_picture() -> None:
+    tokenizer, edit = WordTokenizer(), get_template("image_edit")
+    with pytest.raises(ValueError, match=r"'a <\|image_pad\|>' has .* stands for a picture"):
+        tokenize_prompts(tokenizer, ["red", "a <|image_pad|>"], edit, None, 3, image_tokens=[1, 1])
 
 
 def test_an_empty_prompt_keeps_the_closing_token() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
@@ -38,13 +39,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def crop_of(folder: Path) -> int:
-    return prefix_length(Qwen2Tokenizer.from_pretrained(folder / "text_encoder"), get_template("video"))
+def crop_of(folder: Path, content: str = "video") -> int:
+    return prefix_length(Qwen2Tokenizer.from_pretrained(folder / "text_encoder"), get_template(content))
 
 
-def load(folder: Path, **options: Any) -> TextEmbedder:
-    options = {"qwen_max_length": 64, "clip_max_length": 32, "crop": crop_of(folder), "dtype": torch.float32} | options
-    return load_text_embedder(folder / "text_encoder", folder / "text_encoder2", **options)
+def load(folder: Path, content: str = "video", **options: Any) -> TextEmbedder:
+    defaults = {"qwen_max_length": 64, "clip_max_length": 32, "crop": crop_of(folder, content), "dtype": torch.float32}
+    return load_text_embedder(
+        folder / "text_encoder", folder / "text_encoder2", content=content, **(defaults | options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,33 @@ def embedder(tiny: Path) -> TextEmbedder:
 @pytest.fixture
 def copy(tiny: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+EDITS = ["make it red", "", "move the blue square to the left, then to the right, then make it red"]
+PICTURES = [picture(64, 64), picture(140, 90), picture(56, 84)]
+
+
+@pytest.fixture(scope="module")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for text to image and for editing images."""
+    folder = tmp_path_factory.mktemp("tiny_images")
+    make_text_encoders([*CAPTIONS, *EDITS], folder, seed=0, images=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def editor(tiny_images: Path) -> TextEmbedder:
+    return load(tiny_images, "image_edit", vision=True)
+
+
+@pytest.fixture
+def images_copy(tiny_images: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_images, tmp_path / "images_copy")
 
 
 def full_models(folder: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, CLIPModel]:
@@ -71,8 +101,9 @@ def full_models(folder: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, CLIPM
     }
     clip_config = CLIPConfig(text_config=text_config, vision_config=vision, projection_dim=16)
     qwen = Qwen2_5_VLForConditionalGeneration(qwen_config).float().eval()
-    for parameter in qwen.parameters():  # norms and biases too: a weight that stays 0 or 1 proves nothing
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in qwen.named_parameters():  # norms and biases too: a weight that stays 0 or 1 proves nothing
+        is_norm = "norm" in name or "ln_q" in name
+        torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.1)
     return qwen, CLIPModel(clip_config).eval()
 
 
@@ -87,6 +118,31 @@ KEY_STYLES = {
     "without model": lambda name: name.removeprefix("model."),
     "bare": lambda name: name.replace("model.language_model.", ""),
 }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", KEY_STYLES)
+def test_every_key_style_loads_with_the_vision_tower_and_equals_the_full_model(images_copy: Path, style: str) -> None:
+    qwen, _ = full_models(images_copy)
+    tensors = {KEY_STYLES[style](name): tensor.clone() for name, tensor in qwen.state_dict().items()}
+    assert any("visual" in key for key in tensors) and "lm_head.weight" in tensors
+    save_file(tensors, images_copy / "text_encoder" / "model.safetensors")
+    embedder = load(images_copy, "image_edit", vision=True)
+    template = get_template("image_edit")
+    for prompt, image in zip(EDITS, PICTURES, strict=True):
+        pixels = embedder.image_processor(images=[image], return_tensors="pt")
+        count = int(pixels["image_grid_thw"].prod()) // 4
+        text = f"{template.prefix}{prompt}<|vision_start|>{'<|image_pad|>' * count}<|vision_end|><|im_end|>"
+        ids = torch.tensor(embedder.qwen_tokenizer([text])["input_ids"])
+        theirs = qwen(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == qwen.config.image_token_id).int(),
+            output_hidden_states=True,
+            **pixels,
+        ).hidden_states[-1][:, embedder.crop("image_edit") :]
+        ours = embedder.encode([prompt], "image_edit", [image]).text_embeds
+        assert theirs.std() > 0.01 and ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5
 
 
 @torch.no_grad()
@@ -214,6 +270,229 @@ def test_split_refuses_an_empty_half(n: int) -> None:
     embeddings = TextEmbeddings(torch.zeros(2, 3, 4), torch.zeros(2, 5), None)
     with pytest.raises(ValueError, match="cannot split 2 prompts"):
         embeddings.split(n)
+
+
+def test_unbind_gives_every_prompt_without_its_padding(embedder: TextEmbedder) -> None:
+    together = embedder.encode(PROMPTS)
+    rows = together.unbind()
+    assert together.text_mask is not None and len(rows) == 3 and all(row.text_mask is None for row in rows)
+    assert [row.text_embeds.shape[1] for row in rows] == together.text_mask.sum(dim=1).tolist()
+    for index, row in enumerate(rows):
+        length = row.text_embeds.shape[1]
+        assert torch.equal(row.text_embeds, together.text_embeds[index : index + 1, :length])
+        assert torch.equal(row.pooled_embeds, together.pooled_embeds[index : index + 1])
+    alike = TextEmbeddings(torch.rand(2, 3, 4), torch.rand(2, 5), None)
+    assert [row.text_embeds.shape for row in alike.unbind()] == [(1, 3, 4)] * 2
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["masked", "unmasked"])
+def test_embeddings_saved_and_loaded_are_the_same(tiny: Path, tmp_path: Path, prompts: list[str]) -> None:
+    before = load(tiny, dtype=torch.bfloat16).encode(prompts)
+    path = tmp_path / "prompt.safetensors"
+    path.write_text("what stood there before")
+    before.save(path)
+    after = TextEmbeddings.load(path)
+    assert torch.equal(after.text_embeds, before.text_embeds) and after.text_embeds.dtype == torch.bfloat16
+    assert torch.equal(after.pooled_embeds, before.pooled_embeds) and after.pooled_embeds.dtype == torch.float32
+    assert (after.text_mask is None) == (before.text_mask is None) == (len(prompts) == 1)
+    assert after.text_mask is None or torch.equal(after.text_mask, before.text_mask)
+    assert list(tmp_path.iterdir()) == [path]  # nothing temporary is left
+
+
+def test_a_failed_save_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompt.safetensors"
+    TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
+    before = path.read_bytes()
+
+    def full_disk(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("kandinsky.models.text_embedder.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+TEXT, POOLED = torch.zeros(2, 3, 4), torch.zeros(2, 5)
+SOMETHING_ELSE = {
+    "a model": ({"visual.weight": TEXT, "norm.bias": POOLED}, "has norm.bias, visual.weight in it"),
+    "one part": ({"text_embeds": TEXT}, "has text_embeds in it, not text_embeds and pooled_embeds"),
+    "more": ({"text_embeds": TEXT, "pooled_embeds": POOLED, "latents": TEXT + 1}, "has latents, pooled_embeds, text"),
+    "a row": ({"text_embeds": TEXT[0], "pooled_embeds": POOLED}, r"text_embeds \(3, 4\).* \(B, L, D\)"),
+    "other batch": ({"text_embeds": TEXT, "pooled_embeds": POOLED[:1]}, r"pooled_embeds \(1, 5\)"),
+    "float mask": (
+        {"text_embeds": TEXT, "pooled_embeds": POOLED, "text_mask": torch.ones(2, 3)},
+        r"text_mask \(2, 3\).* bool text_mask",
+    ),
+    "short mask": (
+        {"text_embeds": TEXT, "pooled_embeds": POOLED, "text_mask": torch.ones(2, 2, dtype=torch.bool)},
+        r"text_mask \(2, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOMETHING_ELSE)
+def test_a_file_of_something_else_is_one_clear_line(tmp_path: Path, case: str) -> None:
+    tensors, message = SOMETHING_ELSE[case]
+    save_file(tensors, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=message) as caught:
+        TextEmbeddings.load(tmp_path / "file.safetensors")
+    assert "file.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_none_or_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere.safetensors is no file of saved text embeddings"):
+        TextEmbeddings.load(tmp_path / "nowhere.safetensors")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" * 9)
+    with pytest.raises(ValueError, match=r"photo.png is no file of saved text embeddings"):
+        TextEmbeddings.load(tmp_path / "photo.png")
+
+
+def test_max_length_can_be_given_with_the_prompts(embedder: TextEmbedder) -> None:
+    whole = embedder.encode(PROMPTS[2:]).text_embeds
+    assert torch.equal(embedder.encode(PROMPTS[2:], max_length=3).text_embeds, whole[:, :3]) and whole.shape[1] > 3
+
+
+def test_one_folder_serves_text_and_pictures(tiny_images: Path, editor: TextEmbedder) -> None:
+    reader = load(tiny_images, "image")
+    assert not [name for name, _ in reader.named_parameters() if "vis" in name]
+    assert [name for name, _ in editor.named_parameters() if "visual" in name]
+    assert reader.image_processor is None and crop_of(tiny_images, "image") != crop_of(tiny_images, "image_edit")
+    assert reader.crop("image") == editor.crop("image") == crop_of(tiny_images, "image")
+    found, expected = editor.encode(PROMPTS, "image"), reader.encode(PROMPTS, "image")
+    assert torch.equal(found.text_embeds, expected.text_embeds)
+    assert torch.equal(found.pooled_embeds, expected.pooled_embeds)
+    with pytest.raises(ValueError, match=r"'image_edit' prompt template has .*model.text_embedder.qwen.crop"):
+        load(tiny_images, "image_edit", crop=crop_of(tiny_images, "image"))
+    with pytest.raises(ValueError, match="52 are expected"):
+        load(tiny_images, "image_edit", crop=None)
+
+
+def test_what_the_tiny_vision_tower_makes_of_a_picture(tiny_images: Path, editor: TextEmbedder) -> None:
+    # <|vision_start|>, the picture, <|vision_end|>, <|im_end|>; also half of a 64 px side is four tokens
+    for size, count in (((64, 64), 4), ((32, 32), 4), ((140, 84), 15)):
+        assert editor.encode([""], "image_edit", [picture(*size)]).text_embeds.shape == (1, 1 + count + 2, 128)
+    assert sum(path.stat().st_size for path in (tiny_images / "text_encoder").iterdir()) < 1.25e6
+
+
+def test_a_batch_of_pictures_of_different_sizes_equals_each_alone(editor: TextEmbedder) -> None:
+    together = editor.encode(EDITS, "image_edit", PICTURES)
+    assert together.text_mask is not None and len({row.text_embeds.shape for row in together.unbind()}) == 3
+    for row, prompt, image in zip(together.unbind(), EDITS, PICTURES, strict=True):
+        alone = editor.encode([prompt], "image_edit", [image])
+        assert alone.text_mask is None and alone.text_embeds.shape == row.text_embeds.shape
+        assert (alone.text_embeds - row.text_embeds).abs().max() <= 1e-5
+        assert (alone.pooled_embeds - row.pooled_embeds).abs().max() <= 1e-5
+
+
+def test_the_picture_and_where_its_pixels_lie_matter(editor: TextEmbedder) -> None:
+    image = PICTURES[1]
+    turned = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    embeddings = editor.encode([EDITS[0]] * 3, "image_edit", [image, turned, picture(*image.size, seed=1)])
+    end = embeddings.text_embeds[:, -1]  # <|im_end|> stands behind all the others
+    assert (end[0] - end[1]).abs().max() > 0.01 and (end[0] - end[2]).abs().max() > 0.01
+    assert torch.equal(embeddings.pooled_embeds[0], embeddings.pooled_embeds[2])  # CLIP reads the words alone
+
+
+def test_words_with_a_picture_are_never_cut(editor: TextEmbedder, caplog: pytest.LogCaptureFixture) -> None:
+    whole = editor.encode(EDITS[2:], "image_edit", PICTURES[:1])
+    short = editor.encode(EDITS[2:], "image_edit", PICTURES[:1], max_length=2)
+    assert torch.equal(short.text_embeds, whole.text_embeds) and whole.text_embeds.shape[1] > 12
+    assert not caplog.records
+
+
+def test_too_many_tokens_are_refused_before_qwen_runs(editor: TextEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(editor.qwen, "forward", None)
+    pictures = [PICTURES[0], picture(28 * 32, 28 * 32)]
+    with pytest.raises(ValueError, match=r"prompt 1 .* make 1027 tokens, 1024 of them the picture's, .* at most 1024"):
+        editor.encode(["", ""], "image_edit", pictures)
+
+
+def test_pictures_missing_or_not_wanted(tiny_images: Path, editor: TextEmbedder) -> None:
+    with pytest.raises(ValueError, match="one picture a prompt: 1, not none"):
+        editor.encode(EDITS[:1], "image_edit")
+    with pytest.raises(ValueError, match="one picture a prompt: 3, not 2"):
+        editor.encode(EDITS, "image_edit", PICTURES[:2])
+    with pytest.raises(ValueError, match="one picture a prompt: 1, not a bare one"):
+        editor.encode(EDITS[:1], "image_edit", PICTURES[0])
+    with pytest.raises(ValueError, match=r"PIL images in RGB, not <PIL.Image.Image image mode=RGBA"):
+        editor.encode(EDITS[:1], "image_edit", [PICTURES[0].convert("RGBA")])
+    with pytest.raises(ValueError, match="non-empty list"):
+        editor.encode("a bare string", "image_edit", PICTURES)
+    with pytest.raises(ValueError, match="'image' prompt template takes no pictures"):
+        editor.encode(EDITS[:1], "image", PICTURES[:1])
+    with pytest.raises(ValueError, match="stands for a picture"):
+        editor.encode(["a <|image_pad|>"], "image_edit", PICTURES[:1])
+    with pytest.raises(ValueError, match="vision=True"):
+        load(tiny_images, "image_edit").encode(EDITS[:1], "image_edit", PICTURES[:1])
+
+
+def test_vision_dtypes_and_nothing_left_without_memory(tiny_images: Path) -> None:
+    editor = load(tiny_images, "image_edit", vision=True, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in editor.qwen.parameters()} == {torch.bfloat16}
+    buffers = dict(editor.named_buffers())
+    assert {tensor.dtype for name, tensor in buffers.items() if "inv_freq" in name} == {torch.float32}
+    assert any("visual" in name for name in buffers)
+    assert not any(tensor.is_meta or tensor.requires_grad for tensor in [*editor.parameters(), *buffers.values()])
+    assert editor.encode(EDITS, "image_edit", PICTURES).text_embeds.dtype == torch.bfloat16
+
+
+def test_gradients_reach_the_pixels(tiny_images: Path) -> None:
+    editor = load(tiny_images, "image_edit", vision=True).requires_grad_(True)
+    editor(EDITS, "image_edit", PICTURES).text_embeds[:, -1].square().mean().backward()
+    assert not [name for name, parameter in editor.qwen.named_parameters() if parameter.grad is None]
+    assert editor.qwen.visual.patch_embed.proj.weight.grad.abs().max() > 0
+
+
+def test_the_vision_tower_is_saved_too(images_copy: Path) -> None:
+    editor = load(images_copy, "image_edit", vision=True)
+    before = editor.encode(EDITS, "image_edit", PICTURES)
+    save_text_encoders(editor, images_copy)
+    after = load(images_copy, "image_edit", vision=True).encode(EDITS, "image_edit", PICTURES)
+    assert torch.equal(before.text_embeds, after.text_embeds)
+    assert sorted(path.name for path in (images_copy / "text_encoder").iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_parts_of_vision_that_are_missing_or_of_another_model(tiny: Path, images_copy: Path) -> None:
+    encoder = images_copy / "text_encoder"
+
+    def change(file: str, **values: Any) -> None:
+        (encoder / file).write_text(json.dumps(json.loads((encoder / file).read_text()) | values))
+
+    with pytest.raises(ValueError, match=r"no preprocessor_config.json for .*text_encoder"):
+        load(tiny, vision=True)
+    change("preprocessor_config.json", patch_size=16)
+    with pytest.raises(ValueError, match=r"\(16, 2, 2\), but .* \(14, 2, 2\)"):
+        load(images_copy, "image_edit", vision=True)
+    change("preprocessor_config.json", patch_size=14)
+    token = json.loads((encoder / "config.json").read_text())["image_token_id"]
+    change("config.json", image_token_id=7)
+    with pytest.raises(ValueError, match=rf"<\|image_pad\|> is token {token} .* but 7"):
+        load(images_copy, "image_edit", vision=True)
+    change("config.json", image_token_id=token)
+    change_tensors(encoder / "model.safetensors", **{"visual.merger.ln_q.weight": None})
+    with pytest.raises(ValueError, match=r"lacks 1 of the .*visual.merger.ln_q.weight"):
+        load(images_copy, "image_edit", vision=True)
+    assert load(images_copy, "image").encode(PROMPTS, "image")  # which needs no vision
+
+
+@pytest.mark.parametrize("text", ['{"patch_size": 14, "me', "[]", ""])
+def test_a_damaged_preprocessor_config_is_one_clear_line(images_copy: Path, text: str) -> None:
+    (images_copy / "text_encoder" / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"preprocessor_config.json in .*text_encoder is damaged") as caught:
+        load(images_copy, "image_edit", vision=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_preprocessor_is_found_beside_the_encoder(images_copy: Path, editor: TextEmbedder) -> None:
+    file = "preprocessor_config.json"
+    (images_copy / "tokenizer").mkdir()
+    (images_copy / "text_encoder" / file).rename(images_copy / "tokenizer" / file)
+    found = load(images_copy, "image_edit", vision=True).encode(EDITS, "image_edit", PICTURES)
+    assert torch.equal(found.text_embeds, editor.encode(EDITS, "image_edit", PICTURES).text_embeds)
 
 
 def test_another_template_is_cut_at_its_own_prefix(embedder: TextEmbedder) -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kandinsky.config import HD_SIZES, SD_SIZES
-from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
-from kandinsky.models.vae_tiling import TiledAxis, apply_tiled
+from kandinsky.models import vae_hunyuan
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiling import TiledAxis, VAETiling, apply_tiled
 
 PUBLISHED_SIZES = (*SD_SIZES, *HD_SIZES)
 # (tile, overlap) in pixels
@@ -88,6 +89,29 @@ def test_pointwise_encoder_does_not_notice(frames: int) -> None:
     assert (tiled - downsample(x)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(("tile", "overlap"), [(256, 64), (576, 0), (768, 64)])
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (640, 1408), (1000, 1016), (8, 1544)])
+def test_pictures_are_covered_in_both_directions(width: int, height: int, tile: int, overlap: int) -> None:
+    """Pixels and latents of (batch, channels, height, width): values that need no neighbours come out unchanged."""
+    tiling = VAETiling(size=tile, overlap=overlap)
+    z = torch.randn(1, 2, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+    decoded = apply_tiled(lambda z: z.repeat_interleave(8, 2).repeat_interleave(8, 3), z, tiling.spatial_axes(8, True))
+    assert decoded.shape == (1, 2, height, width)
+    assert (decoded[:, :, 3::8, 5::8] - z).abs().max() <= 1e-5
+    encoded = apply_tiled(lambda x: x[:, :, ::8, ::8], decoded, tiling.spatial_axes(8, False))
+    assert encoded.shape == z.shape
+    assert (encoded - z).abs().max() <= 1e-5
+
+
+def test_frames_are_cut_as_pictures_are() -> None:
+    assert decoding_axes(VAETiling())[1:] == VAETiling().spatial_axes(8, decoding=True)
+
+
+def test_what_the_vaes_share_has_one_definition() -> None:
+    assert vae_hunyuan.VAETiling is VAETiling
+    assert vae_hunyuan.DiagonalGaussian.__module__ == "kandinsky.models.vae_tiling"
+
+
 def test_blend_is_linear_over_the_actual_overlap() -> None:
     """Two tiles of constant values 0 and 1: the last tile starts early, so the overlap is longer than asked for."""
     axis = TiledAxis(0, tile=8, stride=6, scale=Fraction(2))
@@ -125,7 +149,7 @@ def test_default_cut_of_a_decode() -> None:
     """17 frames every 8 are 5 latent frames every 2; 768 pixels with 64 shared are 96 latents every 88."""
     time, rows, columns = decoding_axes(VAETiling())
     assert (time.dim, time.tile, time.stride, time.scale, time.causal) == (2, 5, 2, 4, True)
-    for axis, dim in ((rows, 3), (columns, 4)):
+    for axis, dim in ((rows, -2), (columns, -1)):
         assert (axis.dim, axis.tile, axis.stride, axis.scale, axis.causal) == (dim, 96, 88, 8, False)
     assert time.starts(31) == list(range(0, 27, 2))
     assert columns.starts(176) == [0, 80]  # 1408 pixels: the overlap is what the width leaves
