@@ -4,8 +4,10 @@
     python download_models.py --models 5s_sft,10s_distil --cache_dir ./weights
 
 A model's name is that of its config: configs/config_5s_sft.yaml is 5s_sft. Besides its own file every model
-needs a VAE and the two text encoders (about 19 GB), which are shared and downloaded once. What is already there is not
-downloaded again.
+needs a VAE and the two text encoders (about 19 GB), which are shared and downloaded once. So is the one file of a Pro
+model and its _hd. What is already there is not downloaded again.
+
+The image models' VAE is part of FLUX.1-dev, which asks for a licence to be accepted and for a token.
 """
 
 from __future__ import annotations
@@ -70,12 +72,12 @@ def choose(names: str, known: list[str]) -> list[str]:
 
 def plan_downloads(configs: list[Config]) -> list[Download]:
     """What the models need, each download once."""
-    downloads: list[Download] = []
+    # VAEs first: they are small, and one may be refused, which is better known before the large files than after.
+    downloads = [VAES[config.model.vae.name] for config in configs]
     for config in configs:
         # ./weights/model/x.safetensors here is model/x.safetensors in the hub repository
         file = PurePosixPath(config.model.checkpoint_path).relative_to("weights")
         downloads.append(Download(str(config.model.hub_repo), (str(file),)))
-    downloads.extend(VAES[config.model.vae.name] for config in configs)
     downloads.extend(TEXT_ENCODERS)
     return list(dict.fromkeys(downloads))
 
@@ -85,12 +87,36 @@ def fetch(download: Download, cache_dir: Path, token: str | None) -> None:
 
     target = cache_dir / download.folder
     print(f"{download.repo} ({', '.join(download.patterns)}) -> {target}", flush=True)
-    snapshot_download(download.repo, allow_patterns=list(download.patterns), local_dir=target, token=token)
-    # A pattern that matches nothing is no error to snapshot_download.
+    try:
+        snapshot_download(download.repo, allow_patterns=list(download.patterns), local_dir=target, token=token)
+    except Exception as error:
+        status = http_status(error)
+        if status not in (401, 403):
+            raise
+        raise RuntimeError(
+            f"the hub does not hand out {download.repo} ({status}): sign in and accept its licence at "
+            f"https://huggingface.co/{download.repo}, make a token that may read it at "
+            "https://huggingface.co/settings/tokens, and pass it with --hf_token or in the variable HF_TOKEN"
+        ) from error
+    # Neither a pattern that matches nothing nor, where the folder exists, a hub that doesn't answer is an error to
+    # snapshot_download.
     weights = [pattern for pattern in download.patterns if pattern.endswith(".safetensors")]
     missing = [pattern for pattern in weights if not any(target.glob(pattern))]
     if missing:
-        raise RuntimeError(f"{download.repo} has no file {missing[0]}")
+        raise RuntimeError(
+            f"{missing[0]} did not arrive: {download.repo} has no such file, or the hub does not answer (its client "
+            "warns above)"
+        )
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """The hub's answer behind an error, which its client wraps in others: 401, 403 and so on."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"configs: {', '.join(names)} (tiny ones need no download)",
     )
     parser.add_argument("--cache_dir", type=Path, default=Path("./weights"), help="where to (default ./weights)")
-    parser.add_argument("--hf_token", help="Hugging Face token, for repositories that ask for one")
+    parser.add_argument("--hf_token", help="Hugging Face token, for FLUX.1-dev's VAE; default: the variable HF_TOKEN")
     return parser
 
 
@@ -126,10 +152,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:  # the hub's client raises many kinds: a person needs the line, not the stack
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        print("What has been downloaded is kept: the same command goes on from there.", file=sys.stderr)
+        kept = "what has been downloaded is kept, the same command goes on from there"
+        print(f"error: {' '.join(str(error).split())} ({kept})", file=sys.stderr)
         return 1
-    print(f"Done. Try: python test.py --config configs/config_{chosen[0]}.yaml --prompt '...'")
+    image = " --image picture.png" if known[chosen[0]].task in ("i2v", "i2i") else ""
+    print(f"Done. Try: python test.py --config configs/config_{chosen[0]}.yaml --prompt '...'{image}")
     return 0
 
 

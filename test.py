@@ -1,4 +1,6 @@
-"""Make a video from a prompt: python test.py --config configs/config_tiny_t2v.yaml --prompt "..."
+"""Make a video or a picture: python test.py --config configs/config_tiny_t2v.yaml --prompt "..." [--image FILE]
+
+The config's `task` says what is made and whether a picture is needed; its file's name decides nothing.
 
 The command line turns words into one checked `Request` before anything heavy is imported or loaded; everything else
 happens in the `kandinsky` package. A flag that is not given leaves what the YAML says.
@@ -25,22 +27,28 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     parser = Parser(
-        description="Generate a video (or, with --video_duration 0, a picture) from a text prompt.",
+        description="Generate a video or a picture from a text prompt, and from a picture where the config says so.",
         epilog="Any value of the YAML can be overridden: python test.py --prompt '...' model.num_steps=20",
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="the variant's YAML file")
-    parser.add_argument("--prompt", required=True, help="what to show")
+    parser.add_argument("--prompt", required=True, help="what to show, what happens, or what to change")
+    parser.add_argument("--image", type=Path, help="the picture that a video begins with, or that is edited")
     parser.add_argument("--negative_prompt", help="what not to show; used where guidance is on")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 16")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 16")
+    parser.add_argument(
+        "--width", type=int, help="pixels, a multiple of 16; default: the config's, or the picture's shape"
+    )
+    parser.add_argument("--height", type=int, help="likewise")
     parser.add_argument("--video_duration", type=float, help="seconds at 24 frames a second; 0 makes a picture")
     parser.add_argument("--sample_steps", type=int, help="Euler steps")
     parser.add_argument("--guidance_weight", type=float, help="classifier-free guidance; 1 switches it off")
     parser.add_argument("--scheduler_scale", type=float, help="shift of the schedule towards noise")
     parser.add_argument("--seed", type=int, help="the same seed gives the same video; not given: a new one every time")
     parser.add_argument("--output_filename", type=Path, help="default: a new name in outputs/ that replaces nothing")
-    parser.add_argument("--attention_engine", help="auto, sdpa")
+    parser.add_argument(
+        "--attention_engine",
+        help="auto, sdpa, sdpa_cudnn, flash_attention_2, flash_attention_3, sage; for NABLA configs auto, flex, sdpa",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
@@ -56,9 +64,11 @@ def run(args: argparse.Namespace) -> Path:
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
     config = load_config(args.config, args.overrides)
+    images = [] if args.image is None else [media.load_image(args.image)]
     request = resolve_request(
         config,
         args.prompt,
+        image_sizes=[image.size for image in images],
         time_length=args.video_duration,
         width=args.width,
         height=args.height,
@@ -69,19 +79,20 @@ def run(args: argparse.Namespace) -> Path:
         negative_caption=args.negative_prompt,
     )
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
-    output = args.output_filename or media.default_output_path("outputs", request.text, request.seed, suffix)
+    output = args.output_filename or media.default_output_path("outputs", args.prompt, request.samples[0].seed, suffix)
     media.check_writable(output, suffix)
 
-    from kandinsky import get_T2V_pipeline
+    from kandinsky.loading import load_pipeline
+    from kandinsky.pipelines.base import Inputs
 
-    pipeline = get_T2V_pipeline(
+    pipeline = load_pipeline(
+        config,
         args.device,
         cache_dir=args.cache_dir,
-        config=config,
         attention_engine=args.attention_engine,
         dtype=args.dtype,
     )
-    pipeline.generate(request, save_path=output)
+    pipeline.generate(request, Inputs(images, [str(args.image)] if images else []), save_path=output)
     return output
 
 

@@ -1,4 +1,4 @@
-"""Kandinsky 5: text to video.
+"""Kandinsky 5: video and images from text and pictures.
 
 The public API, imported lazily: `import kandinsky` costs nothing and does not load torch. A name is looked up in its
 module the first time somebody asks for it. This file knows names and modules, nothing else.
@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kandinsky.config import load_config
-    from kandinsky.loading import get_T2V_pipeline
+    from kandinsky.loading import get_I2I_pipeline, get_I2V_pipeline, get_T2I_pipeline, get_T2V_pipeline
 
 __version__ = "0.1.0"
-__all__ = ["get_T2V_pipeline", "load_config", "__version__"]
-
 _HOME = {
     "get_T2V_pipeline": "kandinsky.loading",
+    "get_I2V_pipeline": "kandinsky.loading",
+    "get_T2I_pipeline": "kandinsky.loading",
+    "get_I2I_pipeline": "kandinsky.loading",
     "load_config": "kandinsky.config",
 }
+__all__ = [
+    "get_T2V_pipeline",
+    "get_I2V_pipeline",
+    "get_T2I_pipeline",
+    "get_I2I_pipeline",
+    "load_config",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -295,11 +295,13 @@ def expected_dit_shapes(dit: DiTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# model_dim -> the name of the family and the config to use with it
+# (model_dim, extra_channels) -> the name of the family and the config to use with it. Text to video and image to video
+# look alike in the weights.
 FAMILIES = {
-    1792: ("Lite", "configs/config_5s_sft.yaml"),
-    4096: ("Pro", "configs/config_5s_t2v_pro.yaml"),
-    2560: ("Image Lite", "configs/config_t2i.yaml"),
+    (1792, True): ("Lite", "configs/config_5s_sft.yaml"),
+    (4096, True): ("Pro", "configs/config_5s_t2v_pro.yaml"),
+    (2560, False): ("Text to Image Lite", "configs/config_t2i.yaml"),
+    (2560, True): ("Image to Image Lite", "configs/config_i2i.yaml"),
 }
 
 
@@ -332,18 +334,15 @@ def check_dit_header(header: Header, dit: DiTConfig) -> None:
 def _describe_variants(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """ "this file is Pro (60 visual blocks, dim 4096); the config says Lite (32 visual blocks, dim 1792): use ..." """
 
+    def family(params: Mapping[str, Any]) -> tuple[str, str]:
+        return FAMILIES.get((params["model_dim"], params["extra_channels"]), ("a model of its own", ""))
+
     def name(params: Mapping[str, Any]) -> str:
-        family = FAMILIES.get(params["model_dim"], ("a model of its own",))[0]
-        return f"{family} ({params['num_visual_blocks']} visual blocks, dim {params['model_dim']})"
+        return f"{family(params)[0]} ({params['num_visual_blocks']} visual blocks, dim {params['model_dim']})"
 
-    advice = "use the config of that checkpoint, or another checkpoint"
-    config = _family_config(found)
-    if found["model_dim"] != wanted["model_dim"] and (REPOSITORY / config).is_file():
-        advice = f"use {config} or another checkpoint"
-    return f"this file is {name(found)}; the config says {name(wanted)}: {advice}"
-
-
-def _family_config(params: Mapping[str, Any]) -> str:
-    if params["model_dim"] == 2560 and params["extra_channels"]:
-        return "configs/config_i2i.yaml"
-    return FAMILIES.get(params["model_dim"], ("", ""))[1]
+    config = family(found)[1]
+    if not config or family(found) == family(wanted):  # within a family it is some other number that is wrong
+        advice = "the config of that checkpoint"
+    else:
+        advice = f"a config like {config}"
+    return f"this file is {name(found)}; the config says {name(wanted)}: use {advice}, or another checkpoint"

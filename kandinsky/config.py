@@ -164,10 +164,13 @@ class GenerationConfig:
     width: int
     height: int
     time_length: float  # seconds; 0: one image
-    resolutions: tuple[tuple[int, int], ...]  # (width, height), the sizes that the checkpoint was trained at
+    resolutions: tuple[
+        tuple[int, int], ...
+    ]  # (width, height), the sizes that the checkpoint was trained at; i2v: some of them
     negative_caption: str
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"
+    first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,6 +409,9 @@ def _fill_defaults(values: dict[str, Any]) -> None:
     model.setdefault("num_steps", 16 if "distil" in name else 50)
     without_cfg = "distil" in name or "nocfg" in name
     model.setdefault("guidance_weight", 1.0 if without_cfg else 3.5 if is_image else 5.0)
+
+    if model.get("vae", {}).get("name") == "flux":
+        model["vae"].setdefault("spatial_tile", max(max(size) for size in HD_SIZES))  # published without tiles
 
     resolution = metrics.get("resolution", 512)
     sizes = {512: SD_SIZES, 1024: HD_SIZES}.get(resolution, ((resolution, resolution),))

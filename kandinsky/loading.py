@@ -13,11 +13,12 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
 from kandinsky.checkpoints import (
     COMFY_PREFIX,
@@ -31,67 +32,53 @@ from kandinsky.checkpoints import (
 from kandinsky.config import Config, DiTConfig, load_config
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import load_text_embedder
+from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.image_to_image import ImageToImagePipeline
+from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
+from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_T2V_CONFIG = REPOSITORY / "configs" / "config_5s_sft.yaml"
+DEFAULT_CONFIGS = {
+    "t2v": REPOSITORY / "configs" / "config_5s_sft.yaml",
+    "i2v": REPOSITORY / "configs" / "config_5s_i2v.yaml",
+    "t2i": REPOSITORY / "configs" / "config_t2i.yaml",
+    "i2i": REPOSITORY / "configs" / "config_i2i.yaml",
+}
+PIPELINES: dict[str, type[Pipeline]] = {
+    "t2v": TextToVideoPipeline,
+    "i2v": ImageToVideoPipeline,
+    "t2i": TextToImagePipeline,
+    "i2i": ImageToImagePipeline,
+}
+AnyPipeline = TypeVar("AnyPipeline", bound=Pipeline)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # These compute in float32 whatever the model's dtype, so they keep the precision that their file has.
 KEEP_PRECISION = ("time_embeddings.", "modulation.")
 
 
-def get_T2V_pipeline(
+def load_pipeline(
+    config: Config,
     device_map: DeviceMap = None,
     cache_dir: str | Path = "./weights/",
+    *,
     dit_path: str | Path | None = None,
     text_encoder_path: str | Path | None = None,
     text_encoder2_path: str | Path | None = None,
     vae_path: str | Path | None = None,
-    conf_path: str | Path | None = None,
-    offload: bool = False,
-    magcache: bool = False,
-    quantized_qwen: bool = False,
-    text_token_padding: bool = True,
     attention_engine: str | None = None,
-    *,
     dtype: str | torch.dtype | None = None,
-    overrides: Sequence[str] = (),
-    config: Config | None = None,
-) -> TextToVideoPipeline:
-    """Load a text-to-video pipeline.
-
-    Args:
-        device_map: one device for all, {"dit": ..., "vae": ..., "text_embedder": ...}, or None: a GPU where there is
-            one, else the CPU.
-        cache_dir: the folder that `./weights/` in a config stands for.
-        dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths.
-        conf_path: the YAML; None takes configs/config_5s_sft.yaml.
-        offload, magcache, quantized_qwen: not part of this version; True raises ValueError.
-        text_token_padding: padding never reaches the model here, which is exact; accepted for compatibility.
-        attention_engine: instead of the config's `model.attention.engine`.
-        dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 on a GPU and float32 on a CPU.
-        overrides: "key.key=value" over the YAML.
-        config: an already loaded config instead of `conf_path` and `overrides`.
-
-    Raises:
-        ValueError: a file is missing, damaged or of another variant, or an argument is wrong; before weights are read.
-    """
-    for name, given in (("offload", offload), ("magcache", magcache), ("quantized_qwen", quantized_qwen)):
-        if given:
-            raise ValueError(f"{name}=True: not part of this version; leave it out")
-    config = config or load_config(conf_path or DEFAULT_T2V_CONFIG, overrides)
-    if config.task != "t2v":
-        raise ValueError(f"{config.source} is a config for {config.task}; get_T2V_pipeline takes one for t2v")
+) -> Pipeline:
+    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`."""
     devices = parse_device_map(device_map)
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
-    engine = resolve_engine(attention_engine or config.model.attention.engine, devices["dit"])
-    resolved_dtype = resolve_dtype(dtype, devices["dit"])
-
     model, encoders = config.model, config.model.text_embedder
+    resolved_dtype = resolve_dtype(dtype, devices["dit"])
 
     def locate(given: str | Path | None, from_config: str) -> Path:
         path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
@@ -104,10 +91,19 @@ def get_T2V_pipeline(
     qwen_path = locate(text_encoder_path, encoders.qwen.checkpoint_path)
     clip_path = locate(text_encoder2_path, encoders.clip.checkpoint_path)
 
+    # What visual self-attention is computed with, dense or block by block.
+    is_nabla = model.attention.type == "nabla"
+    resolve = resolve_block_sparse if is_nabla else resolve_engine
+    name, head_dim = attention_engine or model.attention.engine, model.dit_params.head_dim
+    try:
+        engine = resolve(name, devices["dit"], resolved_dtype, head_dim)
+    except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead
+        raise ValueError(str(error)) from error
+
     # The DiT first: its header says at once whether it is the variant that the config means.
     dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype)
-    dit.attention = engine
-    vae = load_vae(vae_path, devices["vae"], resolved_dtype)
+    setattr(dit, "block_sparse" if is_nabla else "attention", engine)
+    vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name)
     text_embedder = load_text_embedder(
         qwen_path,
         clip_path,
@@ -116,8 +112,82 @@ def get_T2V_pipeline(
         crop=encoders.qwen.crop,
         device=devices["text_embedder"],
         dtype=resolved_dtype,
+        content={"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"),
+        vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
     )
-    return TextToVideoPipeline(config, dit, text_embedder, vae, FixedPlacement(devices))
+    return PIPELINES[config.task](config, dit, text_embedder, vae, FixedPlacement(devices))
+
+
+def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline]:
+    """`get_T2V_pipeline` and its three siblings: one signature, one docstring."""
+
+    def get_pipeline(
+        device_map: DeviceMap = None,
+        cache_dir: str | Path = "./weights/",
+        dit_path: str | Path | None = None,
+        text_encoder_path: str | Path | None = None,
+        text_encoder2_path: str | Path | None = None,
+        vae_path: str | Path | None = None,
+        conf_path: str | Path | None = None,
+        offload: bool = False,
+        magcache: bool = False,
+        quantized_qwen: bool = False,
+        text_token_padding: bool = True,
+        attention_engine: str | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        overrides: Sequence[str] = (),
+        config: Config | None = None,
+    ) -> AnyPipeline:
+        """Load a pipeline.
+
+        Args:
+            device_map: one device for all, {"dit": ..., "vae": ..., "text_embedder": ...}, or None: a GPU where there
+                is one, else the CPU.
+            cache_dir: the folder that `./weights/` in a config stands for.
+            dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths.
+            conf_path: the YAML; None takes the task's first one (see `DEFAULT_CONFIGS`).
+            offload, magcache, quantized_qwen: not part of this version; True raises ValueError.
+            text_token_padding: padding never reaches the model here, which is exact; accepted for compatibility.
+            attention_engine: instead of the config's `model.attention.engine`.
+            dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 on a GPU and float32 on a CPU.
+            overrides: "key.key=value" over the YAML.
+            config: an already loaded config instead of `conf_path` and `overrides`.
+
+        Raises:
+            ValueError: a file is missing, damaged or of another variant, or an argument is wrong; before weights are
+                read.
+        """
+        for name, given in (("offload", offload), ("magcache", magcache), ("quantized_qwen", quantized_qwen)):
+            if given:
+                raise ValueError(f"{name}=True: not part of this version; leave it out")
+        config = config or load_config(conf_path or DEFAULT_CONFIGS[task], overrides)
+        if config.task != task:
+            raise ValueError(
+                f"{config.source} is a config for {config.task}: load it with get_{config.task.upper()}_pipeline"
+            )
+        loaded = load_pipeline(
+            config,
+            device_map,
+            cache_dir,
+            dit_path=dit_path,
+            text_encoder_path=text_encoder_path,
+            text_encoder2_path=text_encoder2_path,
+            vae_path=vae_path,
+            attention_engine=attention_engine,
+            dtype=dtype,
+        )
+        assert isinstance(loaded, pipeline)
+        return loaded
+
+    get_pipeline.__name__ = get_pipeline.__qualname__ = f"get_{task.upper()}_pipeline"
+    return get_pipeline
+
+
+get_T2V_pipeline = _getter("t2v", TextToVideoPipeline)
+get_I2V_pipeline = _getter("i2v", ImageToVideoPipeline)
+get_T2I_pipeline = _getter("t2i", TextToImagePipeline)
+get_I2I_pipeline = _getter("i2i", ImageToImagePipeline)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -150,15 +220,24 @@ def load_dit(
     return dit
 
 
-def load_vae(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
-    """The video VAE from a folder with config.json and a safetensors file. Raises ValueError for damaged files."""
+def load_vae(
+    path: str | Path, device: torch.device | str, dtype: torch.dtype, name: str = "hunyuan"
+) -> AutoencoderKLHunyuanVideo | AutoencoderKL:
+    """A VAE from a folder with config.json and a safetensors file: the video VAE ("hunyuan") or the image one ("flux").
+
+    Raises ValueError for damaged files and for the other VAE's.
+    """
     path = Path(path)
     files = find_weights(path)
+    model = AutoencoderKL if name == "flux" else AutoencoderKLHunyuanVideo
     with torch.device("meta"):
-        vae = AutoencoderKLHunyuanVideo(**known_arguments(AutoencoderKLHunyuanVideo, path / "config.json"))
+        vae: AutoencoderKLHunyuanVideo | AutoencoderKL = model(**known_arguments(model, path / "config.json"))
     load_weights(vae, files, device, lambda name, tensor: dtype)
-    # CPUs have fast kernels for 2-D convolutions only, GPUs for both.
-    vae.convolve_by_frame(torch.device(device).type == "cpu")
+    on_cpu = torch.device(device).type == "cpu"
+    if isinstance(vae, AutoencoderKLHunyuanVideo):
+        vae.convolve_by_frame(on_cpu)  # CPUs have fast kernels for 2-D convolutions only, GPUs for both
+    elif on_cpu:
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vae
 
 

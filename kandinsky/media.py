@@ -11,6 +11,7 @@ within 0.6 dB of lossless 4:2:0, in a ninth of the bytes; what error there is co
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ Pixels: TypeAlias = "Tensor | np.ndarray"
 VIDEO_SUFFIX = ".mp4"
 IMAGE_SUFFIX = ".png"
 CRF = 10
+MAX_STRETCH = 1.01  # how much fit_image may change a picture's aspect instead of cropping it
 MAX_SLUG = 48  # characters; at most four bytes each, so that seed, counter and suffix fit into the usual 255 bytes
 
 # Stated twice on purpose: the filter converts RGB with this matrix, the flags tell the player that it was this one.
@@ -80,12 +82,26 @@ def default_output_path(folder: str | Path, prompt: str, seed: int, suffix: str 
     folder = Path(folder)
     words = re.findall(r"\w+", unicodedata.normalize("NFC", prompt).lower())
     stem = f"{'-'.join(words)[:MAX_SLUG].strip('-_') or 'untitled'}_seed{seed}"
-    path, count = folder / f"{stem}{suffix}", 1
-    while os.path.lexists(path) or os.path.lexists(sidecar_path(path)):
-        count += 1
-        path = folder / f"{stem}_{count}{suffix}"
+    path = next(_free_names(folder / f"{stem}{suffix}"))
     check_writable(path)
     return path
+
+
+def output_paths(path: str | Path, count: int) -> list[Path]:
+    """Where `count` results go that are asked for under one name.
+
+    One result: `path` itself, which replaces what is there, because somebody named it. Several: name.mp4, name_2.mp4,
+    name_3.mp4 and so on, leaving out the names that an earlier result has, because nobody named those.
+    """
+    return [Path(path)] if count == 1 else list(itertools.islice(_free_names(Path(path)), count))
+
+
+def _free_names(path: Path) -> Iterator[Path]:
+    """name.mp4, name_2.mp4, ... without those that exist. Either of a result's two files is enough to hold its name."""
+    for number in itertools.count(1):
+        name = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+        if not (os.path.lexists(name) or os.path.lexists(sidecar_path(name))):
+            yield name
 
 
 def sidecar_path(path: str | Path) -> Path:
@@ -240,7 +256,7 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
     """An RGB picture, upright as its EXIF says, transparency laid on white.
 
     `source` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). Of an animation it is the first
-    frame. Raises ValueError for what isn't there or isn't a picture.
+    frame. Raises ValueError for what isn't there or isn't a picture. Whether it is large enough is for sizes.py to say.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
@@ -249,15 +265,30 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
                 "or (H, W, 4)"
             )
         return _to_rgb(Image.fromarray(source))
-    if isinstance(source, Image.Image):
-        return _to_rgb(source)
+    if not isinstance(source, str | os.PathLike | Image.Image):
+        raise ValueError(f"the image is a {type(source).__name__}; it must be a path, a PIL image or a uint8 array")
     try:
+        if isinstance(source, Image.Image):  # Pillow reads the pixels of a file when they are asked for: perhaps now
+            return _to_rgb(source)
         with Image.open(source) as image:
             return _to_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {source}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # not an image, cut off, or far too large
-        raise ValueError(f"can't read the image {source}: {error}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # not an image, cut off, or far too large
+        raise ValueError(f"can't read the image {source}: {error}; give a PNG, JPEG or WebP file") from error
+
+
+def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An RGB picture at width x height pixels, resampled bilinearly with antialiasing.
+
+    Where that changes its aspect by at most 1 % it is stretched, and nothing is lost. Otherwise it is scaled until it
+    covers the size, and what stands out is cut off evenly on both sides.
+    """
+    stretch = (width / height) / (image.width / image.height)
+    if max(stretch, 1 / stretch) <= MAX_STRETCH:
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

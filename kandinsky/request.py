@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kandinsky.config import MAX_PATCHES, PATCH_PIXELS, Config
+from kandinsky.config import MAX_PATCHES, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS, Config
+from kandinsky.sizes import check_picture, size_for_image, size_for_video
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +23,27 @@ MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Request:
-    """One generation with nothing left open. Lengths in pixels and frames; num_frames is 4n + 1."""
+class Sample:
+    """One output of a request. Words are None where their embeddings were given, the seed where a generator was."""
 
-    text: str
-    negative_caption: str
+    text: str | None
+    negative_caption: str | None
+    seed: int | None
+    prompt: int = 0  # which of the request's prompts it belongs to
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call with nothing left open. Lengths in pixels and frames; num_frames is 4n + 1."""
+
+    samples: tuple[Sample, ...]  # prompt after prompt
     width: int
     height: int
     num_frames: int
-    seed: int
     num_steps: int
     guidance_weight: float
     scheduler_scale: float
+    max_sequence_length: int | None = None  # tokens of a prompt; None: as the YAML says
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -44,43 +55,55 @@ class Request:
     def is_image(self) -> bool:
         return self.num_frames == 1
 
+    @property
+    def num_prompts(self) -> int:
+        return self.samples[-1].prompt + 1
+
 
 def resolve_request(
     config: Config,
-    text: str,
+    text: str | Sequence[str] | None,
     *,
+    image_sizes: Sequence[tuple[int, int]] = (),
+    num_prompts: int | None = None,
+    samples_per_prompt: int = 1,
     time_length: float | None = None,
+    num_frames: int | None = None,
     width: int | None = None,
     height: int | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    seeded: bool = True,
     num_steps: int | None = None,
     guidance_weight: float | None = None,
     scheduler_scale: float | None = None,
-    negative_caption: str | None = None,
+    negative_caption: str | Sequence[str] | None = None,
+    max_sequence_length: int | None = None,
 ) -> Request:
     """A `Request` for the variant `config`; None means as the YAML says, and a random seed.
+
+    Args:
+        text: one prompt or several; None where embeddings of `num_prompts` prompts take their place.
+        image_sizes: (width, height) of the pictures to start from, one for all prompts or one each.
+        seed: of the first sample, the others get the following numbers; or one a sample.
+        seeded: False where generators take the place of seeds.
 
     Raises ValueError that says what was given, what is allowed and what to do.
     """
     generation = config.generation
-    text = _checked_text("prompt", text)
-    if not text.strip():
-        raise ValueError("the prompt is empty: say what the video should show")
-    negative = _checked_text(
-        "negative prompt", generation.negative_caption if negative_caption is None else negative_caption
+    texts = _prompts(text, num_prompts)
+    negatives = _negatives(generation.negative_caption if negative_caption is None else negative_caption, len(texts))
+    count = len(texts) * _checked_count(samples_per_prompt)
+    seeds = _seeds(seed, count) if seeded else [None] * count
+    samples = tuple(
+        Sample(texts[i // samples_per_prompt], negatives[i // samples_per_prompt], seeds[i], i // samples_per_prompt)
+        for i in range(count)
     )
-    if config.model.attention.type == "nabla":
-        raise ValueError(
-            f"{config.source}: this variant uses NABLA attention, which this version can load but not run: "
-            "take a 5 s config like configs/config_5s_sft.yaml"
-        )
+    width, height = _size(config, width, height, image_sizes, len(texts))
     return Request(
-        text=text,
-        negative_caption=negative,
-        width=_checked_side("width", generation.width if width is None else width),
-        height=_checked_side("height", generation.height if height is None else height),
-        num_frames=_frames(generation.time_length if time_length is None else time_length),
-        seed=_checked_seed(seed),
+        samples=samples,
+        width=width,
+        height=height,
+        num_frames=_frames(config, time_length, num_frames),
         num_steps=_checked_steps(config.model.num_steps if num_steps is None else num_steps),
         guidance_weight=_checked_number(
             "guidance_weight",
@@ -92,19 +115,49 @@ def resolve_request(
             config.metrics.scheduler_scale if scheduler_scale is None else scheduler_scale,
             lowest=0.01,
         ),
+        max_sequence_length=_checked_text_length(max_sequence_length),
     )
 
 
 def warn_about_size(config: Config, request: Request) -> None:
     """Say so where a size is possible but not one that the checkpoint was trained at."""
-    if (request.width, request.height) not in config.generation.resolutions:
-        trained = ", ".join(f"{w}x{h}" for w, h in config.generation.resolutions)
+    sizes = config.generation.resolutions
+    areas = [w * h for w, h in sizes]
+    if config.task == "i2v" and 0.9 * min(areas) <= request.width * request.height <= 1.1 * max(areas):
+        return  # trained at every aspect: the area is what counts
+    if (request.width, request.height) not in sizes:
+        trained = ", ".join(f"{w}x{h}" for w, h in sizes)
         logger.warning(
             "%dx%d is not a size this checkpoint was trained at (%s); quality may suffer",
             request.width,
             request.height,
             trained,
         )
+
+
+def _prompts(text: str | Sequence[str] | None, num_prompts: int | None) -> list[str | None]:
+    if text is None:
+        if num_prompts is None:
+            raise ValueError("there is no prompt: say what to show, or give prompt_embeds")
+        return [None] * num_prompts
+    if num_prompts is not None:
+        raise ValueError("both a prompt and prompt_embeds are given: leave one of them out")
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, Sequence) or not texts:
+        raise ValueError(f"the prompt is {text!r}; it must be a string or a list of strings")
+    for one in texts:
+        if not _checked_text("prompt", one).strip():
+            raise ValueError("the prompt is empty: say what to show")
+    return list(texts)
+
+
+def _negatives(negative: str | Sequence[str], num_prompts: int) -> list[str]:
+    if not isinstance(negative, str | list | tuple):
+        raise ValueError(f"the negative prompt is {negative!r}; it must be a string, or a list with one a prompt")
+    negatives = [negative] * num_prompts if isinstance(negative, str) else list(negative)
+    if len(negatives) != num_prompts:
+        raise ValueError(f"{len(negatives)} negative prompts for {num_prompts} prompts: give one for all or one each")
+    return [_checked_text("negative prompt", one) for one in negatives]
 
 
 def _checked_text(name: str, text: str) -> str:
@@ -117,32 +170,117 @@ def _checked_text(name: str, text: str) -> str:
     return text
 
 
-def _checked_side(name: str, pixels: int) -> int:
-    limit = MAX_PATCHES * PATCH_PIXELS
-    if isinstance(pixels, bool) or not isinstance(pixels, int):
-        raise ValueError(f"{name} is {pixels!r}; it must be a whole number of pixels, a multiple of {PATCH_PIXELS}")
-    if pixels % PATCH_PIXELS or not 0 < pixels <= limit:
-        nearest = round(min(max(pixels, PATCH_PIXELS), limit) / PATCH_PIXELS) * PATCH_PIXELS
+def _checked_count(samples_per_prompt: int) -> int:
+    if isinstance(samples_per_prompt, bool) or not isinstance(samples_per_prompt, int) or samples_per_prompt < 1:
+        raise ValueError(f"{samples_per_prompt!r} outputs per prompt; it must be a whole number from 1")
+    return samples_per_prompt
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One a sample. Those after a single seed count up, so that each can be made again alone."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(MAX_SEED)
+    if isinstance(seed, list | tuple):
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds for {count} outputs: give one seed, or one for each")
+        return [_checked_seed(one) for one in seed]
+    return [(_checked_seed(seed) + i) % (MAX_SEED + 1) for i in range(count)]
+
+
+def _checked_seed(seed: object) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"the seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED}")
+    return seed
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def _size(
+    config: Config, width: int | None, height: int | None, image_sizes: Sequence[tuple[int, int]], num_prompts: int
+) -> tuple[int, int]:
+    """(width, height): what is asked for, else what the pictures' aspect gives, else what the YAML says."""
+    wants_image = config.task in ("i2v", "i2i")
+    if bool(image_sizes) != wants_image:
+        advice = "needs a picture: give --image FILE (image= in Python)" if wants_image else "takes none: leave it out"
+        raise ValueError(f"{config.source} is a config for {config.task}, which {advice}")
+    for image_size in image_sizes:
+        check_picture(image_size)
+    if wants_image and len(image_sizes) not in (1, num_prompts):
+        raise ValueError(f"{len(image_sizes)} pictures for {num_prompts} prompts: give one for all or one each")
+
+    generation = config.generation
+    if not wants_image:
+        width = generation.width if width is None else width
+        height = generation.height if height is None else height
+    elif (width is None) != (height is None):
+        raise ValueError("width and height belong together here: give both, or neither for the picture's own aspect")
+    elif width is None or height is None:
+        fitting = size_for_video if config.task == "i2v" else size_for_image
+        sizes = {fitting(image_size, config) for image_size in image_sizes}
+        if len(sizes) > 1:
+            names = ", ".join(f"{w}x{h}" for w, h in sorted(sizes))
+            raise ValueError(f"the pictures call for different sizes ({names}): give a width and height for all")
+        width, height = sizes.pop()
+    multiple = NABLA_PIXELS if config.model.attention.type == "nabla" else PATCH_PIXELS
+    width, height = _checked_side("width", width, multiple), _checked_side("height", height, multiple)
+    trained = generation.resolutions
+    if config.task in ("t2i", "i2i") and (width, height) not in trained:
+        nearest = min(trained, key=lambda size: abs(size[1] / size[0] - height / width))
         raise ValueError(
-            f"{name} is {pixels}; it must be a multiple of {PATCH_PIXELS} pixels from {PATCH_PIXELS} to {limit}: "
+            f"{width}x{height} is not a size that this model draws: {', '.join(f'{w}x{h}' for w, h in trained)}; "
+            f"the nearest in shape is {nearest[0]}x{nearest[1]}"
+        )
+    return width, height
+
+
+def _checked_side(name: str, pixels: int, multiple: int) -> int:
+    limit = MAX_PATCHES * PATCH_PIXELS
+    why = " (NABLA attention works on blocks of that size)" if multiple == NABLA_PIXELS else ""
+    if isinstance(pixels, bool) or not isinstance(pixels, int):
+        raise ValueError(f"{name} is {pixels!r}; it must be a whole number of pixels, a multiple of {multiple}{why}")
+    if pixels % multiple or not 0 < pixels <= limit:
+        nearest = round(min(max(pixels, multiple), limit) / multiple) * multiple
+        raise ValueError(
+            f"{name} is {pixels}; it must be a multiple of {multiple} pixels from {multiple} to {limit}{why}: "
             f"the nearest is {nearest}"
         )
     return pixels
 
 
-def _frames(seconds: float) -> int:
+def _frames(config: Config, seconds: float | None, num_frames: int | None) -> int:
+    if config.task in ("t2i", "i2i"):
+        if seconds or num_frames not in (None, 1):
+            raise ValueError(f"{config.source} makes images: leave the duration out")
+        return 1
+    if num_frames is not None:
+        if seconds is not None:
+            raise ValueError("both time_length and num_frames are given: leave one of them out")
+        return _checked_frames(num_frames)
+    seconds = config.generation.time_length if seconds is None else seconds
     longest = ((MAX_PATCHES - 1) * FRAMES_PER_LATENT) // FPS
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= longest:
         raise ValueError(f"the duration is {seconds} s; it must be from 0 (an image) to {longest} s")
     return int(seconds * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
 
-def _checked_seed(seed: int | None) -> int:
-    if seed is None:
-        return random.SystemRandom().randrange(MAX_SEED)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"the seed is {seed}; it must be a whole number from 0 to {MAX_SEED}")
-    return seed
+def _checked_frames(num_frames: int) -> int:
+    longest = (MAX_PATCHES - 1) * FRAMES_PER_LATENT + 1
+    whole = isinstance(num_frames, int) and not isinstance(num_frames, bool)
+    if not whole or not 1 <= num_frames <= longest or num_frames % FRAMES_PER_LATENT != 1:
+        nearest = round((min(max(num_frames, 1), longest) - 1) / FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1
+        raise ValueError(f"num_frames is {num_frames}; it must be 4n + 1 up to {longest}: the nearest is {nearest}")
+    return num_frames
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _checked_text_length(tokens: int | None) -> int | None:
+    whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+    if tokens is not None and not (whole and 1 <= tokens <= MAX_TEXT_TOKENS):
+        raise ValueError(f"max_sequence_length is {tokens!r}; it must be from 1 to {MAX_TEXT_TOKENS} tokens")
+    return tokens
 
 
 def _checked_steps(num_steps: int) -> int:

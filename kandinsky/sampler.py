@@ -57,19 +57,21 @@ def euler_sample(
     noise: Tensor,
     sigmas: Tensor,
     guidance_weight: float,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+    steps: Callable[[range], Iterable[int]] = lambda steps: steps,
+    on_step_end: Callable[[int, Tensor], Tensor] = lambda step, latents: latents,
 ) -> Tensor:
     """Integrate from `noise` at sigmas[0] to sigmas[-1]; latents come back in float32.
 
     Args:
         noise: (B, T, H, W, C).
         sigmas: (num_steps + 1,), decreasing, as from `flow_timesteps`.
-        progress: wraps the iteration over steps, for a progress bar.
+        steps: wraps the iteration over steps: for a progress bar, or to end it early.
+        on_step_end: (step, latents after it) -> the latents to go on with.
     """
     latents = noise.to(torch.float32)
     sigmas = sigmas.to(device=noise.device, dtype=torch.float32)
-    for step in progress(range(len(sigmas) - 1)):
+    for step in steps(range(len(sigmas) - 1)):
         sigma, next_sigma = sigmas[step], sigmas[step + 1]
         v = guided_velocity(velocity, latents, sigma * NUM_TRAIN_TIMESTEPS, guidance_weight)
-        latents = latents + (next_sigma - sigma) * v
+        latents = on_step_end(step, latents + (next_sigma - sigma) * v)
     return latents

@@ -1,34 +1,60 @@
 """Encode -> denoise -> decode -> write, once for every task.
 
 A pipeline holds a config, three models and a placement, and keeps nothing between calls: what belongs to one
-generation lives in its `Request` and in local variables. Knows how the stages follow each other; knows no files of
-weights, no kernels, and nothing of what makes a run fast or small.
+generation lives in its `Request`, its `Inputs` and in local variables. Knows how the stages follow each other; knows no
+files of weights, no kernels, and nothing of what makes a run fast or small.
+
+The samples of a call (several prompts, or several outputs of one) go through every step together but through the
+models one by one: a video fills a device by itself, and so no sample can depend on its neighbours, to the last bit.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from kandinsky import media
-from kandinsky.conditioning import Conditioning, draw_noise, text_to_video
+from kandinsky.attention.nabla import NablaConfig
+from kandinsky.conditioning import (
+    Conditioning,
+    draw_noise,
+    from_first_frame,
+    from_source,
+    from_text,
+    normalize_first_frames,
+)
 from kandinsky.config import Config, config_to_dict
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, RequestTables
+from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
-from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
-from kandinsky.request import FPS, Request, warn_about_size
-from kandinsky.sampler import Branch, euler_sample, flow_timesteps, uses_guidance
+from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.request import FPS, Request, resolve_request, warn_about_size
+from kandinsky.sampler import NUM_TRAIN_TIMESTEPS, Branch, euler_sample, flow_timesteps, uses_guidance
+from kandinsky.sizes import check_picture, size_for_image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
+
+ImageSource: TypeAlias = "str | Path | Image.Image | np.ndarray"
+OUTPUT_TYPES = ("uint8", "pil", "np", "pt", "latent")
+
+# callback(pipe, step, timestep, tensors) -> tensors to replace, or None
+StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
 
 
 class Placement(Protocol):
@@ -52,15 +78,36 @@ class Stopwatch:
         self.seconds[name] = round(time.perf_counter() - begin, 3)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a call brings besides words and numbers.
+
+    images: RGB pictures, none, one for all prompts, or one a prompt; image_names are for the record. generators: none
+    (seeds are used), one that all samples draw from in turn, or one a sample. latents: (samples, T, H, W, C), in place
+    of the noise.
+    """
+
+    images: Sequence[Image.Image] = ()
+    image_names: Sequence[str] = ()
+    generators: Sequence[torch.Generator] = ()
+    latents: Tensor | None = None
+    prompt_embeds: TextEmbeddings | None = None
+    negative_prompt_embeds: TextEmbeddings | None = None
+
+
 class Pipeline:
-    """The stages; subclasses add a task's call signature and checks."""
+    """The stages; subclasses add a task's call signature.
+
+    `interrupt` may be set to True while a call runs, from a callback or another thread: the call then ends after the
+    current step and returns what it has.
+    """
 
     def __init__(
         self,
         config: Config,
         dit: DiffusionTransformer3D,
         text_embedder: TextEmbedder,
-        vae: AutoencoderKLHunyuanVideo,
+        vae: AutoencoderKLHunyuanVideo | AutoencoderKL,
         placement: Placement,
     ) -> None:
         self.config = config
@@ -68,116 +115,389 @@ class Pipeline:
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
+        self.interrupt = False
+
+    def run(
+        self,
+        text: str | Sequence[str] | None,
+        *,
+        images: Sequence[ImageSource] = (),
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: TextEmbeddings | None = None,
+        negative_prompt_embeds: TextEmbeddings | None = None,
+        seed: int | Sequence[int] | None = None,
+        expand_prompts: bool = False,
+        save_path: str | Path | None = None,
+        progress: bool = True,
+        output_type: str | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        **wishes: Any,
+    ) -> Any:
+        """What every task's call does with its arguments; `wishes` are those of `resolve_request`."""
+        if expand_prompts:
+            raise ValueError("expand_prompts=True: prompt expansion is not part of this version; leave it out")
+        if generator is not None and seed is not None:
+            raise ValueError("both seed and generator are given: leave one of them out")
+        pictures = [media.load_image(image) for image in images]
+        inputs = Inputs(
+            images=pictures,
+            image_names=[name_of(image) for image in images],
+            generators=() if generator is None else generator if isinstance(generator, list | tuple) else (generator,),
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+        request = resolve_request(
+            self.config,
+            text,
+            image_sizes=[picture.size for picture in pictures],
+            num_prompts=None if prompt_embeds is None else self._checked_embeds("prompt_embeds", prompt_embeds),
+            seed=seed,
+            seeded=generator is None,
+            **wishes,
+        )
+        return self.generate(request, inputs, save_path, progress, output_type, callback_on_step_end)
 
     @torch.no_grad()
-    def generate(self, request: Request, save_path: str | Path | None = None, progress: bool = True) -> Tensor:
-        """Run one request; uint8 pixels (1, 3, frames, height, width) on the CPU, also written where `save_path` says.
+    def generate(
+        self,
+        request: Request,
+        inputs: Inputs = Inputs(),
+        save_path: str | Path | None = None,
+        progress: bool = True,
+        output_type: str | None = None,
+        callback: StepCallback | None = None,
+    ) -> Any:
+        """Run one request; the outputs as `output_type` says (see `convert`), also written where `save_path` says.
 
-        Beside the output, a JSON file of the same name holds the prompt, every resolved setting, versions and times.
+        None means "uint8" for videos and "pil" for pictures.
+
+        Beside every output, a JSON file of the same name holds the prompt, every resolved setting, versions and times.
         """
+        output_type = output_type or ("pil" if request.is_image else "uint8")
+        self.check_inputs(request, inputs, save_path, output_type)
         warn_about_size(self.config, request)
-        if save_path is not None:
-            media.check_writable(save_path, media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX)
+        self.interrupt = False
+        size = request.width, request.height
+        images = [media.fit_image(image, *size) for image in inputs.images]
         watch = Stopwatch()
         with watch.stage("encode"):
-            cond, uncond = self.encode_prompts(request)
+            branches = self.encode_prompts(request, inputs, images)
+            conditioning = self.condition(request, inputs, images)
         with watch.stage("denoise"):
-            latents = self.denoise(request, cond, uncond, progress)
+            latents = self.denoise(request, conditioning, branches, progress, callback)
+        if output_type == "latent":
+            return latents
         with watch.stage("decode"):
-            pixels = self.decode(latents)
+            pixels = self.decode(latents, to_unit if output_type in ("np", "pt") else to_uint8)
         logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))
         if save_path is not None:
-            self.write(request, pixels, Path(save_path), watch)
-        return pixels
+            self.write(request, inputs, pixels, Path(save_path), watch)
+        return convert(pixels, output_type, request.is_image)
 
-    def encode_prompts(self, request: Request) -> tuple[TextEmbeddings, TextEmbeddings | None]:
-        """Embeddings of the prompt, and of the negative prompt where guidance needs it, from one pass."""
-        guided = uses_guidance(request.guidance_weight)
-        prompts = [request.text, request.negative_caption] if guided else [request.text]
-        content = "image" if request.is_image else "video"
+    @property
+    def uses_nabla(self) -> bool:
+        """Whether visual self-attention is block-sparse."""
+        return self.config.model.attention.type == "nabla"
+
+    # --- checks, before anything is encoded ---------------------------------------------------------------------------
+
+    def check_inputs(
+        self, request: Request, inputs: Inputs, save_path: str | Path | None = None, output_type: str = "uint8"
+    ) -> None:
+        """Raise ValueError for tensors, generators and output settings that don't go with the request."""
+        samples = len(request.samples)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
+        for generator in inputs.generators:
+            if not isinstance(generator, torch.Generator):
+                raise ValueError(f"generator is {generator!r}; it must be a torch.Generator or a list of them")
+        if len(inputs.generators) not in (0, 1, samples):
+            raise ValueError(f"{len(inputs.generators)} generators for {samples} outputs: give one, or one for each")
+        if inputs.latents is not None:
+            expected = (samples, *request.latent_size, self.config.model.dit_params.in_visual_dim)
+            if tuple(inputs.latents.shape) != expected:
+                raise ValueError(
+                    f"latents are {tuple(inputs.latents.shape)}; they must be (samples, latent frames, rows, columns, "
+                    f"channels) = {expected}"
+                )
+        if inputs.negative_prompt_embeds is not None:
+            rows = self._checked_embeds("negative_prompt_embeds", inputs.negative_prompt_embeds)
+            if rows not in (1, request.num_prompts):
+                raise ValueError(f"negative_prompt_embeds are of {rows} prompts, not of 1 or {request.num_prompts}")
+        if save_path is not None:
+            if output_type == "latent":
+                raise ValueError("output_type='latent' makes no picture that save_path could be written to")
+            suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
+            for path in media.output_paths(save_path, samples):
+                media.check_writable(path, suffix)
+
+    def _checked_embeds(self, name: str, embeds: object) -> int:
+        """How many prompts `embeds` are of. Raises ValueError where they are not this model's."""
+        if not isinstance(embeds, TextEmbeddings):
+            raise ValueError(f"{name} is a {type(embeds).__name__}; give what pipe.encode_prompt(...) returns")
+        dit = self.config.model.dit_params
+        widths = embeds.text_embeds.shape[-1], embeds.pooled_embeds.shape[-1]
+        if widths != (dit.in_text_dim, dit.in_text_dim2):
+            raise ValueError(
+                f"{name} are {widths[0]} and {widths[1]} wide; this model takes {dit.in_text_dim} and "
+                f"{dit.in_text_dim2}: encode the prompt with this pipeline's encode_prompt"
+            )
+        return len(embeds.text_embeds)
+
+    # --- encode -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        text: str | Sequence[str],
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        content: str | None = None,
+        max_sequence_length: int | None = None,
+    ) -> TextEmbeddings:
+        """Embeddings of one prompt or several, for `prompt_embeds` or `negative_prompt_embeds`, to be kept and reused.
+
+        Image-to-image models also read the picture that is edited, at the size it will be edited in. `content` is
+        "video" or "image"; None means what this model makes.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        images: list[Image.Image] | None = None
+        if self.config.task == "i2i":
+            if image is None:
+                raise ValueError("an image-to-image model reads the picture together with the prompt: give image=")
+            images = [media.load_image(one) for one in as_images(image)]
+            for picture in images:
+                check_picture(picture.size)
+            images = [media.fit_image(picture, *size_for_image(picture.size, self.config)) for picture in images]
+        elif image is not None:
+            raise ValueError(f"a model for {self.config.task} reads no picture together with the prompt: leave it out")
+        return self._embed(texts, images, content or self._content(self.config.task != "t2v"), max_sequence_length)
+
+    def _content(self, is_image: bool) -> str:
+        """Which prompt template the model was trained with."""
+        task = self.config.task
+        return "image_edit" if task == "i2i" else "image" if is_image and task != "i2v" else "video"
+
+    def _embed(
+        self, texts: Sequence[str], images: Sequence[Image.Image] | None, content: str, max_length: int | None
+    ) -> TextEmbeddings:
+        if images is not None:
+            images = list(images) * len(texts) if len(images) == 1 else images
+            # Qwen sees the picture at half its size.
+            images = [image.resize((image.width // 2, image.height // 2)) for image in images]
         with self.placement.use("text_embedder"):
-            embeddings = self.text_embedder.encode(prompts, content=content)
-        if not guided:
-            return embeddings, None
-        cond, uncond = embeddings.split(1)
-        return cond, uncond
+            return self.text_embedder.encode(texts, content=content, images=images, max_length=max_length)
+
+    def encode_prompts(
+        self, request: Request, inputs: Inputs, images: Sequence[Image.Image]
+    ) -> dict[Branch, list[TextEmbeddings]]:
+        """For each branch of guidance the embeddings of each sample, from one pass over whatever has to be encoded."""
+        first_samples = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
+        given: dict[Branch, TextEmbeddings | None] = {"cond": inputs.prompt_embeds}
+        words: dict[Branch, list[str | None]] = {"cond": [sample.text for sample in first_samples]}
+        if uses_guidance(request.guidance_weight):
+            given["uncond"] = inputs.negative_prompt_embeds
+            words["uncond"] = [sample.negative_caption for sample in first_samples]
+
+        pictures = list(images) * request.num_prompts if len(images) == 1 else list(images)
+        is_edit = self.config.task == "i2i"
+        # What has to be encoded, each once: one negative prompt is usually shared by all.
+        keys = {branch: [(text, i if is_edit else 0) for i, text in enumerate(words[branch])] for branch in words}
+        todo = list(dict.fromkeys(key for branch in keys if given[branch] is None for key in keys[branch]))
+        encoded: dict[tuple[str | None, int], TextEmbeddings] = {}
+        if todo:
+            embeddings = self._embed(
+                [text for text, _ in todo if text is not None],
+                [pictures[i] for _, i in todo] if is_edit else None,
+                self._content(request.is_image),
+                request.max_sequence_length,
+            )
+            encoded = dict(zip(todo, embeddings.unbind(), strict=True))
+
+        device = self.placement.device("dit")
+        branches: dict[Branch, list[TextEmbeddings]] = {}
+        for branch, embeds in given.items():
+            one_each = [encoded[key] for key in keys[branch]] if embeds is None else embeds.unbind()
+            one_each = one_each * request.num_prompts if len(one_each) == 1 else one_each
+            one_each = [text.to(device) for text in one_each]
+            branches[branch] = [one_each[sample.prompt] for sample in request.samples]
+        return branches
+
+    # --- denoise ------------------------------------------------------------------------------------------------------
+
+    def condition(self, request: Request, inputs: Inputs, images: Sequence[Image.Image]) -> Conditioning:
+        """What this task's sampling starts from and is conditioned on, besides text.
+
+        A sample draws its noise first and the picture's latents after it, from the same generator.
+        """
+        generation = self.config.generation
+        generators = inputs.generators or [
+            torch.Generator(generation.noise_device).manual_seed(sample.seed)
+            for sample in request.samples
+            if sample.seed is not None
+        ]
+        shape = (*request.latent_size, self.config.model.dit_params.in_visual_dim)
+        posteriors = self.encode_images(images)
+        noise, image_latents = [], []
+        for i, sample in enumerate(request.samples):
+            generator = generators[i % len(generators)]
+            if inputs.latents is None:
+                noise.append(draw_noise(generator, shape, getattr(torch, generation.noise_dtype)))
+            else:
+                noise.append(inputs.latents[i].float())
+            if posteriors:
+                posterior = posteriors[sample.prompt % len(posteriors)]
+                latents = posterior.sample(generator).float() * self.vae.scaling_factor
+                image_latents.append(latents.view(latents.shape[1], *latents.shape[-2:]).permute(1, 2, 0))  # (H, W, C)
+        device = self.placement.device("dit")
+        start = torch.stack([one.to(device) for one in noise])
+        if not image_latents:
+            return from_text(start, self.dit.in_channels)
+        pictures = torch.stack([one.to(device) for one in image_latents])
+        return from_first_frame(start, pictures) if self.config.task == "i2v" else from_source(start, pictures)
 
     def denoise(
-        self, request: Request, cond: TextEmbeddings, uncond: TextEmbeddings | None, progress: bool = True
+        self,
+        request: Request,
+        conditioning: Conditioning,
+        branches: dict[Branch, list[TextEmbeddings]],
+        progress: bool = True,
+        callback: StepCallback | None = None,
     ) -> Tensor:
-        """Latents (1, T, H, W, C), float32, from the request's own noise."""
+        """Latents (samples, T, H, W, C), scaled, float32."""
         device = self.placement.device("dit")
+        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
+        attention = self.config.model.attention
+        nabla = NablaConfig(attention.P, attention.wT, attention.wH, attention.wW) if self.uses_nabla else None
         scale_factor = self.config.metrics.scale_factor
-        conditioning = self.condition(request)
-        branches: dict[Branch, TextEmbeddings] = {"cond": cond.to(device)}
-        if uncond is not None:
-            branches["uncond"] = uncond.to(device)
+
         # Everything that depends on the request's sizes alone, once and not at every step.
-        tables = {
-            branch: self.dit.request_tables(request.latent_size, text.text_embeds.shape[1], scale_factor, device)
-            for branch, text in branches.items()
-        }
+        shared = self.dit.request_tables(request.latent_size, 1, scale_factor, device, nabla)
+
+        @cache
+        def tables(text_length: int) -> RequestTables:
+            return replace(shared, text_rope=text_rotary_table(text_length, self.dit.head_dim, device))
 
         def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
-            text = branches[branch]
-            return self.dit(
-                conditioning.model_input(latents),
-                text.text_embeds,
-                text.pooled_embeds,
-                timestep.expand(len(latents)),
-                text_mask=text.text_mask,
-                tables=tables[branch],
+            model_input = conditioning.model_input(latents)
+            return torch.cat(
+                [
+                    self.dit(
+                        sample,
+                        text.text_embeds,
+                        text.pooled_embeds,
+                        timestep.expand(1),
+                        text_mask=text.text_mask,
+                        tables=tables(text.text_embeds.shape[1]),
+                    )
+                    for sample, text in zip(model_input.split(1), branches[branch], strict=True)
+                ]
             )
 
-        def bar(steps: Iterable[int]) -> Iterable[int]:
-            return tqdm(steps, desc="denoise", unit="step", disable=not progress)
+        def until_interrupted(steps: range) -> Iterable[int]:
+            for step in tqdm(steps, desc="denoise", unit="step", disable=not progress):
+                if self.interrupt:
+                    logger.warning("interrupted after %d of %d steps", step, len(steps))
+                    return
+                yield step
 
-        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
+        def on_step_end(step: int, latents: Tensor) -> Tensor:
+            latents = conditioning.hold(latents)
+            if callback is None:
+                return latents
+            tensors: dict[str, Any] = {
+                "latents": latents,
+                "prompt_embeds": branches["cond"],
+                "negative_prompt_embeds": branches.get("uncond"),
+            }
+            replaced = callback(self, step, sigmas[step] * NUM_TRAIN_TIMESTEPS, dict(tensors)) or {}
+            if unknown := set(replaced) - set(tensors):
+                raise ValueError(
+                    f"callback_on_step_end returned {', '.join(sorted(unknown))}; it may replace {', '.join(tensors)}"
+                )
+            tensors.update(replaced)
+            branches["cond"] = tensors["prompt_embeds"]
+            if "uncond" in branches:
+                branches["uncond"] = tensors["negative_prompt_embeds"]
+            return conditioning.hold(tensors["latents"])
+
         with self.placement.use("dit"):
-            return euler_sample(velocity, conditioning.noise, sigmas, request.guidance_weight, bar)
+            start = conditioning.hold(conditioning.noise)
+            latents = euler_sample(velocity, start, sigmas, request.guidance_weight, until_interrupted, on_step_end)
+        if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
+            return normalize_first_frames(latents)
+        return latents
 
-    def condition(self, request: Request) -> Conditioning:
-        """What this task's sampling starts from and is conditioned on, besides text."""
-        generation = self.config.generation
-        shape = (*request.latent_size, self.config.model.dit_params.in_visual_dim)
-        noise = draw_noise(
-            [request.seed],
-            shape,
-            self.placement.device("dit"),
-            generation.noise_device,
-            getattr(torch, generation.noise_dtype),
-        )
-        return text_to_video(noise, self.dit.in_channels)
+    # --- pixels <-> latents -------------------------------------------------------------------------------------------
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, T, H, W, C) scaled latents -> uint8 pixels (B, 3, frames, height, width) on the CPU."""
+    def encode_images(self, images: Sequence[Image.Image]) -> list[Any]:
+        """The VAE's distribution over the latents of each RGB picture, (1, C, H, W) or (1, C, 1, H, W)."""
+        if not images:
+            return []
+        posteriors = []
+        with self.placement.use("vae"):
+            weight = next(self.vae.parameters())
+            for image in images:
+                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+                x = (pixels.to(weight.device).float() / 127.5 - 1).to(weight.dtype)
+                if isinstance(self.vae, AutoencoderKL):
+                    posteriors.append(self.vae.encode(x))
+                else:
+                    posteriors.append(self.vae.encode(x[:, :, None]))
+        return posteriors
+
+    def decode(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, T, H, W, C) scaled latents -> pixels (B, 3, frames, height, width) on the CPU, uint8 or as `finish`es."""
         vae_config = self.config.model.vae
         tiling = VAETiling(size=vae_config.spatial_tile, overlap=vae_config.spatial_overlap)
+        device = self.placement.device("vae")
+        videos = []
         with self.placement.use("vae"):
             dtype = next(self.vae.parameters()).dtype
-            z = latents.permute(0, 4, 1, 2, 3).to(device=self.placement.device("vae"), dtype=torch.float32)
-            pixels = self.vae.decode((z / self.vae.scaling_factor).to(dtype), tiling)
-            return to_uint8(pixels).cpu()
+            for sample in latents.split(1):
+                z = sample.permute(0, 4, 1, 2, 3).to(device=device, dtype=torch.float32)  # (1, C, T, H, W)
+                z = (z / self.vae.scaling_factor).to(dtype)
+                if isinstance(self.vae, AutoencoderKL):
+                    pixels = self.vae.decode(z[:, :, 0], tiling)[:, :, None]
+                else:
+                    pixels = self.vae.decode(z, tiling)
+                videos.append((finish or to_uint8)(pixels).cpu())
+        return torch.cat(videos)
 
-    def write(self, request: Request, pixels: Tensor, path: Path, watch: Stopwatch) -> None:
-        """The video or picture, then the JSON beside it."""
-        with watch.stage("write"):
-            if request.is_image:
-                media.write_image(pixels[0, :, 0], path)
-            else:
-                media.write_video(pixels[0], path, fps=FPS)
-        media.write_sidecar(path, self.describe(request, watch))
-        logger.info("wrote %s", path)
+    # --- write --------------------------------------------------------------------------------------------------------
 
-    def describe(self, request: Request, watch: Stopwatch) -> dict[str, Any]:
-        """What is needed to make this output again, and how long it took. Names are the command line's."""
+    def write(self, request: Request, inputs: Inputs, pixels: Tensor, path: Path, watch: Stopwatch) -> list[Path]:
+        """The videos or pictures, each with its JSON beside it; returns their paths."""
+        if pixels.is_floating_point():
+            pixels = (pixels * 255).round().to(torch.uint8)
+        paths = media.output_paths(path, len(pixels))
+        for i, (output, target) in enumerate(zip(pixels, paths, strict=True)):
+            with watch.stage("write"):
+                if request.is_image:
+                    media.write_image(output[:, 0], target)
+                else:
+                    media.write_video(output, target, fps=FPS)
+            media.write_sidecar(target, self.describe(request, inputs, i, watch))
+            logger.info("wrote %s", target)
+        return paths
+
+    def describe(self, request: Request, inputs: Inputs, index: int, watch: Stopwatch) -> dict[str, Any]:
+        """What is needed to make an output again, and how long it took. Names are the command line's."""
+        engine = self.dit.block_sparse if self.uses_nabla else self.dit.attention
         settings = dict(vars(request))
+        sample = settings.pop("samples")[index]
+        names = inputs.image_names
         return {
-            "prompt": settings.pop("text"),
-            "negative_prompt": settings.pop("negative_caption"),
+            "task": self.config.task,
+            "prompt": sample.text,
+            "negative_prompt": sample.negative_caption,
+            "image": names[sample.prompt % len(names)] if names else None,
+            "seed": sample.seed,
             **settings,
             "fps": FPS,
-            "attention_engine": getattr(self.dit.attention, "__name__", str(self.dit.attention)),
+            "attention_engine": getattr(engine, "__name__", str(engine)),
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
             # Not that of any parameter: time embedding and modulations keep what their file has.
             "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
@@ -187,6 +507,42 @@ class Pipeline:
         }
 
 
+def as_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    """None, one picture or several, as a list."""
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
+
+
+def name_of(image: ImageSource) -> str:
+    """What the record says about a picture: its path, or that it came without one."""
+    return str(image) if isinstance(image, str | Path) else "given without a file name"
+
+
 def to_uint8(pixels: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, rounded in float32 (truncating would darken by 0.4 levels). Reuses no memory of the input."""
+    """[-1, 1] to 0..255, rounded in float32 (truncating would darken by 0.4 levels). May overwrite its input."""
     return pixels.float().clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], float32."""
+    return pixels.float().clamp(-1, 1).add_(1).mul_(0.5)
+
+
+def convert(pixels: Tensor, output_type: str, is_image: bool) -> Any:
+    """Pixels (B, 3, T, H, W) as a caller asks for them; of pictures without the time axis.
+
+    "uint8": the tensor, 0..255. "pt": float tensor (B, T, 3, H, W) in [0, 1]. "np": float array (B, T, H, W, 3) in
+    [0, 1]. "pil": for every output a list of frames, or for pictures the picture.
+    """
+    if output_type == "uint8":
+        return pixels[:, :, 0] if is_image else pixels
+    if output_type == "pt":
+        frames = pixels.transpose(1, 2)
+        return frames[:, 0] if is_image else frames
+    if output_type == "np":
+        array = pixels.permute(0, 2, 3, 4, 1).numpy()
+        return array[:, 0] if is_image else array
+    if is_image:
+        return [media.to_pil(output[:, 0]) for output in pixels]
+    return [[media.to_pil(frame) for frame in output.unbind(1)] for output in pixels]

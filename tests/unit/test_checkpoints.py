@@ -239,8 +239,23 @@ def test_another_variant_is_named_on_both_sides():
 
 
 def test_advice_names_a_config_that_exists():
-    with pytest.raises(ValueError, match=r"use configs/config_5s_sft.yaml or another checkpoint"):
-        check_dit_header(header_of(LITE), PRO)
+    for found, wanted, name in (
+        (LITE, PRO, "config_5s_sft"),
+        (PRO, LITE, "config_5s_t2v_pro"),
+        (T2I, I2I, "config_t2i"),
+        (I2I, T2I, "config_i2i"),
+    ):
+        with pytest.raises(ValueError, match=f"use a config like configs/{name}.yaml, or another checkpoint"):
+            check_dit_header(header_of(found), wanted)
+        config = load_config(REPOSITORY / "configs" / f"{name}.yaml")
+        check_dit_header(header_of(found), config.model.dit_params)  # the advice helps
+
+
+def test_no_advice_where_no_config_helps():
+    with pytest.raises(ValueError, match=r"this file is a model of its own .* use the config of that checkpoint, or"):
+        check_dit_header(header_of(dataclasses.replace(LITE, model_dim=1024)), LITE)
+    with pytest.raises(ValueError, match=r"use the config of that checkpoint, or .* ff_dim 7168 \(config: 4096\)"):
+        check_dit_header(header_of(LITE), dataclasses.replace(LITE, ff_dim=4096))
 
 
 @pytest.mark.parametrize(

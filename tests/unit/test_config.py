@@ -125,12 +125,13 @@ def test_original_layout_loads_with_exactly_one_warning(tmp_path, caplog):
     assert config.generation.resolutions == SD_SIZES
     assert (config.generation.width, config.generation.height, config.generation.time_length) == (768, 512, 5.0)
     assert config.generation.negative_caption == VIDEO_NEGATIVE_CAPTION
+    assert config.generation.first_frame_normalization is True
 
 
 def test_our_own_configs_load_without_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         paths = sorted((REPOSITORY / "configs").glob("*.yaml"))
-        assert len(paths) >= 9
+        assert len(paths) >= 18
         for path in paths:
             load_config(path)
     assert not caplog.records
@@ -249,6 +250,7 @@ def test_override_wins_over_yaml_and_yaml_over_default():
             "generation.width=512",
             "metrics.scale_factor=[1,3.16,3.16]",
             "generation.negative_caption=a, b = c",
+            "generation.first_frame_normalization=false",
             "model.text_embedder.qwen.crop=5",
         ],
     )
@@ -257,6 +259,7 @@ def test_override_wins_over_yaml_and_yaml_over_default():
     assert (config.generation.width, config.generation.height) == (512, 512)
     assert config.metrics.scale_factor == (1.0, 3.16, 3.16)
     assert config.generation.negative_caption == "a, b = c"
+    assert config.generation.first_frame_normalization is False
     assert config.model.text_embedder.qwen.crop == 5
 
 
@@ -332,6 +335,7 @@ def test_unknown_key_names_the_nearest(override, unknown, nearest):
         ("generation.width=100", ["100x512", "512x512, 768x512, 512x768"]),
         ("generation.time_length=-1", ["generation.time_length = -1.0", "0 to 21"]),
         ("generation.time_length=60", ["generation.time_length = 60.0", "0 to 21"]),
+        ("generation.first_frame_normalization=1", ["first_frame_normalization = 1", "true or false"]),
         ("generation.noise_device=tpu", ["generation.noise_device = 'tpu'", "cpu or cuda"]),
         ("generation.noise_dtype=float16", ["generation.noise_dtype = 'float16'", "float32 or bfloat16"]),
     ],

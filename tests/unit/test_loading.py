@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kandinsky import loading
+from kandinsky.attention.block_sparse import sdpa_block_sparse
 from kandinsky.checkpoints import COMFY_PREFIX, expected_dit_shapes
 from kandinsky.config import DiTConfig, load_config
 from kandinsky.loading import get_T2V_pipeline, load_dit, load_vae, resolve_dtype
@@ -342,10 +343,7 @@ def test_wrong_devices(device_map: Any, parts: list[str]) -> None:
     assert_one_line(error, *parts)
 
 
-def test_unknown_engine_and_dtype() -> None:
-    with pytest.raises(ValueError) as error:
-        get_T2V_pipeline("cpu", conf_path=LITE_YAML, attention_engine="flash9")
-    assert_one_line(error, "'flash9'", "auto", "sdpa")
+def test_unknown_dtype() -> None:
     for dtype, name in (("float8", "float8"), (torch.int8, "int8")):
         with pytest.raises(ValueError) as error:
             get_T2V_pipeline("cpu", conf_path=LITE_YAML, dtype=dtype)
@@ -356,7 +354,7 @@ def test_config_of_another_task() -> None:
     config = dataclasses.replace(load_config(LITE_YAML), task="i2v")
     with pytest.raises(ValueError) as error:
         get_T2V_pipeline("cpu", config=config)
-    assert_one_line(error, "i2v", "t2v")
+    assert_one_line(error, "a config for i2v", "load it with get_I2V_pipeline")
 
 
 def test_default_dtypes() -> None:
@@ -395,6 +393,33 @@ def world(tmp_path_factory: pytest.TempPathFactory, vae_state: State) -> dict[st
         "text_encoder_path": folder / "text_encoder",
         "text_encoder2_path": folder / "text_encoder2",
     }
+
+
+def test_unknown_engine(world: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as error:
+        get_T2V_pipeline("cpu", attention_engine="flash9", **world)
+    assert_one_line(error, "'flash9'", "auto", "sdpa")
+
+
+def test_nabla_has_engines_of_its_own(world: dict[str, Any]) -> None:
+    """The name in `model.attention.engine` chooses among what can compute the config's kind of attention."""
+    nabla = ["model.attention.type=nabla", "generation.width=128", "generation.height=128"]
+    sizes = ["generation.resolutions=[[128,128]]"]
+    pipe = get_T2V_pipeline("cpu", **world | {"overrides": [*world["overrides"], *nabla, *sizes]})
+    assert pipe.dit.block_sparse is sdpa_block_sparse
+    options = {"num_frames": 9, "seed": 1, "num_steps": 1, "progress": False, "output_type": "latent"}
+    everything = dataclasses.replace(pipe.config.model.attention, P=1.0)
+    dense = dataclasses.replace(everything, type="full")
+    results = []
+    for attention in (everything, dense, dataclasses.replace(everything, P=0.1, wT=1, wH=1, wW=1)):
+        model = dataclasses.replace(pipe.config.model, attention=attention)
+        pipe.config = dataclasses.replace(pipe.config, model=model)
+        results.append(pipe("a red circle moves", **options))
+    assert (results[0] - results[1]).abs().max() < 1e-5  # all of the mass is dense attention
+    assert (results[2] - results[1]).abs().max() > 1e-4
+    with pytest.raises(ValueError) as error:
+        get_T2V_pipeline("cpu", attention_engine="sage", **world | {"overrides": [*world["overrides"], *nabla, *sizes]})
+    assert_one_line(error, "'sage'", "takes no block maps", "flex, sdpa")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

@@ -277,6 +277,19 @@ class TestNames:
         assert not path.name.startswith((".", "-"))
         assert len(path.name.encode()) <= 255
 
+    def test_one_output_has_the_name_that_was_given(self, tmp_path: Path) -> None:
+        (tmp_path / "a.mp4").write_text("old")  # to be replaced: somebody named it
+        assert media.output_paths(str(tmp_path / "a.mp4"), 1) == [tmp_path / "a.mp4"]
+
+    def test_several_outputs_are_counted_and_replace_nothing(self, tmp_path: Path) -> None:
+        def names(count: int) -> list[str]:
+            return [path.relative_to(tmp_path).as_posix() for path in media.output_paths(tmp_path / "v1.5.png", count)]
+
+        assert names(3) == ["v1.5.png", "v1.5_2.png", "v1.5_3.png"]
+        (tmp_path / "v1.5_2.json").write_text("{}")  # either of a result's two files is enough to hold its name
+        (tmp_path / "v1.5.png").symlink_to("nowhere")
+        assert names(2) == ["v1.5_3.png", "v1.5_4.png"]
+
     def test_prompt_cannot_leave_the_folder(self, tmp_path: Path) -> None:
         assert media.default_output_path(tmp_path, "../../etc/passwd", 0).name == "etc-passwd_seed0.mp4"
 
@@ -328,8 +341,74 @@ class TestLoadImage:
         (tmp_path / "text.png").write_text("words")
         Image.fromarray(smooth_video(1, 64, 64)[0]).save(tmp_path / "whole.png")
         (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+        (tmp_path / "bad.ppm").write_bytes(b"P6 4\xff255 3 255")  # here Pillow stumbles over a number
         with pytest.raises(ValueError, match="there is no image"):
             media.load_image(tmp_path / "missing.png")
-        for name in ("text.png", "half.png", "."):
-            with pytest.raises(ValueError, match="can't read the image"):
+        for name in ("text.png", "half.png", "bad.ppm", ".", "a\0.png"):
+            with pytest.raises(ValueError, match=r"can't read the image .*; give a PNG") as error:
                 media.load_image(tmp_path / name)
+            assert "\n" not in str(error.value)
+        # Opened by somebody else, who did not look at its pixels yet.
+        with Image.open(tmp_path / "half.png") as half, pytest.raises(ValueError, match="can't read the image"):
+            media.load_image(half)
+
+    @pytest.mark.parametrize("source", [None, 7, torch.zeros(3, 4, 4, dtype=torch.uint8)])
+    def test_not_even_a_source(self, source: object) -> None:
+        with pytest.raises(ValueError, match=f"the image is a {type(source).__name__}; it must be a path"):
+            media.load_image(source)  # type: ignore[arg-type]
+
+    def test_print_colours(self, tmp_path: Path) -> None:
+        Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+        image = media.load_image(tmp_path / "a.jpg")
+        assert image.mode == "RGB"
+        assert np.abs(np.subtract(image.getpixel((8, 8)), (255, 0, 0))).max() <= 2
+
+    def test_grey_with_transparency(self, tmp_path: Path) -> None:
+        picture = Image.new("LA", (2, 1), (40, 255))
+        picture.putpixel((1, 0), (40, 0))
+        picture.save(tmp_path / "a.png")
+        image = media.load_image(tmp_path / "a.png")
+        assert [image.getpixel((x, 0)) for x in (0, 1)] == [(40, 40, 40), (255, 255, 255)]
+
+    def test_animation_is_its_first_frame(self, tmp_path: Path) -> None:
+        frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
+        frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=40)
+        with Image.open(tmp_path / "a.gif") as animation:
+            assert animation.n_frames == 3
+        image = media.load_image(tmp_path / "a.gif")
+        assert (image.mode, image.size, image.getpixel((5, 5))) == ("RGB", (20, 10), (255, 0, 0))
+
+
+class TestFitImage:
+    @pytest.mark.parametrize(("width", "height"), [(60, 48), (200, 160)])
+    def test_is_bilinear_with_antialiasing(self, width: int, height: int) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)
+        fitted = np.asarray(media.fit_image(Image.fromarray(noise), width, height)).astype(float)
+        tensor = torch.from_numpy(noise).permute(2, 0, 1)[None].double()
+        theirs = torch.nn.functional.interpolate(tensor, (height, width), mode="bilinear", antialias=True)
+        assert fitted.shape == (height, width, 3)
+        assert np.abs(fitted - theirs[0].permute(1, 2, 0).numpy()).max() < 1.5  # both passes round to whole levels
+
+    # lost: levels of 255 over the whole side. A change of 2 % cuts 1 % off on either side.
+    @pytest.mark.parametrize(("width", "lost"), [(496, 0), (505, 0), (490, 2.55), (515, 3.7)])
+    def test_one_percent_is_stretched_and_more_is_cropped(self, width: int, lost: float) -> None:
+        ramp = np.linspace(0, 255, 1000).round().astype(np.uint8)
+        levels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(0)), axis=-1)  # red down, green right
+        fitted = np.asarray(media.fit_image(Image.fromarray(levels), width, 500)).astype(int)
+        cut = 0 if width > 500 else 1  # what is too narrow loses columns, what is too wide rows
+        assert abs(fitted[0, 0, cut] - lost) <= 1 and abs(fitted[-1, -1, cut] - (255 - lost)) <= 1
+        assert fitted[0, 0, 1 - cut] == 0 and fitted[-1, -1, 1 - cut] == 255  # the other way nothing is lost
+
+    def test_crop_is_in_the_middle(self) -> None:
+        bands = np.zeros((100, 300, 3), np.uint8)
+        for band in range(3):
+            bands[:, 100 * band : 100 * (band + 1), band] = 255
+        wide, tall = Image.fromarray(bands), Image.fromarray(bands.swapaxes(0, 1))
+        for picture in (wide, tall):
+            assert (np.asarray(media.fit_image(picture, 48, 48))[1:-1, 1:-1] == (0, 255, 0)).all()
+        row = np.asarray(media.fit_image(wide, 96, 48))[24]  # half of the outer bands is left, on either side
+        assert [int((row[:, channel] > 200).sum()) for channel in range(3)] == [24, 48, 24]
+
+    def test_picture_of_that_size_is_left_alone(self) -> None:
+        picture = Image.fromarray(smooth_video(1, 48, 80)[0])
+        assert media.fit_image(picture, 80, 48).tobytes() == picture.tobytes()

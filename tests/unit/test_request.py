@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kandinsky.config import Config, load_config
-from kandinsky.request import MAX_SEED, Request, resolve_request, warn_about_size
+from kandinsky.request import MAX_SEED, Request, Sample, resolve_request, warn_about_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -23,19 +23,18 @@ def config() -> Config:
 
 
 def test_defaults_are_the_yamls(config: Config) -> None:
-    request = resolve_request(config, "a cat")
+    request = resolve_request(config, "a cat", seed=7)
+    negative = config.generation.negative_caption
     assert request == Request(
-        text="a cat",
-        negative_caption=config.generation.negative_caption,
+        samples=(Sample("a cat", negative, 7),),
         width=768,
         height=512,
         num_frames=121,
-        seed=request.seed,
         num_steps=50,
         guidance_weight=5.0,
         scheduler_scale=5.0,
     )
-    assert request.negative_caption.startswith("Static, 2D cartoon")
+    assert negative.startswith("Static, 2D cartoon")
 
 
 def test_defaults_follow_the_yaml() -> None:
@@ -47,18 +46,17 @@ def test_defaults_follow_the_yaml() -> None:
         "generation.time_length=2",
         "generation.negative_caption=blurry",
     ]
-    request = resolve_request(load_config(REPOSITORY / "configs" / "config_5s_sft.yaml", overrides), "a cat")
-    assert dataclasses.replace(request, seed=0) == Request("a cat", "blurry", 512, 512, 49, 0, 12, 2.5, 7.5)
+    request = resolve_request(load_config(REPOSITORY / "configs" / "config_5s_sft.yaml", overrides), "a cat", seed=0)
+    assert request == Request((Sample("a cat", "blurry", 0),), 512, 512, 49, 12, 2.5, 7.5)
 
 
 GIVEN = {
     "width": 512,
     "height": 768,
-    "seed": 42,
     "num_steps": 3,
     "guidance_weight": 1.0,
     "scheduler_scale": 8.0,
-    "negative_caption": "",
+    "max_sequence_length": 100,
 }
 
 
@@ -69,8 +67,42 @@ def test_what_is_given_wins_and_none_is_the_yamls(config: Config, name: str) -> 
     assert getattr(given, name) == GIVEN[name] != getattr(default, name)
     others = {field.name for field in dataclasses.fields(Request)} - {name}
     assert all(getattr(given, other) == getattr(default, other) for other in others)
-    if name != "seed":
-        assert resolve_request(config, "a cat", **{"seed": 1, name: None}) == default
+    assert resolve_request(config, "a cat", **{"seed": 1, name: None}) == default
+
+
+def seeds_of(request: Request) -> list[int | None]:
+    return [sample.seed for sample in request.samples]
+
+
+def test_several_prompts_and_several_outputs_of_each(config: Config) -> None:
+    """Prompt after prompt; further seeds count up, past the last number to 0."""
+    request = resolve_request(config, ["a cat", "a dog"], samples_per_prompt=2, seed=MAX_SEED - 1, negative_caption="x")
+    assert request.samples == (
+        Sample("a cat", "x", MAX_SEED - 1, 0),
+        Sample("a cat", "x", MAX_SEED, 0),
+        Sample("a dog", "x", 0, 1),
+        Sample("a dog", "x", 1, 1),
+    )
+    assert request.num_prompts == 2
+    request = resolve_request(config, ["a cat", "a dog"], seed=[9, 3], negative_caption=["x", "y"])
+    assert request.samples == (Sample("a cat", "x", 9, 0), Sample("a dog", "y", 3, 1))
+
+
+def test_one_prompt_in_a_list_is_one_prompt(config: Config) -> None:
+    assert resolve_request(config, ["a cat"], seed=[5]) == resolve_request(config, "a cat", seed=5)
+
+
+def test_embeddings_and_generators_take_the_place_of_words_and_seeds(config: Config) -> None:
+    request = resolve_request(config, None, num_prompts=2, seeded=False)
+    assert [(sample.text, sample.seed, sample.prompt) for sample in request.samples] == [
+        (None, None, 0),
+        (None, None, 1),
+    ]
+
+
+def test_frames_instead_of_seconds(config: Config) -> None:
+    by_frames = resolve_request(config, "a cat", seed=1, num_frames=49)
+    assert by_frames == resolve_request(config, "a cat", seed=1, time_length=2)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +118,7 @@ def test_lengths(config: Config, seconds: float, frames: int, latent_frames: int
 
 
 def test_seed_is_drawn_anew_each_time(config: Config) -> None:
-    seeds = {resolve_request(config, "a cat").seed for _ in range(8)}
+    seeds = {seed for _ in range(8) for seed in seeds_of(resolve_request(config, "a cat")) if seed is not None}
     assert len(seeds) == 8 and all(0 <= seed <= MAX_SEED for seed in seeds)
 
 
@@ -94,8 +126,24 @@ BAD = [
     ({"text": ""}, ["empty", "say what"]),
     ({"text": " \n\t"}, ["empty", "say what"]),
     ({"text": 5}, ["5", "string"]),
-    ({"text": None}, ["None", "string"]),
+    ({"text": []}, ["[]", "string or a list"]),
+    ({"text": ["a cat", ""]}, ["empty", "say what"]),
+    ({"text": ["a cat", 5]}, ["5", "string"]),
+    ({"text": None}, ["no prompt", "prompt_embeds"]),
+    ({"num_prompts": 1}, ["both", "prompt_embeds"]),
     ({"negative_caption": 5}, ["negative prompt", "5", "string"]),
+    ({"negative_caption": ["a", "b"]}, ["2 negative prompts for 1"]),
+    ({"samples_per_prompt": 0}, ["0", "whole number from 1"]),
+    ({"samples_per_prompt": 1.5}, ["1.5", "whole number from 1"]),
+    ({"seed": [1, 2]}, ["2 seeds for 1 outputs"]),
+    ({"seed": ["1"]}, ["seed", "'1'", "whole number"]),
+    ({"num_frames": 24}, ["24", "4n + 1", "nearest is 25"]),
+    ({"num_frames": 0}, ["0", "nearest is 1"]),
+    ({"num_frames": 600}, ["600", "nearest is 509"]),
+    ({"num_frames": 25, "time_length": 1}, ["both time_length and num_frames"]),
+    ({"max_sequence_length": 0}, ["0", "1 to 1024"]),
+    ({"max_sequence_length": 1025}, ["1025", "1 to 1024"]),
+    ({"image_sizes": [(512, 512)]}, ["t2v", "takes none"]),
     ({"width": 500}, ["width", "500", "multiple of 16", "496"]),
     ({"width": 776}, ["width", "776", "multiple of 16", "nearest is 768"]),
     ({"width": 0}, ["width", "0", "from 16 to 2048"]),
@@ -138,14 +186,71 @@ def test_bad_input_is_one_line_with_what_was_given_and_what_is_allowed(
         assert part in message, f"{part!r} is not in {message!r}"
 
 
-@pytest.mark.parametrize("name", ["config_10s_sft", "config_10s_nocfg", "config_10s_pretrain", "config_10s_distil"])
-def test_nabla_variants_are_refused_in_one_line(name: str) -> None:
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_nabla_takes_whole_blocks_only(side: str) -> None:
+    config = load_config(REPOSITORY / "configs" / "config_10s_sft.yaml")
+    request = resolve_request(config, "a cat", **{side: 640})
+    assert getattr(request, side) == 640 and request.latent_size[0] == 61
+    for wrong, nearest in ((560, 512), (16, 128), (1040, 1024), (5000, 2048)):
+        with pytest.raises(ValueError, match=rf"multiple of 128 .*NABLA.*the nearest is {nearest}") as error:
+            resolve_request(config, "a cat", **{side: wrong})
+        assert "\n" not in str(error.value)
+
+
+def test_nabla_can_be_switched_on_and_off() -> None:
+    path = REPOSITORY / "configs" / "config_5s_sft.yaml"
+    with pytest.raises(ValueError, match="multiple of 128"):
+        resolve_request(load_config(path, ["model.attention.type=nabla", "model.attention.P=0.8"]), "a cat", width=528)
+    path = REPOSITORY / "configs" / "config_10s_sft.yaml"
+    assert resolve_request(load_config(path, ["model.attention.type=full"]), "a cat", width=528).width == 528
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def variant(name: str, *overrides: str) -> Config:
+    return load_config(REPOSITORY / "configs" / f"config_{name}.yaml", overrides)
+
+
+def test_a_video_takes_the_shape_of_its_picture() -> None:
+    request = resolve_request(variant("5s_i2v"), "it moves", image_sizes=[(1920, 1080)])
+    assert (request.width, request.height, request.num_frames) == (832, 464, 121)
+    request = resolve_request(variant("5s_i2v"), "it moves", image_sizes=[(1920, 1080)], width=512, height=512)
+    assert (request.width, request.height) == (512, 512)
+
+
+def test_an_edited_picture_takes_the_nearest_shape() -> None:
+    request = resolve_request(variant("i2i"), "make it blue", image_sizes=[(640, 1000)])
+    assert (request.width, request.height, request.num_frames) == (768, 1280, 1)
+
+
+def test_pictures_need_no_size() -> None:
+    request = resolve_request(variant("t2i"), "a cat")
+    assert (request.width, request.height, request.is_image) == (1024, 1024, True)
+    assert request.samples[0].negative_caption == ""
+
+
+BAD_PICTURES = [
+    ("5s_i2v", {}, ["i2v", "needs a picture", "--image"]),
+    ("i2i", {}, ["i2i", "needs a picture", "--image"]),
+    ("t2i", {"image_sizes": [(512, 512)]}, ["t2i", "takes none"]),
+    ("t2i", {"width": 512}, ["512x1024", "1024x1024", "nearest in shape is 640x1408"]),
+    ("t2i", {"time_length": 5}, ["makes images"]),
+    ("i2i", {"image_sizes": [(800, 600)], "width": 800, "height": 608}, ["800x608", "nearest in shape is 1152x896"]),
+    ("5s_i2v", {"image_sizes": [(1, 1)]}, ["1x1"]),
+    ("5s_i2v", {"image_sizes": [(1000, 100)]}, ["1000x100"]),
+    ("5s_i2v", {"image_sizes": [(600, 400)], "width": 768}, ["width and height belong together"]),
+    ("5s_i2v", {"image_sizes": [(600, 400)] * 2}, ["2 pictures for 1 prompts"]),
+    ("5s_i2v", {"text": ["a", "b"], "image_sizes": [(600, 400), (400, 600)]}, ["different sizes", "give a width"]),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "parts"), BAD_PICTURES)
+def test_pictures_that_cannot_be_taken(name: str, given: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ValueError) as error:
-        resolve_request(load_config(REPOSITORY / "configs" / f"{name}.yaml"), "a cat")
-    message = str(error.value)
-    assert "\n" not in message
-    assert f"{name}.yaml" in message and "NABLA" in message and "configs/config_5s_sft.yaml" in message
-    assert (REPOSITORY / "configs" / "config_5s_sft.yaml").is_file()
+        resolve_request(variant(name), **{"text": "a cat", **given})
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in parts), str(error.value)
 
 
 def test_unusual_sizes_are_warned_about(config: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -147,3 +147,30 @@ def test_progress_wraps_the_steps() -> None:
 
     euler_sample(lambda latents, *_: latents, noise(), flow_timesteps(5, 5.0), 1.0, progress)
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_steps_may_end_early() -> None:
+    ends: list[Tensor] = []
+
+    def remember(step: int, latents: Tensor) -> Tensor:
+        ends.append(latents)
+        return latents
+
+    result = euler_sample(
+        lambda latents, *_: latents, noise(), flow_timesteps(5, 5.0), 1.0, lambda steps: steps[:2], remember
+    )
+    assert len(ends) == 2 and torch.equal(result, ends[1])
+
+
+def test_what_a_step_ends_with_is_what_the_next_begins_with() -> None:
+    begins: list[Tensor] = []
+
+    def velocity(latents: Tensor, timestep: Tensor, branch: str) -> Tensor:
+        begins.append(latents)
+        return torch.zeros_like(latents)
+
+    result = euler_sample(
+        velocity, noise(), flow_timesteps(3, 5.0), 1.0, on_step_end=lambda step, latents: latents + step + 1
+    )
+    assert torch.equal(begins[1], noise() + 1) and torch.equal(begins[2], noise() + 1 + 2)
+    assert torch.equal(result, noise() + 1 + 2 + 3)
