@@ -1,5 +1,5 @@
 # Everything here sets itself up in $(VENV) first; a fresh machine needs Python, make, and a network for pip.
-#   make demo    a video from the tiny checkpoint in assets/      make check   formatting, linters, types, tests
+#   make demo    all four tasks on the tiny checkpoints           make check   formatting, linters, types, tests
 #   make test    the tests; ARGS="-k media" passes words on       make bench   the measurements in benchmarks/
 # Another Python, environment or package source: make demo PYTHON=python3.12 VENV=/tmp/venv PIP_ARGS="--index-url ..."
 
@@ -9,7 +9,7 @@ PIP_ARGS ?=
 ARGS     ?=
 
 PY    := $(VENV)/bin/python
-DEMO  := outputs/demo.mp4
+DEMO  := outputs/demo
 BENCH := $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
@@ -30,10 +30,17 @@ $(VENV)/.dev-installed: $(VENV)/.runtime-installed requirements-dev.txt
 	$(PY) -m pip install $(PIP_ARGS) -r requirements-dev.txt
 	@touch $@
 
+# A video from words; a picture from words, which is then edited, and then begins a video.
 demo: $(VENV)/.runtime-installed
-	$(PY) test.py --config configs/config_tiny_t2v.yaml --prompt "a red circle moves left on a white background" \
-		--output_filename $(DEMO) --seed 1
-	@echo "The video is $(abspath $(DEMO))"
+	$(PY) test.py --config configs/config_tiny_t2v.yaml --seed 1 --output_filename $(DEMO).mp4 \
+		--prompt "a red circle moves left on a white background"
+	$(PY) test.py --config configs/config_tiny_t2i.yaml --seed 1 --output_filename $(DEMO)_picture.png \
+		--prompt "a yellow square on a navy background"
+	$(PY) test.py --config configs/config_tiny_i2i.yaml --seed 1 --output_filename $(DEMO)_edited.png \
+		--image $(DEMO)_picture.png --prompt "make the square red"
+	$(PY) test.py --config configs/config_tiny_i2v.yaml --seed 1 --output_filename $(DEMO)_animated.mp4 \
+		--image $(DEMO)_edited.png --prompt "a red square moves right on a navy background"
+	@echo "Look at $(abspath $(DEMO)).mp4, $(notdir $(DEMO))_picture.png, _edited.png and _animated.mp4 beside it"
 
 test: $(VENV)/.dev-installed
 	$(PY) -m pytest $(ARGS)

@@ -1,10 +1,13 @@
-"""One picture of several clips, a row each with its caption above: what the README shows.
+"""One picture of several videos or images, each under its caption: what the README shows.
 
     python tools/contact_sheet.py outputs/a.mp4 outputs/b.mp4 --output sheet.png
-    python tools/contact_sheet.py --held_out 6 --output assets/demo.png
+    python tools/contact_sheet.py outputs/a.png outputs/b.png --columns 2 --output sheet.png
+    python tools/contact_sheet.py outputs/edited.png --sources cat.png --output sheet.png
+    python tools/contact_sheet.py --held_out 6 --config configs/config_tiny_i2v.yaml --output sheet.png
 
-The first reads videos, and their captions from the JSON files beside them. The second generates clips for captions
-that the tiny checkpoint was never trained on. Knows the pipeline by its public call only.
+The first three read files, and their captions from the JSON files beside them; `--sources` puts in front of each the
+picture that it was made from. The last one has a tiny checkpoint make what it was never trained on. Knows the pipelines
+by their public call only, through tools/eval_tiny.py.
 """
 
 from __future__ import annotations
@@ -16,70 +19,124 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
 
-from tools.eval_tiny import contact_sheet, held_out
-from tools.tiny_world import caption
-
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "config_tiny_t2v.yaml"
+VIDEOS = (".mp4", ".mov", ".webm", ".gif")
 
-Clip = tuple[str, np.ndarray]  # caption, uint8 frames (T, H, W, 3)
+Block = tuple[str, Sequence[np.ndarray]]  # a caption, and the uint8 pictures (H, W, 3) that stand side by side under it
 
-STRIP = 22  # pixels of a caption's strip
+STRIP = 22  # pixels of a caption's strip, where the caption needs one line
+LINE = 16  # and of every further line
 MARGIN = 6
+TILE_GAP = 3  # between pictures under one caption
+GAP = 12  # between columns
 
 
-def captioned_sheet(clips: Sequence[Clip], frames_per_clip: int = 7) -> np.ndarray:
-    """uint8 (rows * (strip + H), frames_per_clip * W, 3), black on white. Raises ValueError for unequal clips."""
-    sizes = {frames.shape[1:] for _, frames in clips}
+def frames_shown(clip: np.ndarray, count: int = 7) -> list[np.ndarray]:
+    """``count`` frames of (T, H, W, 3), from the first to the last evenly spaced; of a single frame just that."""
+    if len(clip) == 1:
+        return [clip[0]]
+    return [clip[i] for i in np.linspace(0, len(clip) - 1, count).round().astype(int)]
+
+
+def captioned_sheet(blocks: Sequence[Block], columns: int = 1) -> np.ndarray:
+    """uint8 (H, W, 3), black on white, ``columns`` blocks beside one another. Raises ValueError for unequal sizes."""
+    sizes = {tile.shape for _, tiles in blocks for tile in tiles}
     if len(sizes) != 1:
         raise ValueError(f"the clips have {len(sizes)} sizes, {sorted(sizes)}; a sheet needs clips of one size")
-    font = ImageFont.load_default(size=13)
-    rows = []
-    for text, frames in clips:
-        row = contact_sheet([frames], frames_per_clip)
-        strip = Image.new("RGB", (row.shape[1], STRIP), "white")
-        ImageDraw.Draw(strip).text((MARGIN, STRIP // 2), text, fill="black", font=font, anchor="lm")
-        rows += [np.asarray(strip), row]
-    return np.concatenate(rows, axis=0)
+    rows = [blocks[i : i + columns] for i in range(0, len(blocks), columns)]
+    most = max(len(tiles) for _, tiles in blocks)
+    width = most * blocks[0][1][0].shape[1] + (most - 1) * TILE_GAP
+    drawn = []
+    for row in rows:
+        captions = [_wrap(text, width) for text, _ in row]
+        strip_height = STRIP + LINE * (max(len(lines) for lines in captions) - 1)
+        cells = [_cell(lines, tiles, width, strip_height) for lines, (_, tiles) in zip(captions, row, strict=True)]
+        cells += [np.full_like(cells[0], 255)] * (min(columns, len(blocks)) - len(cells))
+        drawn.append(_side_by_side(cells, GAP))
+    return np.concatenate(drawn, axis=0)
 
 
-def read_clip(path: Path) -> Clip:
-    """A video, and its prompt from the JSON beside it, or its file name where there is none."""
-    import imageio.v2 as imageio
+def _side_by_side(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+    white = np.full((len(pictures[0]), gap, 3), 255, np.uint8)
+    return np.concatenate([part for picture in pictures for part in (white, picture)][1:], axis=1)
 
-    with imageio.get_reader(path, format="FFMPEG") as reader:
-        frames = np.stack(list(reader.iter_data()))
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=13)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The lines of a caption; a word that is too long for a line gets one of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _font().getlength(f"{lines[-1]} {word}") <= width - 2 * MARGIN:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]
+
+
+def _cell(lines: Sequence[str], tiles: Sequence[np.ndarray], width: int, strip_height: int) -> np.ndarray:
+    strip = Image.new("RGB", (width, strip_height), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((MARGIN, STRIP // 2 + i * LINE), line, fill="black", font=_font(), anchor="lm")
+    pictures = _side_by_side(tiles, TILE_GAP)
+    pictures = np.pad(pictures, ((0, 0), (0, width - pictures.shape[1]), (0, 0)), constant_values=255)
+    return np.concatenate([np.asarray(strip), pictures], axis=0)
+
+
+def read_block(path: Path, frames: int = 7, source: Path | None = None) -> Block:
+    """A video's frames or an image, after the picture that it was made from, and the prompt from the JSON beside it, or
+    the file's name where there is none."""
+    if path.suffix.lower() in VIDEOS:
+        import imageio.v2 as imageio
+
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            tiles = frames_shown(np.stack(list(reader.iter_data())), frames)  # type: ignore[attr-defined]
+    else:
+        tiles = [np.asarray(_read_image(path))]
+    if source is not None:
+        height, width = tiles[0].shape[:2]
+        tiles = [np.asarray(ImageOps.fit(_read_image(source), (width, height))), *tiles]
     facts = path.with_suffix(".json")
-    return json.loads(facts.read_text(encoding="utf-8"))["prompt"] if facts.is_file() else path.stem, frames
+    return json.loads(facts.read_text(encoding="utf-8"))["prompt"] if facts.is_file() else path.stem, tiles
 
 
-def generate_held_out(num: int, config: str | Path) -> list[Clip]:
-    """`num` clips of combinations that were never trained on, at the config's own settings."""
-    from kandinsky import get_T2V_pipeline
-
-    pipe = get_T2V_pipeline(conf_path=config)
-    clips = []
-    for attributes, seed in held_out(num):
-        video = pipe(caption(attributes), seed=seed)
-        clips.append((caption(attributes), video[0].permute(1, 2, 3, 0).numpy()))
-    return clips
+def _read_image(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("videos", nargs="*", type=Path)
-    parser.add_argument("--held_out", type=int, metavar="N", help="generate N clips instead of reading videos")
-    parser.add_argument("--config", default=CONFIG, help="for --held_out")
-    parser.add_argument("--frames", type=int, default=7, help="frames of each clip (default: %(default)s)")
+    parser.add_argument("files", nargs="*", type=Path, help="videos or images")
+    parser.add_argument("--sources", nargs="+", type=Path, metavar="IMAGE", help="what each file was made from")
+    parser.add_argument("--held_out", type=int, metavar="N", help="generate N of them instead of reading files")
+    parser.add_argument("--config", default=CONFIG, help="for --held_out (default: the tiny text to video)")
+    parser.add_argument("--frames", type=int, default=7, help="frames of each video (default: %(default)s)")
+    parser.add_argument("--columns", type=int, help="files beside one another (default: 1, of --held_out images more)")
     parser.add_argument("--output", type=Path, required=True, help="the PNG to write")
     args = parser.parse_args(arguments)
-    if bool(args.videos) == bool(args.held_out):
-        parser.error("name videos, or --held_out N")
-    clips = [read_clip(path) for path in args.videos] or generate_held_out(args.held_out, args.config)
-    Image.fromarray(captioned_sheet(clips, args.frames)).save(args.output, optimize=True)
+    if bool(args.files) == bool(args.held_out):
+        parser.error("name files, or --held_out N")
+    if args.sources is not None and len(args.sources) != len(args.files):
+        parser.error(f"{len(args.files)} files and {len(args.sources)} sources: give one source for each file")
+    columns = args.columns or 1
+    if args.files:
+        sources = args.sources or [None] * len(args.files)
+        blocks = [read_block(path, args.frames, source) for path, source in zip(args.files, sources, strict=True)]
+    else:
+        from tools import eval_tiny  # not at the top: it draws its own sheets with this module
+
+        pipe, task, size = eval_tiny.load_pipeline(args.config)
+        results = eval_tiny.run_cases(eval_tiny.pipeline_caller(pipe), eval_tiny.make_cases(task, args.held_out), size)
+        blocks = [eval_tiny.sheet_block(result, args.frames) for result in results]
+        columns = args.columns or eval_tiny.SHEET_COLUMNS[task]
+    Image.fromarray(captioned_sheet(blocks, columns)).save(args.output, optimize=True)
 
 
 if __name__ == "__main__":

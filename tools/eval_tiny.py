@@ -1,12 +1,21 @@
-"""Scores the tiny text-to-video checkpoint on held-out captions, from the generated pixels alone.
+"""Scores a tiny checkpoint on what it was never trained on, from the generated pixels alone.
 
     python tools/eval_tiny.py --config configs/config_tiny_t2v.yaml --num 100 --output report.json --sheet sheet.png
+    python tools/eval_tiny.py --config configs/config_tiny_i2i.yaml --split train --guidance_weight 3
     python tools/eval_tiny.py --config configs/config_tiny_t2v.yaml --vae 32
 
-The first generates a clip for each of N captions whose combinations were never trained on and counts how often shape,
-colour, motion and background are what the caption says; what cannot be recognised counts as wrong. The second sends
-whole unseen clips through the VAE's encode and decode and reports PSNR, and what ``measure`` still reads from them:
-no generated clip can be expected to score better than that. Knows the pipeline by its public call only.
+What is asked depends on the config's `task`; what cannot be recognised counts as wrong.
+
+- t2v: a caption of a held-out combination. Do shape, colour, motion and background agree with it?
+- i2v: the same, and the first frame of such a clip. Also how close the first generated frame is to the given one.
+- t2i: a caption of a held-out look. Do shape, colour and background agree with it?
+- i2i: a picture and an instruction, a pair that is held out. `edit`: what the instruction names has changed to what it
+  says. `rest`: all else is as it was, the object's centre within 6 % of the picture's side and its size within 20 %.
+
+With `--split train` the same on what was trained, to choose settings without looking at the held-out cases. The last
+command sends unseen clips or pictures through the VAE's encode and decode and reports PSNR, and what the measurement
+still reads from them: nothing generated can be expected to score better than that. Knows the pipelines by their public
+call only.
 """
 
 from __future__ import annotations
@@ -17,7 +26,8 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,73 +35,208 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
 
-from tools.tiny_world import Attributes, Measured, caption, measure, render, scene_for, test_combinations
+from tools import tiny_world
+from tools.contact_sheet import Block, captioned_sheet, frames_shown
+from tools.tiny_world import Attributes, Look, Measured, Scene
 
-Generate = Callable[[str, int], Any]  # (caption, seed) -> uint8 (3, T, H, W), a torch tensor
+# (caption or instruction, seed), and for i2v and i2i the picture as a PIL image ->
+# for t2v and i2v a uint8 tensor (3, T, H, W), for t2i and i2i a PIL image
+Generate = Callable[..., Any]
+
+TASKS = ("t2v", "i2v", "t2i", "i2i")
+MAX_SHIFT = 0.06  # of the picture's side: how far an object may be from where it was and still count as not moved
+MAX_RESIZE = 1.2  # how many times larger or smaller than it was it may be
+SHEET_COLUMNS = {"t2v": 1, "i2v": 1, "t2i": 6, "i2i": 3}
+SHEET_CASES = 24
 
 
-def held_out(num: int, seed: int = 0) -> list[tuple[Attributes, int]]:
-    """``num`` held-out combinations and a seed for each, the same every time and even over all attribute values.
-    Beyond 128 the combinations come round again with other seeds."""
-    combinations = test_combinations()
-    return [(combinations[i % len(combinations)], seed + i) for i in range(num)]
+@dataclass(frozen=True)
+class Case:
+    """One request and what is wanted of it."""
+
+    task: str
+    text: str
+    seed: int
+    wanted: Scene  # where it stands and how large it is matters where a picture is given, and else is any
+    source: Scene | None = None  # i2i: what the given picture shows
+
+    @property
+    def asked(self) -> Attributes | Look:
+        return self.wanted.attributes if self.task in ("t2v", "i2v") else self.wanted.look
+
+    def picture(self, size: int) -> np.ndarray | None:
+        """What the pipeline is given: the first frame of the wanted clip, or the picture to edit; uint8 (H, W, 3)."""
+        if self.task == "i2v":
+            return tiny_world.render(self.wanted, 2, size)[0]
+        return None if self.source is None else tiny_world.render_picture(self.source, size)
 
 
-def score(frames: np.ndarray, attributes: Attributes) -> tuple[dict[str, bool], Measured]:
-    """Which of the four attributes uint8 frames (T, H, W, 3) show as asked, and what they show instead."""
-    measured = measure(frames)
-    return measured.agrees(attributes), measured
+@dataclass(frozen=True)
+class Result:
+    case: Case
+    picture: np.ndarray | None  # uint8 (H, W, 3), as given
+    frames: np.ndarray  # uint8 (T, H, W, 3), one frame for an image
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def make_cases(task: str, num: int, seed: int = 0, split: str = "test") -> list[Case]:
+    """``num`` cases, the same every time; case i has the seed ``seed + i``, for generating and for place and size.
+
+    Even over all attribute values (the held-out lists are; the training ones are shuffled), or over the kinds of edits.
+    Where there are fewer combinations they come round again, with other seeds.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
+    if task == "i2i":
+        return [_edit_case(i, seed + i, split) for i in range(num)]
+    if task == "t2i":
+        looks = tiny_world.test_looks() if split == "test" else _shuffled(tiny_world.train_looks())
+        return [_picture_case(looks[i % len(looks)], seed + i) for i in range(num)]
+    combinations = tiny_world.test_combinations() if split == "test" else _shuffled(tiny_world.train_combinations())
+    return [_clip_case(task, combinations[i % len(combinations)], seed + i) for i in range(num)]
+
+
+def _shuffled(items: Sequence[Any]) -> list[Any]:
+    return [items[i] for i in np.random.default_rng(0).permutation(len(items))]
+
+
+def _clip_case(task: str, attributes: Attributes, seed: int) -> Case:
+    wanted = tiny_world.scene_for(attributes, np.random.default_rng(seed))
+    return Case(task, tiny_world.caption(attributes), seed, wanted)
+
+
+def _picture_case(look: Look, seed: int) -> Case:
+    rng = np.random.default_rng(seed)
+    # There are few looks: they come in all their wordings.
+    return Case("t2i", tiny_world.picture_caption(look, rng), seed, tiny_world.picture_for(look, rng))
+
+
+def _edit_case(index: int, seed: int, split: str) -> Case:
+    kind = tiny_world.EDIT_KINDS[index % len(tiny_world.EDIT_KINDS)]
+    source, text, target = tiny_world.sample_edit(np.random.default_rng(seed), split, kind)
+    return Case("i2i", text, seed, target, source)
+
+
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+def score(frames: np.ndarray, case: Case) -> tuple[dict[str, bool], Measured]:
+    """What of uint8 frames (T, H, W, 3) is as asked, by name, and what they show."""
+    measured = tiny_world.measure(frames)
+    right = measured.agrees(case.asked)
+    if case.source is None:
+        return right, measured
+    seen = measured.diagnostics
+    right["place"] = right["size"] = False  # without an object
+    if "radius" in seen:
+        right["place"] = math.hypot(seen["x"] - case.source.x, seen["y"] - case.source.y) <= MAX_SHIFT
+        right["size"] = 1 / MAX_RESIZE <= seen["radius"] / case.source.radius <= MAX_RESIZE
+    changed = tiny_world.edit_kind(case.source.look, case.wanted.look)
+    both = {"edit": all(right[name] for name in changed)}
+    both["rest"] = all(ok for name, ok in right.items() if name not in changed)
+    return right | both, measured
+
+
+def run_cases(
+    generate: Generate, cases: Sequence[Case], size: int, progress: Callable[[str], None] | None = None
+) -> Iterator[Result]:
+    """Generates case after case. ``size``: pixels a side of the pictures that are given."""
+    from PIL import Image
+
+    started = time.perf_counter()
+    for done, case in enumerate(cases, 1):
+        picture = case.picture(size)
+        given = () if picture is None else (Image.fromarray(picture),)
+        output = generate(case.text, case.seed, *given)
+        if isinstance(output, Image.Image):
+            frames = np.asarray(output)[None]
+        else:
+            frames = output.permute(1, 2, 3, 0).cpu().numpy()  # (T, H, W, 3)
+        if progress is not None:
+            progress(f"{done}/{len(cases)}, {(time.perf_counter() - started) / done:.1f} s each")
+        yield Result(case, picture, frames)
 
 
 def evaluate(
-    generate: Generate, num: int, seed: int = 0, progress: Callable[[str], None] | None = None
-) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Generates and scores ``num`` held-out captions; returns the report and the clips, each uint8 (T, H, W, 3)."""
-    samples: list[dict[str, Any]] = []
-    clips: list[np.ndarray] = []
+    generate: Generate,
+    num: int,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    *,
+    task: str = "t2v",
+    split: str = "test",
+    size: int = 128,
+) -> tuple[dict[str, Any], list[Result]]:
+    """Generates and scores ``num`` cases; returns the report and what was generated."""
     started = time.perf_counter()
-    for attributes, clip_seed in held_out(num, seed):
-        frames = generate(caption(attributes), clip_seed).permute(1, 2, 3, 0).cpu().numpy()  # (T, H, W, 3)
-        right, measured = score(frames, attributes)
-        clips.append(frames)
-        samples.append(
-            {
-                "caption": caption(attributes),
-                "seed": clip_seed,
-                "asked": attributes._asdict(),
-                "seen": {name: getattr(measured, name) for name in Attributes._fields},
-                "right": right,
-                "diagnostics": measured.diagnostics,
-            }
-        )
-        if progress is not None:
-            progress(f"{len(samples)}/{num} clips, {(time.perf_counter() - started) / len(samples):.1f} s each")
-    report = summarise(samples) | {"num": num, "seed": seed, "samples": samples}
+    results = list(run_cases(generate, make_cases(task, num, seed, split), size, progress))
+    samples = [_sample(result) for result in results]
+    report = {"task": task, "split": split, "seed": seed} | summarise(samples) | {"samples": samples}
     report["seconds"] = time.perf_counter() - started
-    return report, clips
+    return report, results
+
+
+def _sample(result: Result) -> dict[str, Any]:
+    """Everything there is to say of one result, for the JSON."""
+    case = result.case
+    right, measured = score(result.frames, case)
+    asked = case.asked._asdict()
+    sample = {
+        "text": case.text,
+        "seed": case.seed,
+        "asked": asked,
+        "seen": {name: getattr(measured, name) for name in asked},
+        "right": right,
+        "diagnostics": measured.diagnostics,
+    }
+    if case.task == "i2v" and result.picture is not None:
+        sample["first_frame_psnr"] = psnr(result.frames[0], result.picture)
+    if case.source is not None:
+        sample["source"] = case.source.look._asdict()
+        sample["kind"] = " and ".join(tiny_world.edit_kind(case.source.look, case.wanted.look))
+    return sample
 
 
 def summarise(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Right answers per attribute and, of the wrong ones, what was asked and seen how often (most frequent first)."""
-    right = {name: sum(s["right"][name] for s in samples) for name in Attributes._fields}
+    """Right answers by name and, of the wrong ones, what was asked and seen how often (most frequent first)."""
+    num = len(samples)
+    right = {name: sum(s["right"][name] for s in samples) for name in samples[0]["right"]}
     wrong: dict[str, dict[str, int]] = {}
-    for name in Attributes._fields:
+    for name in samples[0]["asked"]:
         pairs = Counter(f"{s['asked'][name]} -> {s['seen'][name]}" for s in samples if not s["right"][name])
         wrong[name] = dict(pairs.most_common())
-    return {
+    summary: dict[str, Any] = {
+        "num": num,
         "right": right,
-        "percent": {name: 100 * count / len(samples) for name, count in right.items()},
-        "all_four_right": sum(all(s["right"].values()) for s in samples),
+        "percent": {name: 100 * count / num for name, count in right.items()},
+        "all_right": sum(all(s["right"].values()) for s in samples),
         "wrong": wrong,
     }
+    kinds = dict.fromkeys(s["kind"] for s in samples if "kind" in s)
+    if kinds:  # of each kind of edit: how many there are, and how many are all right
+        of_kind = {kind: [all(s["right"].values()) for s in samples if s["kind"] == kind] for kind in kinds}
+        summary["kinds"] = {kind: [sum(rights), len(rights)] for kind, rights in of_kind.items()}
+    for name in ("first_frame_psnr", "psnr"):
+        values = [s[name] for s in samples if name in s]
+        if values:
+            summary[name] = {"mean": float(np.mean(values)), "worst": float(np.min(values))}
+    return summary
 
 
 def format_table(report: dict[str, Any]) -> str:
     num = report["num"]
-    lines = [
-        f"{name:<12}{report['right'][name]:>5}/{num:<5}{report['percent'][name]:6.1f} %" for name in report["right"]
-    ]
-    lines.append(f"{'all four':<12}{report['all_four_right']:>5}/{num:<5}{100 * report['all_four_right'] / num:6.1f} %")
+    counts = report["right"] | {"all of these": report["all_right"]}
+    counts = {name: (count, num) for name, count in counts.items()}
+    counts |= {f"edit of {kind}": count for kind, count in report.get("kinds", {}).items()}
+    width = max(len(name) for name in counts) + 2
+    lines = [f"{name:<{width}}{count:>5}/{of:<5}{100 * count / of:6.1f} %" for name, (count, of) in counts.items()]
+    for name, of_what in (("first_frame_psnr", "first frame against the given picture"), ("psnr", "PSNR")):
+        if name in report:
+            lines.append(f"{of_what}: mean {report[name]['mean']:.2f} dB, worst {report[name]['worst']:.2f} dB")
     for name, pairs in report["wrong"].items():
         if pairs:
             lines.append(f"{name}: " + ", ".join(f"{pair} ({count})" for pair, count in pairs.items()))
@@ -104,59 +249,84 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def evaluate_vae(
-    vae: Any, num: int, seed: int = 0, num_frames: int = 25, size: int = 128
-) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """PSNR over ``num`` whole unseen clips through the VAE, in the time windows that the pipeline decodes with.
+def sheet_block(result: Result, frames: int = 7, with_wanted: bool = False) -> Block:
+    """Caption and pictures: what was given, what came out and, ``with_wanted``, what an edit should have made of it."""
+    tiles = [] if result.picture is None else [result.picture]
+    tiles += frames_shown(result.frames, frames)
+    if with_wanted and result.case.task == "i2i":
+        tiles.append(tiny_world.render_picture(result.case.wanted, len(result.frames[0])))
+    return result.case.text, tiles
 
-    Returns the report, and for each clip the original beside what came back.
+
+# --- the VAE alone ---------------------------------------------------------------------------------------------------
+
+
+def evaluate_vae(
+    vae: Any, num: int, seed: int = 0, num_frames: int = 25, size: int = 128, *, video: bool = True
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """PSNR over ``num`` whole unseen clips through a video VAE, in the time windows that the pipeline decodes with, or
+    over as many unseen pictures through an image VAE.
+
+    Returns the report, and for each clip (T, H, 2 W, 3), the original beside what came back.
     """
     import torch
 
     from kandinsky.models.vae_hunyuan import VAETiling
 
     parameter = next(vae.parameters())
-    values: list[float] = []
+    tiling = VAETiling() if video else None
     samples: list[dict[str, Any]] = []
     pairs: list[np.ndarray] = []
-    for attributes, clip_seed in held_out(num, seed):
-        frames = render(scene_for(attributes, np.random.default_rng(clip_seed)), num_frames, size)
+    for case in make_cases("t2v" if video else "t2i", num, seed):
+        frames = tiny_world.render(case.wanted, num_frames if video else 1, size)
         x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(parameter.device, parameter.dtype) / 127.5 - 1
         with torch.inference_mode():
-            y = vae.decode(vae.encode(x, VAETiling()).mode(), VAETiling())  # (1, 3, T, H, W)
+            if video:
+                y = vae.decode(vae.encode(x, tiling).mode(), tiling)  # (1, 3, T, H, W)
+            else:
+                y = vae.decode(vae.encode(x[:, :, 0]).mode())[:, :, None]
         back = ((y[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-        right, measured = score(back, attributes)
-        values.append(psnr(frames, back))
-        seen = {name: getattr(measured, name) for name in Attributes._fields}
-        samples.append({"asked": attributes._asdict(), "seen": seen, "right": right, "psnr": values[-1]})
+        sample = _sample(Result(case, None, back))
+        samples.append(sample | {"psnr": psnr(frames, back)})
         pairs.append(np.concatenate([frames, back], axis=2))
-    report = summarise(samples) | {"num": num, "seed": seed, "samples": samples}
-    report |= {"psnr_mean": float(np.mean(values)), "psnr_worst": float(np.min(values))}
-    return report, pairs
+    return {"seed": seed} | summarise(samples) | {"samples": samples}, pairs
 
 
-def contact_sheet(clips: Sequence[np.ndarray], frames_per_clip: int = 7, max_clips: int = 24) -> np.ndarray:
-    """One row a clip, its frames from first to last evenly spaced: uint8 (rows * H, columns * W, 3)."""
-    rows = []
-    for clip in clips[:max_clips]:
-        shown = np.linspace(0, len(clip) - 1, frames_per_clip).round().astype(int)
-        rows.append(np.concatenate(list(clip[shown]), axis=1))
-    return np.concatenate(rows, axis=0)
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(config: str | Path, device: str = "cpu") -> tuple[Any, str, int]:
+    """The pipeline of the config's task, the task, and pixels a side of what it makes."""
+    import kandinsky
+
+    loaded = kandinsky.load_config(config)
+    getter = getattr(kandinsky, f"get_{loaded.task.upper()}_pipeline")
+    return getter(device_map=device, conf_path=config), loaded.task, loaded.generation.width
+
+
+def pipeline_caller(pipe: Any, **options: Any) -> Generate:
+    def generate(text: str, seed: int, *picture: Any) -> Any:
+        given = {"image": picture[0]} if picture else {}
+        return pipe(text=text, seed=seed, progress=False, **given, **options)[0]
+
+    return generate
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", default="configs/config_tiny_t2v.yaml")
+    parser.add_argument("--config", default="configs/config_tiny_t2v.yaml", help="its task says what is asked")
     parser.add_argument("--device", default="cpu", help="where to run, for example cuda:0 (default: %(default)s)")
-    parser.add_argument("--num", type=int, default=100, help="how many held-out captions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first clip, one more for each next one")
+    parser.add_argument("--num", type=int, default=100, help="how many cases (default: %(default)s)")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="test: what was never trained on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case, one more for each next one")
     parser.add_argument("--num_steps", type=int, help="sampling steps (default: as the YAML says)")
     parser.add_argument("--guidance_weight", type=float, help="classifier-free guidance (default: as the YAML says)")
-    parser.add_argument("--vae", type=int, metavar="CLIPS", help="measure the VAE alone, on this many unseen clips")
+    parser.add_argument("--scheduler_scale", type=float, help="shift of the schedule (default: as the YAML says)")
+    parser.add_argument("--vae", type=int, metavar="N", help="measure the VAE alone, on N unseen clips or pictures")
     parser.add_argument("--vae_frames", type=int, default=25, help="frames of these clips (default: %(default)s)")
-    parser.add_argument("--vae_size", type=int, default=128, help="pixels a side of these clips (default: %(default)s)")
+    parser.add_argument("--vae_size", type=int, default=128, help="pixels a side of them (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the whole report there as JSON")
-    parser.add_argument("--sheet", type=Path, help="write a picture of the first 24 clips there")
+    parser.add_argument("--sheet", type=Path, help=f"write a picture of the first {SHEET_CASES} cases there")
     args = parser.parse_args(argv)
     for name in ("num", "vae", "vae_frames"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -166,32 +336,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    from kandinsky import get_T2V_pipeline
-
-    pipe = get_T2V_pipeline(args.device, conf_path=args.config)
+    pipe, task, size = load_pipeline(args.config, args.device)
+    columns = SHEET_COLUMNS[task]
     if args.vae is not None:
-        report, clips = evaluate_vae(pipe.vae, args.vae, args.seed, args.vae_frames, args.vae_size)
-        print(f"PSNR over {args.vae} whole unseen clips of {args.vae_frames} frames: ", end="")
-        print(f"mean {report['psnr_mean']:.2f} dB, worst {report['psnr_worst']:.2f} dB")
+        video = task in ("t2v", "i2v")
+        report, pairs = evaluate_vae(pipe.vae, args.vae, args.seed, args.vae_frames, args.vae_size, video=video)
+        blocks: list[Block] = [
+            (sample["text"], frames_shown(pair)) for sample, pair in zip(report["samples"], pairs, strict=True)
+        ]
     else:
-        options = {"num_steps": args.num_steps, "guidance_weight": args.guidance_weight}
+        options = {name: getattr(args, name) for name in ("num_steps", "guidance_weight", "scheduler_scale")}
         given = {name: value for name, value in options.items() if value is not None}
-
-        def generate(text: str, seed: int) -> Any:
-            return pipe(text, seed=seed, progress=False, **given)[0]
 
         def progress(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
-        report, clips = evaluate(generate, args.num, args.seed, progress)
+        generate = pipeline_caller(pipe, **given)
+        report, results = evaluate(generate, args.num, args.seed, progress, task=task, split=args.split, size=size)
         report["options"] = given
+        blocks = [sheet_block(result, with_wanted=True) for result in results]
     print(format_table(report))
     if args.output is not None:
         args.output.write_text(json.dumps({"config": args.config, **report}, indent=1) + "\n")
     if args.sheet is not None:
         from PIL import Image
 
-        Image.fromarray(contact_sheet(clips)).save(args.sheet)
+        Image.fromarray(captioned_sheet(blocks[:SHEET_CASES], columns)).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ combinations, a tenth of which is held out of training. Where the shape stands a
 is not in the caption. ``measure`` is written by hand and learns nothing, so a score it gives is a statement about the
 pixels only. It assumes this world: one object, no rotation, a background that reaches the border of the frame.
 
+The same world without motion gives pictures with captions (160 combinations, called looks) and edits of pictures: a
+source, an instruction such as "make the circle blue" and a target in which only that has changed. Of both, a tenth is
+held out as well.
+
 Knows numpy and nothing else: no models, no tokenizers, no video files. Lengths are fractions of the frame's side and
 times are fractions of the clip, so the same scene can be drawn at any size and frame count. y points down.
 """
@@ -12,10 +16,11 @@ times are fractions of the clip, so the same scene can be drawn at any size and 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -55,15 +60,72 @@ CAPTION_FORMS = (
     "on a {background} background, {a} {colour} {shape} {verb}",
     "{a} {colour} {shape}, {participle}, {background} background",
 )
+PICTURE_CAPTION_FORMS = (
+    "{a} {colour} {shape} on a {background} background",
+    "{a} {colour} {shape} against a {background} background",
+    "on a {background} background, {a} {colour} {shape}",
+    "{a} {colour} {shape}, {background} background",
+)
+# What an edit changes -> how to say it. {object} is what it changes, "the circle" or "the red circle".
+INSTRUCTION_FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("colour",): (
+        "make {object} {colour}",
+        "turn {object} {colour}",
+        "paint {object} {colour}",
+        "change the colour of {object} to {colour}",
+    ),
+    ("shape",): (
+        "turn {object} into a {shape}",
+        "make {object} a {shape}",
+        "change {object} into a {shape}",
+        "change the shape of {object} to a {shape}",
+    ),
+    ("background",): (
+        "make the background {background}",
+        "turn the background {background}",
+        "change the background to {background}",
+        "put {object} on a {background} background",
+    ),
+    ("shape", "colour"): (
+        "turn {object} into {a} {colour} {shape}",
+        "make {object} {a} {colour} {shape}",
+        "replace {object} with {a} {colour} {shape}",
+        "make {object} {colour} and turn it into a {shape}",
+    ),
+    ("colour", "background"): (
+        "make {object} {colour} and the background {background}",
+        "turn {object} {colour} and change the background to {background}",
+        "make the background {background} and {object} {colour}",
+        "paint {object} {colour} and put it on a {background} background",
+    ),
+    ("shape", "background"): (
+        "turn {object} into a {shape} and make the background {background}",
+        "make {object} a {shape} and the background {background}",
+        "make the background {background} and turn {object} into a {shape}",
+        "change {object} into a {shape} on a {background} background",
+    ),
+    ("shape", "colour", "background"): (
+        "turn {object} into {a} {colour} {shape} and make the background {background}",
+        "make {object} {a} {colour} {shape} and the background {background}",
+        "make the background {background} and turn {object} into {a} {colour} {shape}",
+        "replace {object} with {a} {colour} {shape} on a {background} background",
+    ),
+}
+EDIT_KINDS = tuple(INSTRUCTION_FORMS)
 
 TRAVEL = 0.31  # how far a moving object goes in a clip: 40 px of 128
 BOUNCE = 0.28  # how high a bouncing one rises before it comes back: 36 px of 128
 GROWTH = (0.6, 1.4)  # radius of a growing object at the first and the last frame, relative to Scene.radius
 RADIUS_RANGE = (0.175, 0.22)  # 22 to 28 px of 128; at these sizes every path stays inside the frame
 JITTER = 0.04  # the middle of the path lies within this distance of the frame's middle, in x and in y
+PICTURE_RADIUS_RANGE = (0.16, 0.24)  # pictures have no path to leave room for
+PICTURE_JITTER = 0.08
 
 TEST_FRACTION = 0.1
-_SPLIT_SEED = "tiny-world-1"  # changing it makes checkpoints trained before it see held-out combinations
+# Changing these makes checkpoints trained before it see held-out combinations.
+_SPLIT_SEED = "tiny-world-1"
+_LOOK_SPLIT_SEED = "tiny-world-looks-1"
+_EDIT_SPLIT_SEED = "tiny-world-edits-1"
 
 
 class Attributes(NamedTuple):
@@ -75,9 +137,20 @@ class Attributes(NamedTuple):
     background: str
 
 
+class Look(NamedTuple):
+    """What a picture's caption says: attributes without motion."""
+
+    shape: str
+    colour: str
+    background: str
+
+
+Combination = TypeVar("Combination", Attributes, Look)
+
+
 @dataclass(frozen=True)
 class Scene:
-    """One clip: the four attributes, and what the caption leaves open.
+    """One clip: the four attributes, and what the caption leaves open. A still one is also a picture.
 
     ``x``, ``y``: middle of the path, ``radius``: nominal size; all as fractions of the frame's side.
     """
@@ -91,13 +164,18 @@ class Scene:
     radius: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, allowed in zip(Attributes._fields, (SHAPES, COLOURS, MOTIONS, BACKGROUNDS), strict=True):
+        names = {"shape": SHAPES, "colour": tuple(COLOURS), "motion": tuple(MOTIONS), "background": tuple(BACKGROUNDS)}
+        for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
 
     @property
     def attributes(self) -> Attributes:
         return Attributes(self.shape, self.colour, self.motion, self.background)
+
+    @property
+    def look(self) -> Look:
+        return Look(self.shape, self.colour, self.background)
 
 
 # --- combinations and the held-out tenth -----------------------------------------------------------------------------
@@ -107,21 +185,20 @@ def all_combinations() -> tuple[Attributes, ...]:
     return tuple(Attributes(*names) for names in product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS))
 
 
-@lru_cache(maxsize=1)
-def test_combinations() -> tuple[Attributes, ...]:
-    """The 128 held-out combinations, in an order whose every prefix is balanced over all attribute values.
+def _hold_out(combinations: Sequence[Combination], seed: str) -> tuple[Combination, ...]:
+    """A tenth of the combinations, in an order whose every prefix is balanced over all attribute values.
 
     Greedy: take the combination whose values were taken least so far, a hash decides between equals. So the first N
-    are an even sample for any N, and each shape is held out 32 times of 320, each colour and motion 16 times of 160.
+    are an even sample for any N.
     """
-    remaining = sorted(all_combinations(), key=lambda a: hashlib.sha256(repr((_SPLIT_SEED, *a)).encode()).digest())
-    values_per_attribute = tuple(len(names) for names in (SHAPES, COLOURS, MOTIONS, BACKGROUNDS))
+    remaining = sorted(combinations, key=lambda a: hashlib.sha256(repr((seed, *a)).encode()).digest())
+    values_per_attribute = tuple(len(set(names)) for names in zip(*combinations, strict=True))
     taken: dict[tuple[int, str], int] = {}  # (which attribute, its value) -> times taken
-    chosen: list[Attributes] = []
+    chosen: list[Combination] = []
 
-    def times_taken(attributes: Attributes) -> int:
+    def times_taken(names: Combination) -> int:
         # in units of each attribute's fair share: one of 8 colours should come up half as often as one of 4 shapes
-        return sum(taken.get(key, 0) * n for key, n in zip(enumerate(attributes), values_per_attribute, strict=True))
+        return sum(taken.get(key, 0) * n for key, n in zip(enumerate(names), values_per_attribute, strict=True))
 
     for _ in range(round(TEST_FRACTION * len(remaining))):
         best = min(remaining, key=times_taken)
@@ -130,6 +207,13 @@ def test_combinations() -> tuple[Attributes, ...]:
         for key in enumerate(best):
             taken[key] = taken.get(key, 0) + 1
     return tuple(chosen)
+
+
+@lru_cache(maxsize=1)
+def test_combinations() -> tuple[Attributes, ...]:
+    """The 128 held-out combinations, any first N of them balanced: in all, each shape is held out 32 times of 320,
+    each colour and motion 16 times of 160."""
+    return _hold_out(all_combinations(), _SPLIT_SEED)
 
 
 test_combinations.__test__ = False  # type: ignore[attr-defined]  # the name looks like a test to pytest; it is none
@@ -157,10 +241,14 @@ def scene_for(attributes: Attributes, rng: np.random.Generator) -> Scene:
     return Scene(*attributes, x=float(x), y=float(y), radius=float(rng.uniform(*RADIUS_RANGE)))
 
 
-def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
-    """A random scene of the "train" or the "test" split."""
+def _check_split(split: str) -> None:
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
+
+
+def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
+    """A random scene of the "train" or the "test" split."""
+    _check_split(split)
     combinations = train_combinations() if split == "train" else test_combinations()
     return scene_for(combinations[rng.integers(len(combinations))], rng)
 
@@ -168,10 +256,17 @@ def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def _write_caption(attributes: Attributes, form: str) -> str:
     verb, participle = MOTIONS[attributes.motion]
-    article = "an" if attributes.colour[0] in "aeiou" else "a"
-    return form.format(a=article, verb=verb, participle=participle, **attributes._asdict())
+    return form.format(a=_article(attributes.colour), verb=verb, participle=participle, **attributes._asdict())
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
 
 
 def caption(scene: Scene | Attributes, rng: np.random.Generator | None = None) -> str:
@@ -193,10 +288,178 @@ def corpus() -> list[str]:
 
 def parse_caption(text: str) -> Attributes:
     """The attributes that ``text`` names. Case, spacing and a final full stop do not matter; other wordings do."""
-    key = " ".join(text.lower().split()).rstrip(".")
+    key = _normalised(text)
     if key not in _caption_table():
         raise ValueError(f"not a caption of the tiny world: {text!r}; write it like {corpus()[0]!r}")
     return _caption_table()[key]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def all_looks() -> tuple[Look, ...]:
+    return tuple(Look(*names) for names in product(SHAPES, COLOURS, BACKGROUNDS))
+
+
+@lru_cache(maxsize=1)
+def test_looks() -> tuple[Look, ...]:
+    """The 16 looks held out of training with pictures, any first N of them balanced: each shape 4 times, each colour
+    twice, each background 3 or 4 times. Clips of a look may have been trained on: clips have a split of their own."""
+    return _hold_out(all_looks(), _LOOK_SPLIT_SEED)
+
+
+test_looks.__test__ = False  # type: ignore[attr-defined]  # no test either
+
+
+@lru_cache(maxsize=1)
+def train_looks() -> tuple[Look, ...]:
+    held_out = frozenset(test_looks())
+    return tuple(look for look in all_looks() if look not in held_out)
+
+
+def picture_for(look: Look, rng: np.random.Generator) -> Scene:
+    """A still scene with this look, and place and size drawn from ``rng``: from wider ranges than those of clips."""
+    x, y = 0.5 + rng.uniform(-PICTURE_JITTER, PICTURE_JITTER, size=2)
+    radius = float(rng.uniform(*PICTURE_RADIUS_RANGE))
+    return Scene(look.shape, look.colour, "still", look.background, float(x), float(y), radius)
+
+
+def sample_picture(rng: np.random.Generator, split: str = "train") -> Scene:
+    """A random picture of the "train" or the "test" split of the looks."""
+    _check_split(split)
+    looks = train_looks() if split == "train" else test_looks()
+    return picture_for(looks[rng.integers(len(looks))], rng)
+
+
+def _write_picture_caption(look: Look, form: str) -> str:
+    return form.format(a=_article(look.colour), **look._asdict())
+
+
+def picture_caption(scene: Scene | Look, rng: np.random.Generator | None = None) -> str:
+    """The canonical caption, or with ``rng`` one of the four forms at random. It says nothing of motion."""
+    look = scene.look if isinstance(scene, Scene) else Look(*scene)
+    form = PICTURE_CAPTION_FORMS[0 if rng is None else rng.integers(len(PICTURE_CAPTION_FORMS))]
+    return _write_picture_caption(look, form)
+
+
+@lru_cache(maxsize=1)
+def _picture_caption_table() -> dict[str, Look]:
+    return {_write_picture_caption(look, form): look for look in all_looks() for form in PICTURE_CAPTION_FORMS}
+
+
+def picture_corpus() -> list[str]:
+    """Every caption of a picture (640 of them)."""
+    return list(_picture_caption_table())
+
+
+def parse_picture_caption(text: str) -> Look:
+    """The look that ``text`` names, as ``parse_caption`` does for clips."""
+    key = _normalised(text)
+    if key not in _picture_caption_table():
+        raise ValueError(f"not a picture's caption: {text!r}; write it like {picture_corpus()[0]!r}")
+    return _picture_caption_table()[key]
+
+
+# --- edits -----------------------------------------------------------------------------------------------------------
+
+
+class Mention(NamedTuple):
+    """Some of a look by name; None where nothing is said."""
+
+    shape: str | None = None
+    colour: str | None = None
+    background: str | None = None
+
+
+def edit_kind(source: Look, target: Look) -> tuple[str, ...]:
+    """The names of what differs, one of EDIT_KINDS. Raises ValueError where nothing does."""
+    changed = tuple(name for name, a, b in zip(Look._fields, source, target, strict=True) if a != b)
+    if not changed:
+        raise ValueError(f"source and target are both {source}; an edit changes something")
+    return changed
+
+
+def edit_split(source: Look, target: Look) -> str:
+    """ "train" or "test": depends on what the picture shows before and after, not on wording, place or size."""
+    digest = hashlib.sha256(repr((_EDIT_SPLIT_SEED, *source, *target)).encode()).digest()
+    return "test" if int.from_bytes(digest[:4], "big") < TEST_FRACTION * 2**32 else "train"
+
+
+@lru_cache(maxsize=1)
+def _edits() -> dict[tuple[tuple[str, ...], str], list[tuple[Look, Look]]]:
+    """(kind, split) -> its pairs of source and target; 160 x 159 in all."""
+    pairs: dict[tuple[tuple[str, ...], str], list[tuple[Look, Look]]] = {
+        (kind, split): [] for kind in EDIT_KINDS for split in ("train", "test")
+    }
+    for source, target in product(all_looks(), repeat=2):
+        if source != target:
+            pairs[edit_kind(source, target), edit_split(source, target)].append((source, target))
+    return pairs
+
+
+def edits(split: str, kind: tuple[str, ...]) -> tuple[tuple[Look, Look], ...]:
+    """Every pair of source and target of the "train" or the "test" split that differ in just what ``kind`` names."""
+    _check_split(split)
+    return tuple(_edits()[kind, split])
+
+
+def _write_instruction(source: Look, target: Look, form: str, say_colour: bool) -> str:
+    thing = f"the {source.colour} {source.shape}" if say_colour else f"the {source.shape}"
+    return form.format(object=thing, a=_article(target.colour), **target._asdict())
+
+
+def instruction(source: Look, target: Look, rng: np.random.Generator | None = None) -> str:
+    """The canonical instruction that turns the one into the other, or with ``rng`` one of its wordings at random."""
+    forms = INSTRUCTION_FORMS[edit_kind(source, target)]
+    if rng is None:
+        return _write_instruction(source, target, forms[0], say_colour=False)
+    return _write_instruction(source, target, forms[rng.integers(len(forms))], say_colour=bool(rng.integers(2)))
+
+
+def sample_edit(
+    rng: np.random.Generator, split: str = "train", kind: tuple[str, ...] | None = None
+) -> tuple[Scene, str, Scene]:
+    """A random source picture, instruction and target picture; every kind of edit is equally likely.
+
+    The target stands where the source stands and has its size. No pair of looks is in both splits.
+    """
+    _check_split(split)
+    pairs = _edits()[EDIT_KINDS[rng.integers(len(EDIT_KINDS))] if kind is None else kind, split]
+    source_look, target_look = pairs[rng.integers(len(pairs))]
+    source = picture_for(source_look, rng)
+    return source, instruction(source_look, target_look, rng), replace(source, **target_look._asdict())
+
+
+@lru_cache(maxsize=1)
+def _instruction_table() -> dict[str, tuple[Mention, Mention]]:
+    table: dict[str, tuple[Mention, Mention]] = {}
+    # Backgrounds before the edit are never said, so two of them lead to every sentence.
+    looks = all_looks()
+    sources = [look for look in looks if look.background in ("white", "black")]
+    for source, target in product(sources, looks):
+        if source == target:
+            continue
+        kind = edit_kind(source, target)
+        after = Mention(**{name: getattr(target, name) for name in kind})
+        for form, say_colour in product(INSTRUCTION_FORMS[kind], (False, True)):
+            before = Mention(source.shape, source.colour if say_colour else None)
+            text = _write_instruction(source, target, form, say_colour)
+            table[text] = (before if "{object}" in form else Mention(), after)
+    return table
+
+
+def instruction_corpus() -> list[str]:
+    """Every instruction of the grammar."""
+    return list(_instruction_table())
+
+
+def parse_instruction(text: str) -> tuple[Mention, Mention]:
+    """What ``text`` says of the picture before the edit, and of the picture after it. What the second leaves open
+    stays as it was."""
+    key = _normalised(text)
+    if key not in _instruction_table():
+        raise ValueError(f"not an instruction of the tiny world: {text!r}; write it like {instruction_corpus()[0]!r}")
+    return _instruction_table()[key]
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -254,6 +517,11 @@ def render(scene: Scene, num_frames: int = 25, size: int = 128) -> np.ndarray:
     return frames
 
 
+def render_picture(scene: Scene, size: int = 128) -> np.ndarray:
+    """Draws a still scene, or the middle of a moving one: uint8 (size, size, 3), RGB."""
+    return render(scene, 1, size)[0]
+
+
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +535,7 @@ class Measured:
     background: str | None
     diagnostics: dict[str, float] = field(default_factory=dict, compare=False)
 
-    def agrees(self, attributes: Attributes) -> dict[str, bool]:
+    def agrees(self, attributes: Attributes | Look) -> dict[str, bool]:
         return {name: getattr(self, name) == value for name, value in attributes._asdict().items()}
 
 
@@ -309,8 +577,21 @@ def measure(frames: np.ndarray) -> Measured:
     colour, colour_error = _measure_colour(frames, mask, margin=max(1, size // 40))
     motion, motion_diagnostics = _measure_motion(mask, area, visible)
     shape, shape_diagnostics = _measure_shape(mask, area, visible)
+    if len(frames) == 1:
+        diagnostics |= _measure_place(mask[0], max(SHAPES, key=lambda name: shape_diagnostics[f"overlap_{name}"]))
     diagnostics |= {"colour_error": colour_error} | motion_diagnostics | shape_diagnostics
     return Measured(shape, colour, motion, background, diagnostics)
+
+
+def measure_picture(picture: np.ndarray) -> Measured:
+    """Reads shape, colour and background from one uint8 picture (H, W, 3), H = W; motion is None.
+
+    Where there is an object, ``diagnostics`` also has where it stands and how large it is, as in ``Scene``: ``x``,
+    ``y`` and ``radius``.
+    """
+    if picture.ndim != 3:
+        raise ValueError(f"the picture has shape {picture.shape}; measure_picture() takes one of (H, W, 3)")
+    return measure(picture[None])
 
 
 def _box3(x: np.ndarray) -> np.ndarray:
@@ -365,6 +646,14 @@ def _measure_colour(frames: np.ndarray, mask: np.ndarray, margin: int) -> tuple[
     return (name if error < 0.12 else None), error  # the two closest colours are 0.13 apart
 
 
+def _measure_place(mask: np.ndarray, shape: str) -> dict[str, float]:
+    """Centre of mass, and the radius of a ``shape`` with this area, as fractions of the side."""
+    size = len(mask)
+    rows, columns = np.nonzero(mask)
+    x, y = (columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size
+    return {"x": float(x), "y": float(y), "radius": float(np.sqrt(mask.mean() / _unit_area(shape)))}
+
+
 def _measure_motion(mask: np.ndarray, area: np.ndarray, visible: np.ndarray) -> tuple[str | None, dict[str, float]]:
     """Fits x, y and log size by 1, t and an arc; the motion is the one coefficient that is large."""
     num_frames, size = mask.shape[:2]
@@ -407,17 +696,22 @@ _GRID = 32  # a silhouette is compared at this many points a side ...
 _EXTENT = 1.25  # ... over a square reaching this far from its centre of mass, in units of sqrt(area)
 
 
+@lru_cache(maxsize=len(SHAPES))
+def _unit_area(shape: str) -> float:
+    """Area of a shape of radius 1."""
+    fine = np.linspace(-2.5, 2.5, 400)
+    return float((_signed_distance(shape, fine[None, :], fine[:, None], 1.0) < 0).mean() * 5.0**2)
+
+
 @lru_cache(maxsize=1)
 def _silhouettes() -> np.ndarray:
     """The four shapes at unit area in slightly different sizes and places: (4, variants, grid * grid) of 0 and 1."""
     axis = np.linspace(-_EXTENT, _EXTENT, _GRID)
-    fine = np.linspace(-2.5, 2.5, 400)
     offsets = (-0.08, -0.04, 0.0, 0.04, 0.08)
     banks = []
     for shape in SHAPES:
-        unit_area = (_signed_distance(shape, fine[None, :], fine[:, None], 1.0) < 0).mean() * 5.0**2
         for scale, dx, dy in product((0.88, 0.94, 1.0, 1.06, 1.12), offsets, offsets):
-            radius = scale / np.sqrt(unit_area)
+            radius = scale / np.sqrt(_unit_area(shape))
             banks.append(_signed_distance(shape, axis[None, :] - dx, axis[:, None] - dy, radius) < 0)
     return np.array(banks, np.float32).reshape(len(SHAPES), -1, _GRID**2)
 

@@ -145,7 +145,16 @@ FLAGS = {
     "overrides": Flag(("metrics.scheduler_scale=4.5",), "scheduler_scale", 4.5),
 }  # fmt: skip
 # These have tests of their own below.
-OTHER_FLAGS = {"config", "video_duration", "output_filename", "cache_dir", "attention_engine", "device", "help"}
+OTHER_FLAGS = {
+    "config",
+    "video_duration",
+    "output_filename",
+    "cache_dir",
+    "attention_engine",
+    "device",
+    "image",
+    "help",
+}
 
 
 def test_no_flag_without_a_test(cli: ModuleType) -> None:
@@ -234,7 +243,7 @@ def test_without_a_seed_every_video_is_another(generate: Generate, cli: ModuleTy
     from kandinsky.request import resolve_request
 
     config = load_config(CONFIG)
-    assert len({resolve_request(config, "x").seed for _ in range(8)}) > 1
+    assert len({resolve_request(config, "x").samples[0].seed for _ in range(8)}) > 1
 
 
 def test_help_is_light_and_names_every_flag(cli: ModuleType) -> None:
@@ -281,7 +290,10 @@ MISTAKES = {
     "config is a video": Mistake(("--config", "{tmp}/binary.yaml"), "binary.yaml: not readable as YAML"),
     "override without value": Mistake(("model.num_steps",), "not of the form key.key=value"),
     "override of wrong type": Mistake(("model.num_steps=many",), "model.num_steps = 'many' .* whole number"),
-    "10 s": Mistake(("--config", f"{CONFIG.parent}/config_10s_sft.yaml"), "NABLA .*take a 5 s config"),
+    "size for NABLA": Mistake(
+        ("--config", f"{CONFIG.parent}/config_10s_sft.yaml", "--width", "720"),
+        "width is 720; .*multiple of 128 .*NABLA.*nearest is 768",
+    ),
     # the request
     "empty prompt": Mistake(("--prompt", " \n"), "the prompt is empty: say what"),
     "prompt of another encoding": Mistake(("--prompt", "caf\udce9"), "the prompt is not UTF-8: 'caf"),
@@ -428,7 +440,7 @@ def test_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     run = run_python(REPOSITORY / "test.py", "--config", CONFIG, "--prompt", "", cwd=tmp_path)
     assert run.returncode == 2
     assert run.stdout == ""
-    assert run.stderr == "error: the prompt is empty: say what the video should show\n"
+    assert run.stderr == "error: the prompt is empty: say what to show\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -480,12 +492,12 @@ def test_out_of_memory_is_told_and_bugs_are_not_hidden(
 
 
 def break_loading(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    import kandinsky
+    from kandinsky import loading
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(kandinsky, "get_T2V_pipeline", broken)
+    monkeypatch.setattr(loading, "load_pipeline", broken)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")

@@ -146,7 +146,7 @@ def test_what_is_not_built_is_refused(option: str) -> None:
 def test_wrong_requests_are_refused(pipe: TextToVideoPipeline) -> None:
     for options, message in (
         ({"expand_prompts": True}, "not part of this version"),
-        ({"text": ["a", "b"]}, "must be a string"),
+        ({"text": ["a", 5]}, "must be a string"),
         ({"text": ""}, "the prompt is empty"),
         ({"width": 100}, "multiple of 16"),
         ({"num_steps": 2.5}, "whole number"),

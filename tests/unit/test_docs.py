@@ -84,7 +84,7 @@ def test_model_table_is_the_configs() -> None:
         assert attention == model.attention.type
         count = sum(prod(shape) for shape in expected_dit_shapes(model.dit_params).values())
         assert int(parameters.replace(",", "")) == count
-        assert state.startswith("loads only" if attention == "nabla" else "runs")
+        assert state.startswith("runs; weights are in" if "tiny" in name else "runs, once")
 
 
 def test_flag_table_is_the_parser() -> None:
@@ -105,18 +105,36 @@ def test_proofs_are_tests() -> None:
 def test_python_example_uses_the_real_arguments() -> None:
     import inspect
 
-    from kandinsky.loading import get_T2V_pipeline
+    from kandinsky.loading import get_I2V_pipeline, get_T2V_pipeline
+    from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
     from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 
     signatures = {
         "get_T2V_pipeline": inspect.signature(get_T2V_pipeline),
+        "get_I2V_pipeline": inspect.signature(get_I2V_pipeline),
         "pipe": inspect.signature(TextToVideoPipeline.__call__),
+        "animate": inspect.signature(ImageToVideoPipeline.__call__),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     calls = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
     assert {ast.unparse(call.func) for call in calls} == set(signatures)
     for call in calls:
         assert {keyword.arg for keyword in call.keywords} <= set(signatures[ast.unparse(call.func)].parameters)
+
+
+def test_arguments_of_the_calls_are_named() -> None:
+    """Every argument in the table is one of the calls'; every one that all calls have in common and is not a number or
+    a path is in the table."""
+    import inspect
+
+    from kandinsky.loading import PIPELINES
+
+    parameters = [set(inspect.signature(pipeline.__call__).parameters) for pipeline in PIPELINES.values()]
+    rows = table_rows(README, "argument")
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert named <= set.union(*parameters)
+    plain = {"self", "width", "height", "num_steps", "guidance_weight", "scheduler_scale", "expand_prompts"}
+    assert set.intersection(*parameters) - plain - {"save_path", "progress"} <= named
 
 
 def test_functions_of_a_request_exist() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kandinsky.attention.nabla import NablaConfig
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.layers import (
     FeedForward,
@@ -241,8 +242,14 @@ def test_wrong_inputs(small_dit: DiffusionTransformer3D) -> None:
         small_dit(normal(1, 1, 4, 4, 33), text, pooled, timesteps)
     with pytest.raises(ValueError, match=r"\(1, 5, 4\) do not divide into patches of \(1, 2, 2\)"):
         small_dit(normal(1, 1, 5, 4, 16), text, pooled, timesteps)
-    with pytest.raises(NotImplementedError, match="NABLA"):
-        small_dit(normal(1, 1, 4, 4, 16), text, pooled, timesteps, nabla=object())
+    with pytest.raises(ValueError, match=r"2x2 patches do not divide into them: .* multiples of 128 pixels"):
+        small_dit(normal(1, 1, 4, 4, 16), text, pooled, timesteps, nabla=NablaConfig())
+    tables = small_dit.request_tables((1, 4, 4), 3, (1.0, 2.0, 2.0), "cpu")
+    with pytest.raises(ValueError, match=r"nabla is NablaConfig.*, but the tables were made for another config"):
+        small_dit(normal(1, 1, 4, 4, 16), text, pooled, timesteps, nabla=NablaConfig(), tables=tables)
+    tables = small_dit.request_tables((1, 16, 16), 3, (1.0, 2.0, 2.0), "cpu", NablaConfig(P=0.8))
+    with pytest.raises(ValueError, match=r"nabla is NablaConfig.*, but the tables were made for another config"):
+        small_dit(normal(1, 1, 16, 16, 16), text, pooled, timesteps, nabla=NablaConfig(), tables=tables)
 
 
 def test_wrong_dimensions() -> None:

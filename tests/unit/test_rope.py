@@ -43,6 +43,15 @@ def test_visual_table(axes: tuple[int, int, int], scale: tuple[float, float, flo
         assert table.sin[token].tolist() == pytest.approx([math.sin(a) for a in expected], abs=1e-5)
 
 
+def test_reordered_table() -> None:
+    """The table goes with the tokens: rotating and reordering them commute."""
+    table = visual_rotary_table((2, 3, 4), (16, 24, 24), (1.0, 2.0, 2.0), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    x, order = torch.randn(1, 2, 24, 64, generator=generator), torch.randperm(24, generator=generator)
+    assert torch.equal(apply_rotary(x[:, :, order], table.reordered(order)), apply_rotary(x, table)[:, :, order])
+    assert not torch.equal(apply_rotary(x[:, :, order], table), apply_rotary(x, table)[:, :, order])
+
+
 def test_scale_divides_positions() -> None:
     plain, scaled = axis_angles(9, 24, "cpu"), axis_angles(9, 24, "cpu", scale=2.0)
     assert torch.equal(scaled[8], plain[4])

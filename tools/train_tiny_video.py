@@ -1,0 +1,370 @@
+"""The video half of the tiny training: a 3-D VAE, text encoders, and one DiT for text to video and image to video.
+
+Stages of `tools/train_tiny.py --task video`, in order: `vae`, `text`, `latents` (of 64 and of 128 pixels), `dit`,
+`export`. Clips are drawn by `tools/tiny_world.py`; of the combinations a tenth is never drawn here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kandinsky.config import Config, load_config
+from kandinsky.loading import load_dit, load_vae
+from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
+from tools import tiny_world
+from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
+from tools.tiny_training import (
+    LATENT_NOISE,
+    dit_optimizers,
+    folder_megabytes,
+    noisy,
+    optimizers_for,
+    psnr,
+    to_float,
+    train,
+    vae_loss,
+    velocity,
+    write_safetensors,
+)
+
+log = logging.getLogger("train_tiny")
+NUM_FRAMES = 25
+SIZE = 128
+VAE_CONFIG: dict[str, Any] = dict(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+VALUES = (tuple(tiny_world.SHAPES), tuple(tiny_world.COLOURS), tuple(tiny_world.MOTIONS), tuple(tiny_world.BACKGROUNDS))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def draw_clips(scenes: Iterable[tiny_world.Scene], size: int = SIZE) -> Tensor:
+    """uint8 clips (N, 3, frames, size, size)."""
+    clips = [torch.from_numpy(tiny_world.render(scene, NUM_FRAMES, size)) for scene in scenes]
+    return torch.stack(clips).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def training_scenes(per_combination: int, seed: int) -> list[tiny_world.Scene]:
+    rng = np.random.default_rng(seed)
+    return [tiny_world.scene_for(a, rng) for _ in range(per_combination) for a in tiny_world.train_combinations()]
+
+
+# --- VAE -------------------------------------------------------------------------------------------------------------
+
+
+def new_vae(device: str) -> AutoencoderKLHunyuanVideo:
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(**VAE_CONFIG).to(device)
+    vae.convolve_by_frame(device == "cpu")
+    return vae
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: nn.Module, clips: Tensor) -> float:
+    """Mean over whole clips, encoded and decoded through the published 17-frame windows."""
+    assert isinstance(vae, AutoencoderKLHunyuanVideo)
+    values = []
+    device = next(vae.parameters()).device
+    for clip in clips:
+        x = to_float(clip[None].to(device))
+        with torch.autocast(device.type, torch.bfloat16):
+            out = vae.decode(vae.encode(x, VAETiling()).mode(), VAETiling())
+        values.append(psnr(out.clamp(-1, 1), x))
+    return float(np.mean(values))
+
+
+def stage_vae(args: argparse.Namespace) -> None:
+    """Single frames, then 17-frame windows, then the decoder alone: the latents may be in use by then."""
+    rng = np.random.default_rng(1)
+    log.info("drawing clips")
+    scenes = training_scenes(1, seed=1)
+    small, clips = draw_clips(scenes, SIZE // 2), draw_clips(scenes)
+    held_out = draw_clips(tiny_world.sample_scene(rng, "test") for _ in range(8))
+
+    def batch(clips: Tensor, count: int, frames: int) -> Tensor:
+        """`count` random pieces of `frames` frames, every second one played backwards."""
+        pieces = []
+        for _ in range(count):
+            i, t = rng.integers(len(clips)), rng.integers(0, NUM_FRAMES - frames + 1)
+            piece = clips[i, :, t : t + frames]
+            pieces.append(piece.flip(1) if rng.random() < 0.5 else piece)
+        return to_float(torch.stack(pieces).to(args.device))
+
+    def images(step: int) -> Tensor:
+        return vae_loss(vae, batch(small, 16, 1) if step < 0.7 * args.image_steps else batch(clips, 8, 1))
+
+    def windows(step: int) -> Tensor:
+        if step % 5 == 4:
+            return vae_loss(vae, batch(clips, 8, 1))
+        return vae_loss(vae, batch(small, 2, 17) if step < 0.97 * args.clip_steps else batch(clips, 1, 17))
+
+    def decoder_windows(step: int) -> Tensor:
+        return vae_loss(vae, batch(small, 2, 17) if step < 0.9 * args.decoder_steps else batch(clips, 1, 17))
+
+    vae = new_vae(args.device)
+    for name, loss, steps, rate, judged in (
+        ("vae_images", images, args.image_steps, 1e-3, held_out[:, :, 12:13]),
+        ("vae", windows, args.clip_steps, 1e-3, held_out),
+        ("vae_decoder", decoder_windows, args.decoder_steps, 5e-4, held_out),
+    ):
+        if name == "vae_decoder":
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+
+        def report(model: nn.Module, judged: Tensor = judged) -> str:
+            return f"held out {reconstruction_psnr(model, judged):.2f} dB"
+
+        train(name, args.state, vae, optimizers_for(vae, rate, rate), loss, steps, 0.99, evaluate=report)
+
+
+# --- text encoders ---------------------------------------------------------------------------------------------------
+
+
+def training_captions() -> dict[tiny_world.Attributes, list[str]]:
+    """Every wording of every combination that is not held out."""
+    captions: dict[tiny_world.Attributes, list[str]] = {a: [] for a in tiny_world.train_combinations()}
+    for text in tiny_world.corpus():
+        attributes = tiny_world.parse_caption(text)
+        if attributes in captions:
+            captions[attributes].append(text)
+    return captions
+
+
+def load_embedder(folder: Path, config: Config, device: str) -> TextEmbedder:
+    encoders = config.model.text_embedder
+    return load_text_embedder(
+        folder / "text_encoder",
+        folder / "text_encoder2",
+        qwen_max_length=encoders.qwen.max_length,
+        clip_max_length=encoders.clip.max_length,
+        crop=encoders.qwen.crop,
+        device=device,
+        dtype=torch.float32,
+    )
+
+
+def trained_embedder(args: argparse.Namespace) -> TextEmbedder:
+    """The text encoders of the `text` stage or, where there is no state of it, the exported ones."""
+    folder = args.state / "text"
+    if not folder.exists():
+        log.info("no text encoders in %s: taking those in %s", args.state, args.out)
+        folder = args.out
+    return load_embedder(folder, load_config(args.config), args.device)
+
+
+class AttributeHeads(nn.Module):
+    """Linear read-outs of the four attributes from CLIP's pooled state and Qwen's last token; thrown away later."""
+
+    def __init__(self, embedder: TextEmbedder, dim: int) -> None:
+        super().__init__()
+        self.embedder = embedder
+        self.sizes = [len(names) for names in VALUES]
+        self.from_pooled = nn.Linear(dim, sum(self.sizes))
+        self.from_tokens = nn.Linear(dim, sum(self.sizes))
+
+    def forward(self, texts: list[str], targets: Tensor) -> Tensor:
+        out = self.embedder(texts)
+        states, mask = out.text_embeds, out.text_mask
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
+        last = states[torch.arange(len(texts), device=states.device), mask.sum(1) - 1]
+        losses = []
+        for logits in (self.from_pooled(out.pooled_embeds), self.from_tokens(last)):
+            parts = logits.split(self.sizes, dim=1)
+            losses += [F.cross_entropy(part, target) for part, target in zip(parts, targets.T, strict=True)]
+        return torch.stack(losses).mean()
+
+
+def stage_text(args: argparse.Namespace) -> None:
+    """Random frozen encoders would do, but the DiT learns several times faster from ones that separate the words."""
+    folder = args.state / "text"
+    captions = training_captions()
+    texts = [(text, a) for a, wordings in captions.items() for text in wordings]
+    if not folder.exists():
+        make_text_encoders([text for text, _ in texts], folder, seed=0)
+    embedder = load_embedder(folder, load_config(args.config), args.device).requires_grad_(True)
+    heads = AttributeHeads(embedder, embedder.language_model.config.hidden_size).to(args.device)
+    rng = np.random.default_rng(2)
+
+    def loss(step: int) -> Tensor:
+        chosen = [texts[i] for i in rng.integers(0, len(texts), 48)]
+        targets = [[values.index(name) for values, name in zip(VALUES, a, strict=True)] for _, a in chosen]
+        return heads([text for text, _ in chosen], torch.tensor(targets, device=args.device))
+
+    optimizer = torch.optim.AdamW(heads.parameters(), 1e-3)
+    train("text", args.state, heads, [optimizer], loss, args.text_steps)
+    save_text_encoders(embedder, folder)
+
+
+# --- latents ---------------------------------------------------------------------------------------------------------
+
+
+def trained_vae(args: argparse.Namespace) -> AutoencoderKLHunyuanVideo:
+    """The VAE of the `vae` stage or, where there is no state of it, the exported one."""
+    path = next((args.state / name for name in ("vae_decoder.pt", "vae.pt") if (args.state / name).exists()), None)
+    if path is None:
+        log.info("no VAE in %s: taking the one in %s", args.state, args.out)
+        vae = load_vae(args.out / "vae", args.device, torch.float32)
+        assert isinstance(vae, AutoencoderKLHunyuanVideo)
+        return vae
+    vae = new_vae(args.device)
+    vae.load_state_dict(torch.load(path, map_location=args.device)["ema"])
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def stage_latents(args: argparse.Namespace) -> None:
+    """Unscaled latents of `--shards` files of training clips of `--size` pixels; files that exist are kept."""
+    vae = trained_vae(args).bfloat16()
+    combinations = tiny_world.train_combinations()
+    for shard in range(args.first_shard, args.first_shard + args.shards):
+        path = args.state / f"latents_{args.size}_{shard}.pt"
+        if path.exists():
+            continue
+        rng = np.random.default_rng(100 + shard)
+        chosen = rng.permutation(len(combinations))[: args.shard_clips]
+        latents, first_frames = [], []
+        for i in chosen:
+            pixels = draw_clips([tiny_world.scene_for(combinations[i], rng)], args.size)
+            clip = to_float(pixels.to(args.device)).bfloat16()
+            latents.append(vae.encode(clip, VAETiling()).mode().half().cpu())
+            first_frames.append(vae.encode(clip[:, :, :1]).mode().half().cpu())
+        shard_data = {"latents": torch.cat(latents), "first": torch.cat(first_frames)}
+        torch.save({**shard_data, "combination": torch.from_numpy(chosen)}, path)
+        log.info("latents of %d px: shard %d, %d clips", args.size, shard, len(latents))
+
+
+@dataclass(frozen=True)
+class LatentClips:
+    """Training latents of one size (N, T, H, W, C), scaled, and the training combination that each one shows."""
+
+    latents: Tensor
+    first: Tensor  # (N, 1, H, W, C): the first frame encoded by itself, as image to video gets it
+    combination: Tensor
+    rotary_scale: tuple[float, float, float]
+
+    @classmethod
+    @cache
+    def load(cls, state_dir: Path, size: int) -> LatentClips:
+        shards = [torch.load(path) for path in sorted(state_dir.glob(f"latents_{size}_*.pt"))]
+        latents, first = (
+            torch.cat([shard[name] for shard in shards]).permute(0, 2, 3, 4, 1).contiguous()
+            for name in ("latents", "first")
+        )
+        log.info("%d px: %d clips of %s", size, len(latents), tuple(latents.shape[1:]))
+        # Small clips get the positions that their patches have in a large one, so that what is learnt there holds.
+        return cls(
+            latents * latent_scale(state_dir),
+            first * latent_scale(state_dir),
+            torch.cat([shard["combination"] for shard in shards]),
+            (1.0, size / SIZE, size / SIZE),
+        )
+
+
+# --- diffusion transformer -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """Embeddings of every training caption, padded to one length; the last row is the empty prompt."""
+
+    text: Tensor
+    pooled: Tensor
+    mask: Tensor
+    rows: list[list[int]]  # for each training combination, in order, the rows of its wordings
+
+    @classmethod
+    def build(cls, embedder: TextEmbedder) -> CaptionTable:
+        captions = training_captions()
+        texts = [text for wordings in captions.values() for text in wordings] + [""]
+        ends = np.cumsum([len(wordings) for wordings in captions.values()])
+        rows = [list(range(end - len(w), end)) for end, w in zip(ends, captions.values(), strict=True)]
+        parts = [embedder.encode(texts[i : i + 256]) for i in range(0, len(texts), 256)]
+        length = max(part.text_embeds.shape[1] for part in parts)
+        text, mask = [], []
+        for part in parts:
+            pad = length - part.text_embeds.shape[1]
+            real = torch.ones(part.text_embeds.shape[:2], dtype=torch.bool, device=part.text_embeds.device)
+            text.append(F.pad(part.text_embeds, (0, 0, 0, pad)))
+            mask.append(F.pad(real if part.text_mask is None else part.text_mask, (0, pad)))
+        return cls(torch.cat(text), torch.cat([part.pooled_embeds for part in parts]), torch.cat(mask), rows)
+
+
+def stage_dit(args: argparse.Namespace) -> None:
+    """One model for both tasks: every second sample is given the latents of its first frame, as image to video is."""
+    config = load_config(args.config)
+    captions = CaptionTable.build(trained_embedder(args))
+    scale = latent_scale(args.state)
+
+    torch.manual_seed(0)
+    exported = args.out / "model" / "tiny_t2v.safetensors"
+    if args.from_exported and not (args.state / "dit.pt").exists():
+        log.info("starting from %s", exported)
+        dit = load_dit(exported, config.model.dit_params, args.device, torch.float32).float().requires_grad_(True)
+    else:
+        dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params)).to(args.device)
+    rng = np.random.default_rng(int(time.time()))
+
+    def loss(step: int) -> Tensor:
+        # Most of what there is to learn can be learnt on small clips, at a quarter of the tokens.
+        small = step < args.small_steps
+        clips = LatentClips.load(args.state, SIZE // 2 if small else SIZE)
+        batch = 2 * args.batch if small else args.batch
+        index = rng.integers(0, len(clips.latents), batch)
+        rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
+        x, wanted, sigma = noisy(clips.latents[index].to(args.device).float(), config.metrics.scheduler_scale)
+        extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
+        # The first frame is clean at every noise level, and the mask, the last channel, says so.
+        given = torch.arange(batch) % 2 == step % 2
+        first = clips.first[index][given].to(args.device).float()
+        x[given, :1] = first + LATENT_NOISE * scale * torch.randn_like(first)
+        extra[given, :1, ..., -1] = 1
+        text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
+        predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, clips.rotary_scale)
+        error = (predicted - wanted).square().mean((2, 3, 4))  # (B, T)
+        error[given, 0] = 0  # there is nothing to predict
+        return error.sum() / (error.numel() - given.sum())
+
+    train("dit", args.state, dit, dit_optimizers(dit, args.lr), loss, args.dit_steps, warmup=200)
+
+
+def latent_scale(state_dir: Path) -> float:
+    """1 / std of the first shard of small clips: what brings the latents to unit variance."""
+    return round(1 / float(torch.load(state_dir / f"latents_{SIZE // 2}_0.pt")["latents"].float().std()), 4)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def stage_export(args: argparse.Namespace) -> None:
+    """Write the checkpoint in the published layout: bfloat16, safetensors, one folder a component."""
+    out = args.out
+    vae = trained_vae(args)
+    with torch.no_grad():
+        # The VAE was trained with noise of a fixed size on the mean: say so in the log-variance, exactly.
+        channels = vae.quant_conv.out_channels // 2
+        assert vae.quant_conv.bias is not None
+        vae.quant_conv.weight[channels:].zero_()
+        vae.quant_conv.bias[channels:].fill_(2 * math.log(LATENT_NOISE))
+    state = torch.load(args.state / "dit.pt", map_location="cpu")
+    write_safetensors(state["model"], out / "model" / "tiny_t2v.safetensors")
+    write_safetensors(vae.state_dict(), out / "vae" / "diffusion_pytorch_model.safetensors")
+    config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args.state)}
+    (out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_text_encoders(trained_embedder(args), out)
+    log.info("wrote %s: DiT at step %d, %.1f MB in all", out, state["step"], folder_megabytes(out))
