@@ -291,6 +291,11 @@ def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
+def halve_image(image: Image.Image) -> Image.Image:
+    """An RGB picture at half its width and height, rounded down: what the text encoder sees of a picture to edit."""
+    return image.resize((image.width // 2, image.height // 2), Image.Resampling.BILINEAR)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: converting would clip everything above 255 to white

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kandinsky.config import Config, load_config
+from kandinsky.media import halve_image
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings, load_text_embedder
 from kandinsky.models.vae_flux import AutoencoderKL
@@ -60,8 +61,7 @@ def draw(scenes: Sequence[tiny_world.Scene], size: int = SIZE) -> Tensor:
 
 def as_qwen_sees(scenes: Sequence[tiny_world.Scene]) -> list[Image.Image]:
     """The pictures as image to image shows them to Qwen: at half their size."""
-    pictures = [Image.fromarray(tiny_world.render_picture(scene, SIZE)) for scene in scenes]
-    return [picture.resize((SIZE // 2, SIZE // 2)) for picture in pictures]
+    return [halve_image(Image.fromarray(tiny_world.render_picture(scene, SIZE))) for scene in scenes]
 
 
 # --- VAE -------------------------------------------------------------------------------------------------------------

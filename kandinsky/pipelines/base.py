@@ -285,8 +285,7 @@ class Pipeline:
     ) -> TextEmbeddings:
         if images is not None:
             images = list(images) * len(texts) if len(images) == 1 else images
-            # Qwen sees the picture at half its size.
-            images = [image.resize((image.width // 2, image.height // 2)) for image in images]
+            images = [media.halve_image(image) for image in images]
         with self.placement.use("text_embedder"):
             return self.text_embedder.encode(texts, content=content, images=images, max_length=max_length)
 

@@ -412,3 +412,12 @@ class TestFitImage:
     def test_picture_of_that_size_is_left_alone(self) -> None:
         picture = Image.fromarray(smooth_video(1, 48, 80)[0])
         assert media.fit_image(picture, 80, 48).tobytes() == picture.tobytes()
+
+
+def test_half_a_picture() -> None:
+    """Averaged, not every second pixel; odd sides are rounded down."""
+    stripes = np.zeros((6, 9, 3), np.uint8)
+    stripes[:, ::2] = 200
+    half = media.halve_image(Image.fromarray(stripes))
+    assert half.size == (4, 3)
+    assert abs(np.asarray(half).mean() - stripes.mean()) < 12 and np.asarray(half).std() < 40
