@@ -12,6 +12,9 @@ PY    := $(VENV)/bin/python
 DEMO  := outputs/demo
 BENCH := $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
+# What test.py sets for itself, for the tests too: waiting threads sleep soon, also where other programs are running.
+export GOMP_SPINCOUNT ?= 3000
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint check bench clean
 
