@@ -31,7 +31,7 @@ from kandinsky.checkpoints import (
 )
 from kandinsky.config import Config, DiTConfig, load_config
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import load_text_embedder
+from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline
@@ -104,17 +104,7 @@ def load_pipeline(
     dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name)
-    text_embedder = load_text_embedder(
-        qwen_path,
-        clip_path,
-        qwen_max_length=encoders.qwen.max_length,
-        clip_max_length=encoders.clip.max_length,
-        crop=encoders.qwen.crop,
-        device=devices["text_embedder"],
-        dtype=resolved_dtype,
-        content={"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"),
-        vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
-    )
+    text_embedder = load_text_encoders(config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
     return PIPELINES[config.task](config, dit, text_embedder, vae, FixedPlacement(devices))
 
 
@@ -239,6 +229,24 @@ def load_vae(
     elif on_cpu:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vae
+
+
+def load_text_encoders(
+    config: Config, qwen_path: str | Path, clip_path: str | Path, device: torch.device | str, dtype: torch.dtype
+) -> TextEmbedder:
+    """Both text encoders as the config's task uses them. Errors are those of `load_text_embedder`."""
+    encoders = config.model.text_embedder
+    return load_text_embedder(
+        qwen_path,
+        clip_path,
+        qwen_max_length=encoders.qwen.max_length,
+        clip_max_length=encoders.clip.max_length,
+        crop=encoders.qwen.crop,
+        device=device,
+        dtype=dtype,
+        content={"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"),
+        vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
+    )
 
 
 def known_arguments(model: Callable[..., Any], config_file: Path) -> dict[str, Any]:

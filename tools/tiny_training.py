@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kandinsky.loading import KEEP_PRECISION
+from kandinsky.config import Config
+from kandinsky.loading import KEEP_PRECISION, load_text_encoders
 from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.text_embedder import TextEmbedder
 
 log = logging.getLogger("train_tiny")
 LATENT_NOISE = 0.1  # std of the noise on the latent mean, in place of a KL term; also the exported posterior's std
@@ -232,3 +234,8 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def folder_megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def load_embedder(folder: Path, config: Config, device: str) -> TextEmbedder:
+    """The text encoders that lie in `folder`, in float32, as training needs them."""
+    return load_text_encoders(config, folder / "text_encoder", folder / "text_encoder2", device, torch.float32)

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from kandinsky.config import Config, load_config
 from kandinsky.media import halve_image
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings, load_text_embedder
+from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from tools import tiny_world
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
@@ -36,6 +35,7 @@ from tools.tiny_training import (
     dit_optimizers,
     flow_loss,
     folder_megabytes,
+    load_embedder,
     optimizers_for,
     psnr,
     to_float,
@@ -157,21 +157,6 @@ def training_captions() -> list[tuple[str, tiny_world.Look]]:
     known = {text: tiny_world.parse_picture_caption(text) for text in tiny_world.picture_corpus()}
     looks = frozenset(tiny_world.train_looks())
     return [(text, look) for text, look in known.items() if look in looks]
-
-
-def load_embedder(folder: Path, config: Config, device: str) -> TextEmbedder:
-    encoders = config.model.text_embedder
-    return load_text_embedder(
-        folder / "text_encoder",
-        folder / "text_encoder2",
-        qwen_max_length=encoders.qwen.max_length,
-        clip_max_length=encoders.clip.max_length,
-        crop=encoders.qwen.crop,
-        device=device,
-        dtype=torch.float32,
-        content="image_edit",
-        vision=True,
-    )
 
 
 def look_indices(scenes: Sequence[tiny_world.Scene]) -> Tensor:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky.config import Config, load_config
+from kandinsky.config import load_config
 from kandinsky.loading import load_dit, load_vae
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
+from kandinsky.models.text_embedder import TextEmbedder
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
 from tools import tiny_world
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
@@ -34,6 +34,7 @@ from tools.tiny_training import (
     LATENT_NOISE,
     dit_optimizers,
     folder_megabytes,
+    load_embedder,
     noisy,
     optimizers_for,
     psnr,
@@ -144,19 +145,6 @@ def training_captions() -> dict[tiny_world.Attributes, list[str]]:
         if attributes in captions:
             captions[attributes].append(text)
     return captions
-
-
-def load_embedder(folder: Path, config: Config, device: str) -> TextEmbedder:
-    encoders = config.model.text_embedder
-    return load_text_embedder(
-        folder / "text_encoder",
-        folder / "text_encoder2",
-        qwen_max_length=encoders.qwen.max_length,
-        clip_max_length=encoders.clip.max_length,
-        crop=encoders.qwen.crop,
-        device=device,
-        dtype=torch.float32,
-    )
 
 
 def trained_embedder(args: argparse.Namespace) -> TextEmbedder:

@@ -210,7 +210,7 @@ class TextEmbedder(nn.Module):
         images: Sequence[Image.Image] | None = None,
         max_length: int | None = None,
     ) -> TextEmbeddings:
-        """Embed prompts in one batch; negative prompts belong into the same call (see `TextEmbeddings.split`).
+        """Embed prompts in one batch; negative prompts belong into the same call (see `TextEmbeddings.unbind`).
 
         Embeddings come in each encoder's own dtype (CLIP: float32). Padded positions of `text_embeds` hold states that
         mean nothing; `text_mask` says which ones. CLIP cuts what does not fit into its positions.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky.models.numerics import upcast
-from kandinsky.models.vae_hunyuan import layers_of
+from kandinsky.models.vae_hunyuan import FrameCausalAttention, layers_of
 from kandinsky.models.vae_tiling import DiagonalGaussian, VAETiling, apply_tiled
 
 GROUP_NORM_EPS = 1e-6
@@ -44,34 +44,16 @@ class ResnetBlock(nn.Module):
         return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
-class Attention(nn.Module):
-    """Single-head attention among all pixels."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list only because the key is `to_out.0`
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H*W, C)
-        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        out = self.to_out[0](out)
-        return x + out.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
 class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int, add_attention: bool) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)] if add_attention else [])
+        self.attentions = nn.ModuleList([FrameCausalAttention(channels, groups)] if add_attention else [])
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
         for attention in self.attentions:
-            x = attention(x)
+            x = attention(x[:, :, None])[:, :, 0]  # a picture is a video of one frame
         return self.resnets[1](x)
 
 

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
 ImageSource: TypeAlias = "str | Path | Image.Image | np.ndarray"
 OUTPUT_TYPES = ("uint8", "pil", "np", "pt", "latent")
 
@@ -284,8 +285,7 @@ class Pipeline:
         self, texts: Sequence[str], images: Sequence[Image.Image] | None, content: str, max_length: int | None
     ) -> TextEmbeddings:
         if images is not None:
-            images = list(images) * len(texts) if len(images) == 1 else images
-            images = [media.halve_image(image) for image in images]
+            images = [media.halve_image(image) for image in one_each(images, len(texts))]
         with self.placement.use("text_embedder"):
             return self.text_embedder.encode(texts, content=content, images=images, max_length=max_length)
 
@@ -300,7 +300,7 @@ class Pipeline:
             given["uncond"] = inputs.negative_prompt_embeds
             words["uncond"] = [sample.negative_caption for sample in first_samples]
 
-        pictures = list(images) * request.num_prompts if len(images) == 1 else list(images)
+        pictures = one_each(images, request.num_prompts)
         is_edit = self.config.task == "i2i"
         # What has to be encoded, each once: one negative prompt is usually shared by all.
         keys = {branch: [(text, i if is_edit else 0) for i, text in enumerate(words[branch])] for branch in words}
@@ -318,10 +318,9 @@ class Pipeline:
         device = self.placement.device("dit")
         branches: dict[Branch, list[TextEmbeddings]] = {}
         for branch, embeds in given.items():
-            one_each = [encoded[key] for key in keys[branch]] if embeds is None else embeds.unbind()
-            one_each = one_each * request.num_prompts if len(one_each) == 1 else one_each
-            one_each = [text.to(device) for text in one_each]
-            branches[branch] = [one_each[sample.prompt] for sample in request.samples]
+            found = [encoded[key] for key in keys[branch]] if embeds is None else embeds.unbind()
+            by_prompt = [text.to(device) for text in one_each(found, request.num_prompts)]
+            branches[branch] = [by_prompt[sample.prompt] for sample in request.samples]
         return branches
 
     # --- denoise ------------------------------------------------------------------------------------------------------
@@ -338,7 +337,7 @@ class Pipeline:
             if sample.seed is not None
         ]
         shape = (*request.latent_size, self.config.model.dit_params.in_visual_dim)
-        posteriors = self.encode_images(images)
+        posteriors = one_each(self.encode_images(images), request.num_prompts)
         noise, image_latents = [], []
         for i, sample in enumerate(request.samples):
             generator = generators[i % len(generators)]
@@ -347,8 +346,7 @@ class Pipeline:
             else:
                 noise.append(inputs.latents[i].float())
             if posteriors:
-                posterior = posteriors[sample.prompt % len(posteriors)]
-                latents = posterior.sample(generator).float() * self.vae.scaling_factor
+                latents = posteriors[sample.prompt].sample(generator).float() * self.vae.scaling_factor
                 image_latents.append(latents.view(latents.shape[1], *latents.shape[-2:]).permute(1, 2, 0))  # (H, W, C)
         device = self.placement.device("dit")
         start = torch.stack([one.to(device) for one in noise])
@@ -487,12 +485,12 @@ class Pipeline:
         engine = self.dit.block_sparse if self.uses_nabla else self.dit.attention
         settings = dict(vars(request))
         sample = settings.pop("samples")[index]
-        names = inputs.image_names
+        names = one_each(inputs.image_names, request.num_prompts)
         return {
             "task": self.config.task,
             "prompt": sample.text,
             "negative_prompt": sample.negative_caption,
-            "image": names[sample.prompt % len(names)] if names else None,
+            "image": names[sample.prompt] if names else None,
             "seed": sample.seed,
             **settings,
             "fps": FPS,
@@ -511,6 +509,11 @@ def as_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSo
     if image is None:
         return []
     return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
+
+
+def one_each(values: Sequence[Value], count: int) -> list[Value]:
+    """A value for each of `count` prompts, where one may stand for all."""
+    return list(values) * count if len(values) == 1 else list(values)
 
 
 def name_of(image: ImageSource) -> str:
