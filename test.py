@@ -17,6 +17,17 @@ from pathlib import Path
 from typing import NoReturn
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
+# Flags that stand for a value of the YAML: flag -> (key, help).
+SETTINGS = {
+    "magcache": ("magcache.enabled", "skip model evaluations that change little"),
+    "compile": ("runtime.compile", "compile the DiT's blocks; auto: on a GPU, where there are steps enough"),
+    "cache_prompts": ("runtime.cache_prompts", "keep the prompts' embeddings on disk"),
+    "offload": ("runtime.offload", "have each model on the device only while it runs"),
+    "blocks_on_gpu": ("runtime.blocks_on_gpu", "visual blocks that stay there; the others stream in"),
+    "dit_quantization": ("runtime.dit_quantization", "keep the DiT's weights in fewer bits"),
+    "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
+}
+CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +61,11 @@ def build_parser() -> Parser:
         "--attention_engine",
         help="auto, sdpa, sdpa_cudnn, flash_attention_2, flash_attention_3, sage; for NABLA configs auto, flex, sdpa",
     )
+    for flag, words in SETTINGS.items():
+        options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
+        if flag == "blocks_on_gpu":
+            options = {"type": int, "metavar": "N"}
+        parser.add_argument(f"--{flag}", help=words[1], **options)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
@@ -64,7 +80,8 @@ def run(args: argparse.Namespace) -> Path:
     from kandinsky.request import resolve_request
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
-    config = load_config(args.config, args.overrides)
+    flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
+    config = load_config(args.config, [*args.overrides, *flags])
     images = [] if args.image is None else [media.load_image(args.image)]
     request = resolve_request(
         config,

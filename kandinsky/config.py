@@ -145,6 +145,8 @@ class ModelConfig:
     hub_repo: str | None = None  # where download_models.py finds checkpoint_path
     num_steps: int
     guidance_weight: float  # 1: no classifier-free guidance, one model evaluation a step
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which there is guidance
+    guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
     dit_params: DiTConfig
     attention: AttentionConfig
     vae: VAEConfig
@@ -155,6 +157,22 @@ class ModelConfig:
 class MagCacheConfig:
     # Calibrated magnitude ratios in the order of model evaluations: conditional, unconditional, conditional, ...
     mag_ratios: tuple[float, ...] | None = None
+    enabled: bool = False
+    threshold: float = 0.12  # error that skipped evaluations in a row may add up to
+    max_skips: int = 2  # in a row
+    retention: float = 0.2  # share of the evaluations, the first ones, that are never skipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What makes a run fast or small and changes nothing else, or little and in known ways."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
+    offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs
+    blocks_on_gpu: int | None = None  # visual blocks that stay there, the others stream in; None: as many as fit
+    dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
+    qwen_quantization: bool = False  # NF4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +197,7 @@ class Config:
     metrics: MetricsConfig
     model: ModelConfig
     magcache: MagCacheConfig
+    runtime: RuntimeConfig
     generation: GenerationConfig
     source: Path | None = dataclasses.field(default=None, metadata={"in_yaml": False})
 
@@ -200,6 +219,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _check(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def with_settings(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """The config with other values of top-level sections: with_settings(config, runtime={"offload": True}).
+
+    They are checked as those of a YAML file are; ValueError for what is not as it should be.
+    """
+    for name, given in sections.items():
+        section = getattr(config, name)
+        values = _parse_section(type(section), dict(given), name)
+        config = dataclasses.replace(config, **{name: dataclasses.replace(section, **values)})
+    _check(config)
     return config
 
 
@@ -337,6 +369,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         if key == "model.attention.type" and value in DENSE_ATTENTION_ALIASES:
             return "full"
+        if type(value) is bool and "on" in args:  # what YAML makes of a bare on or off
+            return "on" if value else "off"
         if value not in args:
             raise _not_allowed(key, value, " or ".join(map(str, args)))
         return value
@@ -386,7 +420,7 @@ def _fill_defaults(values: dict[str, Any]) -> None:
     model = values.setdefault("model", {})
     generation = values.setdefault("generation", {})
     if not values.get("magcache", {}).get("mag_ratios"):  # an empty list says the same as none
-        values["magcache"] = {}
+        values.get("magcache", {}).pop("mag_ratios", None)
     name = _variant_name(model.get("checkpoint_path", ""))
 
     if "task" not in values:
@@ -461,6 +495,12 @@ def _check(config: Config) -> None:
     require(model.num_steps >= 1, "model.num_steps", model.num_steps, "at least 1")
     require(model.guidance_weight >= 0, "model.guidance_weight", model.guidance_weight, "0 or more")
 
+    begin, end = model.guidance_interval
+    require(
+        0 <= begin <= end <= 1, "model.guidance_interval", model.guidance_interval, "two shares of the steps, 0 to 1"
+    )
+    require(model.guidance_every >= 1, "model.guidance_every", model.guidance_every, "at least 1")
+
     for field in dataclasses.fields(dit):
         value = getattr(dit, field.name)
         if isinstance(value, (int, tuple)) and not isinstance(value, bool):
@@ -508,6 +548,13 @@ def _check(config: Config) -> None:
     if ratios is not None:
         require(len(ratios) % 2 == 0, "the length of magcache.mag_ratios", len(ratios), "even: pairs of cond, uncond")
         require(min(ratios) >= 0, "the smallest of magcache.mag_ratios", min(ratios), "0 or more")
+    magcache = config.magcache
+    require(magcache.threshold >= 0, "magcache.threshold", magcache.threshold, "0 or more")
+    require(magcache.max_skips >= 0, "magcache.max_skips", magcache.max_skips, "0 or more")
+    require(0 <= magcache.retention <= 1, "magcache.retention", magcache.retention, "0 to 1")
+
+    blocks = config.runtime.blocks_on_gpu
+    require(blocks is None or blocks >= 1, "runtime.blocks_on_gpu", blocks, "at least 1, or left out")
 
     vae_name = "flux" if config.task in ("t2i", "i2i") else "hunyuan"
     require(vae.name == vae_name, "model.vae.name", vae.name, f"{vae_name} for task {config.task}")

@@ -29,7 +29,7 @@ from kandinsky.checkpoints import (
     read_header,
     resolve_path,
 )
-from kandinsky.config import Config, DiTConfig, load_config
+from kandinsky.config import Config, DiTConfig, load_config, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
 from kandinsky.models.vae_flux import AutoencoderKL
@@ -128,6 +128,7 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
         dtype: str | torch.dtype | None = None,
         overrides: Sequence[str] = (),
         config: Config | None = None,
+        **runtime: Any,
     ) -> AnyPipeline:
         """Load a pipeline.
 
@@ -137,21 +138,23 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             cache_dir: the folder that `./weights/` in a config stands for.
             dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths.
             conf_path: the YAML; None takes the task's first one (see `DEFAULT_CONFIGS`).
-            offload, magcache, quantized_qwen: not part of this version; True raises ValueError.
+            offload, magcache, quantized_qwen: True switches on what the YAML calls runtime.offload, magcache.enabled
+                and runtime.qwen_quantization.
             text_token_padding: padding never reaches the model here, which is exact; accepted for compatibility.
             attention_engine: instead of the config's `model.attention.engine`.
             dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 on a GPU and float32 on a CPU.
             overrides: "key.key=value" over the YAML.
             config: an already loaded config instead of `conf_path` and `overrides`.
+            runtime: any key of the YAML's section `runtime`, such as compile="off" or blocks_on_gpu=8.
 
         Raises:
             ValueError: a file is missing, damaged or of another variant, or an argument is wrong; before weights are
                 read.
         """
-        for name, given in (("offload", offload), ("magcache", magcache), ("quantized_qwen", quantized_qwen)):
-            if given:
-                raise ValueError(f"{name}=True: not part of this version; leave it out")
         config = config or load_config(conf_path or DEFAULT_CONFIGS[task], overrides)
+        wishes = {**runtime, **({"offload": True} if offload else {})}
+        wishes |= {"qwen_quantization": True} if quantized_qwen else {}
+        config = with_settings(config, runtime=wishes, magcache={"enabled": True} if magcache else {})
         if config.task != task:
             raise ValueError(
                 f"{config.source} is a config for {config.task}: load it with get_{config.task.upper()}_pipeline"

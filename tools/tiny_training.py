@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import Config
 from kandinsky.loading import KEEP_PRECISION, load_text_encoders
 from kandinsky.models.dit import DiffusionTransformer3D
@@ -182,6 +183,7 @@ def velocity(
     text: tuple[Tensor, Tensor, Tensor | None],
     sigma: Tensor,
     rotary_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    nabla: NablaConfig | None = None,
 ) -> Tensor:
     """What `dit` predicts for x (B, T, H, W, C), in float32. `text`: embeddings, pooled, mask.
 
@@ -191,9 +193,8 @@ def velocity(
     weights = {n: p if any(k in n for k in KEEP_PRECISION) else p.bfloat16() for n, p in dit.named_parameters()}
     few = x.shape[1] * x.shape[2] * x.shape[3] // 4 <= FEW_TOKENS
     with sdpa_kernel(SDPBackend.MATH if few else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        out = torch.func.functional_call(
-            dit, weights, (x, embeds, pooled, sigma * 1000), {"text_mask": mask, "scale_factor": rotary_scale}
-        )
+        options = {"text_mask": mask, "scale_factor": rotary_scale, "nabla": nabla}
+        out = torch.func.functional_call(dit, weights, (x, embeds, pooled, sigma * 1000), options)
     return out.float()
 
 

@@ -4,6 +4,8 @@
     python tools/train_tiny.py text      # Qwen2.5-VL and CLIP in small, taught to tell the captions apart
     python tools/train_tiny.py latents --size 64 ; python tools/train_tiny.py latents --size 128   # clips encoded
     python tools/train_tiny.py dit       # one DiT for text to video and image to video, on small, then full-size clips
+    python tools/train_tiny.py latents --size 256 --shards 1 --shard_clips 500   # and larger ones, for NABLA
+    python tools/train_tiny.py nabla     # the exported DiT trained on, on these with block-sparse attention
     python tools/train_tiny.py export    # write assets/tiny/t2v/{model,vae,text_encoder,text_encoder2}
 
     python tools/train_tiny.py vae --task image      # image VAE, starting from the video VAE's state
@@ -35,6 +37,7 @@ STAGES = {
         "text": train_tiny_video.stage_text,
         "latents": train_tiny_video.stage_latents,
         "dit": train_tiny_video.stage_dit,
+        "nabla": train_tiny_video.stage_nabla,
         "export": train_tiny_video.stage_export,
     },
     "image": {
@@ -74,6 +77,9 @@ def parse_args() -> argparse.Namespace:
     video.add_argument("--shard_clips", type=int, default=1152, help="latents: clips a file, each another combination")
     video.add_argument("--small_steps", type=int, default=1200, help="dit: steps on 64-pixel clips, the first ones")
     video.add_argument("--from_exported", action="store_true", help="dit: start from the checkpoint in --out")
+    video.add_argument("--nabla_steps", type=int, default=400, help="nabla: steps on 256-pixel clips")
+    video.add_argument("--nabla_batch", type=int, default=8, help="nabla: clips a step (default: %(default)s)")
+    video.add_argument("--nabla_config", type=Path, default=Path("configs/config_tiny_t2v_10s.yaml"))
     image = parser.add_argument_group("image")
     image.add_argument("--vae_steps", type=int, default=400, help="vae: from the video VAE")
     image.add_argument("--edit_steps", type=int, default=900)

@@ -1,7 +1,7 @@
 """The video half of the tiny training: a 3-D VAE, text encoders, and one DiT for text to video and image to video.
 
-Stages of `tools/train_tiny.py --task video`, in order: `vae`, `text`, `latents` (of 64 and of 128 pixels), `dit`,
-`export`. Clips are drawn by `tools/tiny_world.py`; of the combinations a tenth is never drawn here.
+Stages of `tools/train_tiny.py --task video`, in order: `vae`, `text`, `latents` (of 64, 128 and 256 pixels), `dit`,
+`nabla`, `export`. Clips are drawn by `tools/tiny_world.py`; of the combinations a tenth is never drawn here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky.attention.block_sparse import masked_dense
+from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import load_config
 from kandinsky.loading import load_dit, load_vae
 from kandinsky.models.dit import DiffusionTransformer3D
@@ -331,6 +333,32 @@ def stage_dit(args: argparse.Namespace) -> None:
     train("dit", args.state, dit, dit_optimizers(dit, args.lr), loss, args.dit_steps, warmup=200)
 
 
+def stage_nabla(args: argparse.Namespace) -> None:
+    """The exported model goes on, on large clips, with block-sparse attention of a density that changes every step."""
+    config = load_config(args.nabla_config)
+    captions = CaptionTable.build(trained_embedder(args))
+    clips = LatentClips.load(args.state, config.generation.width)
+    torch.manual_seed(0)
+    exported = args.out / "model" / "tiny_t2v.safetensors"
+    dit = load_dit(exported, config.model.dit_params, args.device, torch.float32).float().requires_grad_(True)
+    # So few blocks are faster under a mask than gathered, and backwards more so.
+    dit.block_sparse = masked_dense
+    attention = config.model.attention
+    rng = np.random.default_rng(int(time.time()))
+
+    def loss(step: int) -> Tensor:
+        index = rng.integers(0, len(clips.latents), args.nabla_batch)
+        rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
+        x, wanted, sigma = noisy(clips.latents[index].to(args.device).float(), config.metrics.scheduler_scale)
+        extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
+        text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
+        nabla = NablaConfig(float(rng.uniform(0.3, 0.9)), attention.wT, attention.wH, attention.wW)
+        predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, config.metrics.scale_factor, nabla)
+        return F.mse_loss(predicted, wanted)
+
+    train("dit_nabla", args.state, dit, dit_optimizers(dit, args.lr / 3), loss, args.nabla_steps, warmup=20)
+
+
 def latent_scale(state_dir: Path) -> float:
     """1 / std of the first shard of small clips: what brings the latents to unit variance."""
     return round(1 / float(torch.load(state_dir / f"latents_{SIZE // 2}_0.pt")["latents"].float().std()), 4)
@@ -351,6 +379,9 @@ def stage_export(args: argparse.Namespace) -> None:
         vae.quant_conv.bias[channels:].fill_(2 * math.log(LATENT_NOISE))
     state = torch.load(args.state / "dit.pt", map_location="cpu")
     write_safetensors(state["model"], out / "model" / "tiny_t2v.safetensors")
+    if (args.state / "dit_nabla.pt").exists():
+        nabla = torch.load(args.state / "dit_nabla.pt", map_location="cpu")
+        write_safetensors(nabla["model"], out / "model" / "tiny_t2v_10s.safetensors")
     write_safetensors(vae.state_dict(), out / "vae" / "diffusion_pytorch_model.safetensors")
     config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args.state)}
     (out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")

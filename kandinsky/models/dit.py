@@ -1,9 +1,10 @@
 """Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
 
-`forward` is embed -> run_blocks -> head. Caches and block swapping wrap `run_blocks`; attention engines and sequence
-parallelism are set as `dit.attention`, NABLA's kernel as `dit.block_sparse`. The module knows no devices, files or
-schedules, and keeps no state between calls: what depends on the request alone (`RequestTables`) is computed once by
-`request_tables` and handed in.
+`forward` is embed -> run_blocks -> head. What wraps `run_blocks` (a cache) is handed to `forward`; block swapping is
+set as `dit.stream_blocks`, attention engines and sequence parallelism as `dit.attention`, NABLA's kernel as
+`dit.block_sparse`. The module knows no devices, files or schedules, and keeps no state
+between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
+handed in.
 
 Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
 """
@@ -11,7 +12,7 @@ Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,10 @@ class BlockInputs:
     text_mask: Tensor | None  # (B, 1, 1, L)
     time_embed: Tensor  # (B, E)
     tables: RequestTables
+
+
+# Visual tokens (B, N, D) before the visual blocks -> after them.
+RunBlocks = Callable[[Tensor, BlockInputs], Tensor]
 
 
 class DiffusionTransformer3D(nn.Module):
@@ -81,6 +86,8 @@ class DiffusionTransformer3D(nn.Module):
         self.head_dim = head_dim
         self.attention: Attention = sdpa
         self.block_sparse: BlockSparseAttention = sdpa_block_sparse
+        # The visual blocks one after the other, each ready to run when it is handed out.
+        self.stream_blocks: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
 
         self.time_embeddings = TimeEmbeddings(model_dim, time_dim)
         self.text_embeddings = TextProjection(in_text_dim, model_dim)
@@ -143,7 +150,7 @@ class DiffusionTransformer3D(nn.Module):
         tables, attention = inputs.tables, self.attention
         if tables.nabla is not None:
             attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=self.block_sparse)
-        for block in self.visual_transformer_blocks:
+        for block in self.stream_blocks(self.visual_transformer_blocks):
             hidden = block(hidden, inputs.text, inputs.time_embed, tables.visual_rope, inputs.text_mask, attention)
         return hidden
 
@@ -165,6 +172,7 @@ class DiffusionTransformer3D(nn.Module):
         text_mask: Tensor | None = None,
         *,
         tables: RequestTables | None = None,
+        run_blocks: RunBlocks | None = None,
     ) -> Tensor:
         """Velocity at `latents`.
 
@@ -177,6 +185,7 @@ class DiffusionTransformer3D(nn.Module):
             nabla: visual self-attention is block-sparse, with this config; None: dense, or as `tables` say.
             text_mask: (B, L) bool, True on real tokens; None where all are real.
             tables: this request's `request_tables`; computed here when None.
+            run_blocks: in place of the model's own, which it may call; None: the model's own.
 
         Returns:
             (B, T, H, W, out_visual_dim) in the model's dtype.
@@ -189,5 +198,5 @@ class DiffusionTransformer3D(nn.Module):
         elif nabla is not None and (tables.nabla is None or tables.nabla.config != nabla):
             raise ValueError(f"nabla is {nabla}, but the tables were made for another config: hand in one of the two")
         hidden, inputs = self.embed(latents, text_embeds, pooled_embeds, timesteps, tables, text_mask)
-        hidden = self.run_blocks(hidden, inputs)
+        hidden = (run_blocks or self.run_blocks)(hidden, inputs)
         return self.head(hidden, inputs)
