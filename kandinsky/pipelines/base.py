@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,8 @@ from kandinsky.conditioning import (
     normalize_first_frames,
 )
 from kandinsky.config import Config, config_to_dict
+from kandinsky.latents_file import SavedLatents
+from kandinsky.latents_file import on_disk as latents_on_disk
 from kandinsky.models.dit import DiffusionTransformer3D, RequestTables
 from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
@@ -190,12 +192,18 @@ class Pipeline:
             latents = self.denoise(request, conditioning, branches, progress, callback)
         if output_type == "latent":
             return latents
-        with watch.stage("decode"):
-            pixels = self.decode(latents, to_unit if output_type in ("np", "pt") else to_uint8)
-        logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))
-        if save_path is not None:
-            self.write(request, inputs, pixels, Path(save_path), watch)
+        records = [self.describe(request, inputs, i, watch) for i in range(len(request.samples))]
+        finish = to_unit if output_type in ("np", "pt") else to_uint8
+        keep = self.config.runtime.save_latents
+        with nullcontext() if save_path is None else latents_on_disk(save_path, latents, records, keep):
+            pixels = self.decode_and_write(latents, finish, records, save_path, watch)
         return convert(pixels, output_type, request.is_image)
+
+    @torch.no_grad()
+    def finish(self, saved: SavedLatents, save_path: str | Path) -> Tensor:
+        """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
+        watch = Stopwatch(dict(saved.records[0]["seconds"]))
+        return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
 
     @property
     def uses_nabla(self) -> bool:
@@ -463,20 +471,36 @@ class Pipeline:
                 videos.append((finish or to_uint8)(pixels).cpu())
         return torch.cat(videos)
 
+    def decode_and_write(
+        self,
+        latents: Tensor,
+        finish: Callable[[Tensor], Tensor],
+        records: Sequence[dict[str, Any]],
+        path: str | Path | None,
+        watch: Stopwatch,
+    ) -> Tensor:
+        """`decode`, and where there is a path `write`."""
+        with watch.stage("decode"):
+            pixels = self.decode(latents, finish)
+        logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))
+        if path is not None:
+            self.write(pixels, records, Path(path), watch)
+        return pixels
+
     # --- write --------------------------------------------------------------------------------------------------------
 
-    def write(self, request: Request, inputs: Inputs, pixels: Tensor, path: Path, watch: Stopwatch) -> list[Path]:
-        """The videos or pictures, each with its JSON beside it; returns their paths."""
+    def write(self, pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:
+        """The videos or pictures, each with its record as JSON beside it; returns their paths."""
         if pixels.is_floating_point():
             pixels = (pixels * 255).round().to(torch.uint8)
         paths = media.output_paths(path, len(pixels))
-        for i, (output, target) in enumerate(zip(pixels, paths, strict=True)):
+        for output, record, target in zip(pixels, records, paths, strict=True):
             with watch.stage("write"):
-                if request.is_image:
+                if record["num_frames"] == 1:
                     media.write_image(output[:, 0], target)
                 else:
                     media.write_video(output, target, fps=FPS)
-            media.write_sidecar(target, self.describe(request, inputs, i, watch))
+            media.write_sidecar(target, {**record, "seconds": watch.seconds})
             logger.info("wrote %s", target)
         return paths
 
@@ -500,7 +524,7 @@ class Pipeline:
             "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
             "config": config_to_dict(self.config),
             "versions": media.versions(),
-            "seconds": watch.seconds,
+            "seconds": dict(watch.seconds),
         }
 
 

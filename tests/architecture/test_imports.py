@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
     ("pipelines", "runtime"),
+    ("latents_file",),  # writes as media does
     ("conditioning", "sampler", "media", "request", "prompt_expansion"),
     ("models",),
     ("attention", "prompts"),  # prompts is words and token ids without torch, and models/text_embedder stands on it
@@ -28,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media")
+WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file")
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 

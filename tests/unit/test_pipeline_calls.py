@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky.config import Config, DiTConfig, load_config
+from kandinsky.latents_file import load_latents
 from kandinsky.loading import PIPELINES
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import TextEmbeddings
@@ -416,3 +417,30 @@ def test_config_of_the_fixture_is_small(pipe: Any) -> None:
     config: Config = pipe.config
     assert sum(parameter.numel() for parameter in pipe.dit.parameters()) < 200_000
     assert config.generation.width * config.generation.height <= 48 * 32
+
+
+def test_a_decode_that_dies_keeps_the_latents_and_is_finished_later(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix = ".png" if pipe.config.task in ("t2i", "i2i") else ".mp4"
+    options = {"seed": [3, 4], count_name(pipe): 2}
+    call(pipe, save_path=tmp_path / f"whole{suffix}", **options)
+    assert not list(tmp_path.glob("*.latents.safetensors"))
+
+    def die(*args: Any) -> Tensor:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(pipe, "decode", die)
+        call(pipe, save_path=tmp_path / f"died{suffix}", **options)
+    assert not (tmp_path / f"died{suffix}").exists()
+
+    saved = load_latents(tmp_path / "died.latents.safetensors")
+    pipe.finish(saved, tmp_path / f"died{suffix}")
+    for number in ("", "_2"):
+        whole, died = (tmp_path / f"{name}{number}{suffix}" for name in ("whole", "died"))
+        assert whole.read_bytes() == died.read_bytes()
+        records = [json.loads(path.with_suffix(".json").read_text()) for path in (whole, died)]
+        for record in records:
+            assert set(record.pop("seconds")) >= {"encode", "denoise", "decode", "write"}
+        assert records[0] == records[1]
