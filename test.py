@@ -77,6 +77,8 @@ def build_parser() -> Parser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
+    parser.add_argument("--download", action="store_true", help="first fetch the weights that are missing there")
+    parser.add_argument("--hf_token", help="Hugging Face token for --download; default: the variable HF_TOKEN")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML")
     return parser
 
@@ -116,6 +118,11 @@ def run(args: argparse.Namespace) -> Path:
         logging.info(
             "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
         )
+
+    if args.download:
+        from kandinsky import hub
+
+        hub.download(hub.sources(config, args.cache_dir, only_missing=True), args.cache_dir, args.hf_token)
 
     from kandinsky.loading import load_pipeline
     from kandinsky.pipelines.base import Inputs
@@ -163,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         print(run(args) if args.decode_latents is None else finish(args))
     except (ValueError, OSError) as error:

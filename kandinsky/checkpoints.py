@@ -194,7 +194,7 @@ def missing_weights_message(path: str | Path, config: Config) -> str:
     name = model_name(config.source) if known and config.source is not None else "list"
     return (
         f"weights not found: {path}. Get them with: python download_models.py --models {name}. "
-        f"Without any download: {TINY_COMMAND}"
+        f"test.py --download does it too. Without any download: {TINY_COMMAND}"
     )
 
 

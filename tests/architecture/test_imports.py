@@ -23,13 +23,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("latents_file",),  # writes as media does
     ("conditioning", "sampler", "media", "request", "prompt_expansion"),
     ("models",),
-    ("attention", "prompts"),  # prompts is words and token ids without torch, and models/text_embedder stands on it
+    # prompts is words and token ids without torch, and models/text_embedder stands on it
+    ("attention", "prompts", "hub"),
     ("checkpoints", "sizes"),  # request stands on sizes
     ("config",),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file")
+WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub")
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 
