@@ -33,7 +33,7 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 STAGES = {
     "load": ("kandinsky.loading", "module", "load_vae"),
     "encode": ("kandinsky.pipelines.base", "module.Pipeline", "condition"),
-    "denoise": ("kandinsky.sampler", "module", "guided_velocity"),
+    "denoise": ("kandinsky.pipelines.base", "module", "euler_sample"),
     "decode": ("kandinsky.pipelines.base", "module.Pipeline", "decode"),
     "write": ("imageio_ffmpeg", "module", "count_frames_and_secs"),
 }
