@@ -56,6 +56,16 @@ def build_parser() -> Parser:
     parser.add_argument("--video_duration", type=float, help="seconds at 24 frames a second; 0 makes a picture")
     parser.add_argument("--sample_steps", type=int, help="Euler steps")
     parser.add_argument("--guidance_weight", type=float, help="classifier-free guidance; 1 switches it off")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("BEGIN", "END"),
+        help="shares of the steps, 0 to 1, between which there is guidance; the other steps take half the time",
+    )
+    parser.add_argument(
+        "--guidance_every", type=int, metavar="N", help="of these steps, each N-th evaluates the negative prompt"
+    )
     parser.add_argument("--scheduler_scale", type=float, help="shift of the schedule towards noise")
     parser.add_argument("--seed", type=int, help="the same seed gives the same video; not given: a new one every time")
     parser.add_argument("--output_filename", type=Path, help="default: a new name in outputs/ that replaces nothing")
@@ -109,6 +119,8 @@ def run(args: argparse.Namespace) -> Path:
         num_steps=args.sample_steps,
         guidance_weight=args.guidance_weight,
         scheduler_scale=args.scheduler_scale,
+        guidance_interval=args.guidance_interval,
+        guidance_every=args.guidance_every,
         negative_caption=args.negative_prompt,
     )
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX

@@ -8,6 +8,7 @@ anything is allocated.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import logging
@@ -39,6 +40,7 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,8 @@ def load_pipeline(
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name)
     text_embedder = load_text_encoders(config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
-    return PIPELINES[config.task](config, dit, text_embedder, vae, FixedPlacement(devices))
+    make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
+    return PIPELINES[config.task](config, dit, text_embedder, vae, FixedPlacement(devices), make_cache=make_cache)
 
 
 def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline]:

@@ -37,14 +37,21 @@ from kandinsky.conditioning import (
 from kandinsky.config import Config, config_to_dict
 from kandinsky.latents_file import SavedLatents
 from kandinsky.latents_file import on_disk as latents_on_disk
-from kandinsky.models.dit import DiffusionTransformer3D, RequestTables
+from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
 from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.request import FPS, Request, resolve_request, warn_about_size
-from kandinsky.sampler import NUM_TRAIN_TIMESTEPS, Branch, euler_sample, flow_timesteps, uses_guidance
+from kandinsky.sampler import (
+    NUM_TRAIN_TIMESTEPS,
+    Branch,
+    euler_sample,
+    flow_timesteps,
+    guidance_plan,
+    uses_guidance,
+)
 from kandinsky.sizes import check_picture, size_for_image
 
 if TYPE_CHECKING:
@@ -68,11 +75,27 @@ class Placement(Protocol):
     def use(self, component: str) -> AbstractContextManager[Any]: ...
 
 
+class BlockCache(Protocol):
+    """What spares one request some of its passes through the DiT's blocks; `skipped` counts them, of all samples."""
+
+    skipped: int
+
+    def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
+        """What to run in place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""
+        ...
+
+
+# For each step of a request, whether it has an unconditional evaluation -> the request's own cache.
+MakeCache = Callable[[Sequence[bool]], BlockCache]
+
+
 @dataclass
 class Stopwatch:
-    """Seconds per stage of one generation."""
+    """Seconds per stage of one generation, and how many model evaluations an output asked for and was spared."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    evaluations: int = 0
+    skipped_evaluations: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -112,12 +135,16 @@ class Pipeline:
         text_embedder: TextEmbedder,
         vae: AutoencoderKLHunyuanVideo | AutoencoderKL,
         placement: Placement,
+        *,
+        make_cache: MakeCache | None = None,
     ) -> None:
+        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
+        self.make_cache = make_cache
         self.interrupt = False
 
     def run(
@@ -189,9 +216,11 @@ class Pipeline:
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
         with watch.stage("denoise"):
-            latents = self.denoise(request, conditioning, branches, progress, callback)
+            latents = self.denoise(request, conditioning, branches, progress, callback, watch)
         if output_type == "latent":
             return latents
+        if watch.skipped_evaluations:
+            logger.info("skipped %d of %d model evaluations", watch.skipped_evaluations, watch.evaluations)
         records = [self.describe(request, inputs, i, watch) for i in range(len(request.samples))]
         finish = to_unit if output_type in ("np", "pt") else to_uint8
         keep = self.config.runtime.save_latents
@@ -370,8 +399,9 @@ class Pipeline:
         branches: dict[Branch, list[TextEmbeddings]],
         progress: bool = True,
         callback: StepCallback | None = None,
+        watch: Stopwatch | None = None,
     ) -> Tensor:
-        """Latents (samples, T, H, W, C), scaled, float32."""
+        """Latents (samples, T, H, W, C), scaled, float32. The evaluations it took are written into `watch`."""
         device = self.placement.device("dit")
         sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
         attention = self.config.model.attention
@@ -385,7 +415,13 @@ class Pipeline:
         def tables(text_length: int) -> RequestTables:
             return replace(shared, text_rope=text_rotary_table(text_length, self.dit.head_dim, device))
 
+        interval, every = request.guidance_interval, request.guidance_every
+        guidance = guidance_plan(request.num_steps, request.guidance_weight, interval, every)
+        block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
+        record = watch or Stopwatch()
+
         def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
+            record.evaluations += 1
             model_input = conditioning.model_input(latents)
             return torch.cat(
                 [
@@ -396,8 +432,9 @@ class Pipeline:
                         timestep.expand(1),
                         text_mask=text.text_mask,
                         tables=tables(text.text_embeds.shape[1]),
+                        run_blocks=block_cache and block_cache.run_blocks(branch, i, self.dit.run_blocks),
                     )
-                    for sample, text in zip(model_input.split(1), branches[branch], strict=True)
+                    for i, (sample, text) in enumerate(zip(model_input.split(1), branches[branch], strict=True))
                 ]
             )
 
@@ -430,7 +467,18 @@ class Pipeline:
 
         with self.placement.use("dit"):
             start = conditioning.hold(conditioning.noise)
-            latents = euler_sample(velocity, start, sigmas, request.guidance_weight, until_interrupted, on_step_end)
+            latents = euler_sample(
+                velocity,
+                start,
+                sigmas,
+                request.guidance_weight,
+                until_interrupted,
+                on_step_end,
+                guidance_interval=interval,
+                guidance_every=every,
+            )
+        if block_cache is not None:
+            record.skipped_evaluations = block_cache.skipped // len(request.samples)  # the same for all of them
         if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
             return normalize_first_frames(latents)
         return latents
@@ -524,6 +572,7 @@ class Pipeline:
             "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
             "config": config_to_dict(self.config),
             "versions": media.versions(),
+            "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output
             "seconds": dict(watch.seconds),
         }
 
