@@ -29,6 +29,7 @@ from kandinsky.checkpoints import (
     missing_weights_message,
     read_header,
     resolve_path,
+    strip_prefix,
 )
 from kandinsky.config import Config, DiTConfig, load_config, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
@@ -42,6 +43,7 @@ from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
+from kandinsky.runtime.quantization import Convert, quantize_dit, quantize_qwen, require_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ def load_pipeline(
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     model, encoders = config.model, config.model.text_embedder
     resolved_dtype = resolve_dtype(dtype, devices["dit"])
+    if config.runtime.qwen_quantization:
+        require_scheme("nf4")
 
     def locate(given: str | Path | None, from_config: str) -> Path:
         path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
@@ -103,7 +107,7 @@ def load_pipeline(
         raise ValueError(str(error)) from error
 
     # The DiT first: its header says at once whether it is the variant that the config means.
-    dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype)
+    dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, config.runtime.dit_quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name)
     text_embedder = load_text_encoders(config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
@@ -197,22 +201,31 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 def load_dit(
-    path: str | Path, params: DiTConfig, device: torch.device | str, dtype: torch.dtype
+    path: str | Path,
+    params: DiTConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quantization: str | None = None,
 ) -> DiffusionTransformer3D:
-    """The DiT from a safetensors file or folder. Raises ValueError for damaged files and for other variants' files."""
+    """The DiT from a safetensors file or folder. Raises ValueError for damaged files and for other variants' files.
+
+    quantization: "int8", "fp8" or "nf4", which weights are brought to as they are read. None leaves them as they are in
+        the file, which may be quantised itself; a file that is quantised otherwise is a ValueError.
+    """
     files = find_weights(path)
     header = {name: entry for file in files for name, entry in read_header(file).items()}
     try:
         check_dit_header(header, params)
+        with torch.device("meta"):
+            dit = DiffusionTransformer3D(**dataclasses.asdict(params))
+        convert = quantize_dit(dit, strip_prefix(header), quantization)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        dit = DiffusionTransformer3D(**dataclasses.asdict(params))
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
 
-    load_weights(dit, files, device, dtype_of, COMFY_PREFIX)
+    load_weights(dit, files, device, dtype_of, COMFY_PREFIX, convert)
     return dit
 
 
@@ -252,6 +265,7 @@ def load_text_encoders(
         dtype=dtype,
         content={"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"),
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
+        quantize=quantize_qwen if config.runtime.qwen_quantization else None,
     )
 
 
@@ -272,16 +286,21 @@ def load_weights(
     device: torch.device | str,
     dtype_of: Callable[[str, Tensor], torch.dtype],
     prefix: str = "",
+    convert: Convert | None = None,
 ) -> None:
     """Give a model on the meta device the tensors of `files`, one at a time; ready for inference afterwards.
 
-    dtype_of(name, tensor) says what a tensor is cast to; `prefix` is dropped from names that have it. Raises
-    ValueError where names or shapes are not exactly the model's.
+    dtype_of(name, tensor) says what a tensor is cast to; `prefix` is dropped from names that have it; `convert` makes
+    tensors into quantised ones. Raises ValueError where names or shapes are not exactly the model's.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in read_tensors(files):
         name = name.removeprefix(prefix)
-        state[name] = tensor.to(device=device, dtype=dtype_of(name, tensor))
+        try:
+            parts = convert(name, tensor.to(device)) if convert else {}
+        except ValueError as error:
+            raise ValueError(f"{files[0]}: {error}") from None
+        state |= parts or {name: tensor.to(device=device, dtype=dtype_of(name, tensor))}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [name for name in {*expected, *state} if name not in state or expected.get(name) != state[name].shape]
     if wrong:

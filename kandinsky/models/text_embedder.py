@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 # What may stand before a tensor's own name in a file; the longest match wins. Names of the vision tower keep `visual.`.
 _QWEN_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _CLIP_PREFIXES = ("text_model.",)
+# A model -> (name, tensor as read) -> tensors in its place by name, none where it is to stay as it is.
+Quantize = Callable[[nn.Module], Callable[[str, Tensor], dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -299,12 +301,14 @@ def load_text_embedder(
     dtype: torch.dtype = torch.bfloat16,
     content: str = "video",
     vision: bool = False,
+    quantize: Quantize | None = None,
 ) -> TextEmbedder:
     """Build both encoders from their folders, frozen and in evaluation mode.
 
     The models are built without memory and every tensor is read, cast and assigned by itself: there is never a float32
     copy of Qwen. `dtype` is Qwen's; CLIP is always float32, the precision it is published in, because it is small.
-    `vision` adds Qwen's vision tower, which content "image_edit" needs.
+    `vision` adds Qwen's vision tower, which content "image_edit" needs. `quantize` is given Qwen without memory, and
+    returns what makes each tensor that is read into those that the model then takes.
 
     Raises:
         ValueError: a folder, weights, tensors or a tokenizer are missing or do not belong together; only pickle files.
@@ -321,7 +325,7 @@ def load_text_embedder(
     check_prefix(qwen_tokenizer, get_template(content), crop)
     image_processor = _load_image_processor(qwen_path) if vision else None
 
-    qwen = _load_qwen(qwen_path, vision, device, dtype)
+    qwen = _load_qwen(qwen_path, vision, device, dtype, quantize)
 
     clip_config = CLIPTextConfig.from_pretrained(clip_path, local_files_only=True)
     clip_config._attn_implementation = "sdpa"
@@ -348,7 +352,7 @@ def load_text_embedder(
 
 
 def _load_qwen(
-    folder: Path, vision: bool, device: torch.device, dtype: torch.dtype
+    folder: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None
 ) -> Qwen2_5_VLTextModel | Qwen2_5_VLModel:
     config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
     text_config, vision_config = config.text_config, config.vision_config
@@ -357,7 +361,7 @@ def _load_qwen(
         section._attn_implementation = "sdpa"
     with torch.device("meta"):
         qwen = Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config)
-    _assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype)
+    _assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype, quantize)
 
     # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
     language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
@@ -482,11 +486,18 @@ def _own_name(key: str, prefixes: Sequence[str]) -> str:
 
 
 def _assign_weights(
-    model: nn.Module, folder: Path, prefixes: Sequence[str], device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    folder: Path,
+    prefixes: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: Quantize | None = None,
 ) -> None:
     """Give a model on the meta device its tensors from the folder, reading none that it does not have."""
     # Whether the model's own names carry a prefix depends on the transformers version, so both sides lose it.
     wanted = {_own_name(name, prefixes): (name, parameter.shape) for name, parameter in model.named_parameters()}
+    convert = quantize(model) if quantize else None  # after it the model's names are other ones
+    read: set[str] = set()
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         try:
@@ -501,10 +512,12 @@ def _assign_weights(
                             f"{key} in {file} has shape {found}, but config.json beside it makes it {tuple(shape)}; "
                             "the two do not belong together"
                         )
-                    tensors[name] = tensors_in_file.get_tensor(key).to(device=device, dtype=dtype)
+                    tensor = tensors_in_file.get_tensor(key).to(device)
+                    tensors |= (convert(name, tensor) if convert else {}) or {name: tensor.to(dtype)}
+                    read.add(name)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or not complete ({error}); download it again") from error
-    missing = [name for name, _ in wanted.values() if name not in tensors]
+    missing = [name for name, _ in wanted.values() if name not in read]
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise ValueError(
