@@ -2,13 +2,16 @@
 
 Models are built on the meta device and take over tensors that are read one at a time from memory-mapped safetensors
 files, cast on the way: no second copy of the weights ever exists. What a file is, is read from its header before
-anything is allocated.
+anything is allocated. What is offloaded stays on the meta device and gets its weights when its stage begins, from the
+same memory-mapped files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +34,18 @@ from kandinsky.checkpoints import (
 )
 from kandinsky.config import Config, DiTConfig, load_config, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
+from kandinsky.models.text_embedder import PromptEncoder, TextEmbedder, load_text_embedder, text_encoder_files
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
-from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.base import Pipeline, Placement
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
+from kandinsky.runtime.prompt_cache import PromptCache, default_folder, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +106,40 @@ def load_pipeline(
     except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead
         raise ValueError(str(error)) from error
 
-    # The DiT first: its header says at once whether it is the variant that the config means.
-    dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype)
+    offload = config.runtime.offload == "on"  # "auto" is off
+    resident = config.runtime.blocks_on_gpu
+    if resident is not None and resident >= model.dit_params.num_visual_blocks:
+        resident = None  # all of them: nothing streams
+
+    # The DiT first: its header says at once whether it is the variant that the config means. What gets its weights
+    # later is only checked now.
+    is_whole = not offload and resident is None
+    dit = load_dit(dit_path, model.dit_params, devices["dit"] if is_whole else "meta", resolved_dtype)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
-    vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name)
-    text_embedder = load_text_encoders(config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
-    return PIPELINES[config.task](config, dit, text_embedder, vae, FixedPlacement(devices))
+    vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
+
+    parts: dict[str, list[Part]] = {}
+    load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
+    text_embedder: PromptEncoder
+    if offload or config.runtime.cache_prompts:
+        load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
+        text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
+        parts["text_embedder"] = [on_demand]
+    else:
+        text_embedder = load_encoders(device=devices["text_embedder"])
+    text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
+
+    if not is_whole:
+        parts["dit"] = dit_parts(dit, host_weights(dit_path, COMFY_PREFIX), resident, devices["dit"])
+    placement: Placement
+    if offload:
+        parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
+        placement = OffloadPlacement(devices, parts)
+    else:
+        for part in itertools.chain(*parts.values()):
+            part.begin()  # and stay
+        placement = FixedPlacement(devices)
+    return PIPELINES[config.task](config, dit, text_embedder, vae, placement)
 
 
 def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline]:
@@ -213,10 +247,28 @@ def load_dit(
     return dit
 
 
+def dit_parts(
+    dit: DiffusionTransformer3D, weights: dict[str, Tensor], resident: int | None, device: torch.device
+) -> list[Part]:
+    """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all).
+
+    `weights` are its tensors on the host by name. Those of blocks that stream are taken out.
+    """
+    if resident is None:
+        return [Offloaded(dit, weights, device)]
+    swap = BlockSwap(dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device)
+    dit.stream_blocks = swap
+    blocks = len(dit.visual_transformer_blocks)
+    logger.info("%d of %d visual blocks stream from %.1f GB of host memory", len(swap.streamed), blocks, swap.host_gb)
+    return [Offloaded(dit, weights, device), swap]
+
+
 def load_vae(
-    path: str | Path, device: torch.device | str, dtype: torch.dtype, name: str = "hunyuan"
+    path: str | Path, device: torch.device | str, dtype: torch.dtype, name: str = "hunyuan", read: bool = True
 ) -> AutoencoderKLHunyuanVideo | AutoencoderKL:
     """A VAE from a folder with config.json and a safetensors file: the video VAE ("hunyuan") or the image one ("flux").
+
+    read: False leaves the weights in the checked file and the VAE on the meta device, made for `device` in all else.
 
     Raises ValueError for damaged files and for the other VAE's.
     """
@@ -225,7 +277,7 @@ def load_vae(
     model = AutoencoderKL if name == "flux" else AutoencoderKLHunyuanVideo
     with torch.device("meta"):
         vae: AutoencoderKLHunyuanVideo | AutoencoderKL = model(**known_arguments(model, path / "config.json"))
-    load_weights(vae, files, device, lambda name, tensor: dtype)
+    load_weights(vae, files, device if read else "meta", lambda name, tensor: dtype)
     on_cpu = torch.device(device).type == "cpu"
     if isinstance(vae, AutoencoderKLHunyuanVideo):
         vae.convolve_by_frame(on_cpu)  # CPUs have fast kernels for 2-D convolutions only, GPUs for both
@@ -249,6 +301,28 @@ def load_text_encoders(
         dtype=dtype,
         content={"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"),
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
+    )
+
+
+def cache_prompts(
+    embedder: PromptEncoder, config: Config, qwen_path: Path, clip_path: Path, device: torch.device, dtype: torch.dtype
+) -> PromptCache:
+    """The embedder behind a cache on disk, of the default negative prompt or, with `runtime.cache_prompts`, of all."""
+    encoders = config.model.text_embedder
+    identity = {
+        "files": fingerprint(text_encoder_files(qwen_path, clip_path)),
+        "limits": [encoders.qwen.max_length, encoders.qwen.crop, encoders.clip.max_length],
+        "dtype": str(dtype),
+        "quantization": config.runtime.qwen_quantization,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+    return PromptCache(
+        embedder,
+        default_folder(),
+        identity,
+        device,
+        always=[config.generation.negative_caption],
+        everything=config.runtime.cache_prompts,
     )
 
 
@@ -288,6 +362,11 @@ def load_weights(
         )
     model.load_state_dict(state, strict=True, assign=True)
     model.eval().requires_grad_(False)
+
+
+def host_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a file or folder by name, without `prefix`: memory-mapped, so nothing is read yet."""
+    return {name.removeprefix(prefix): tensor for name, tensor in read_tensors(find_weights(path))}
 
 
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
