@@ -5,7 +5,8 @@ generation lives in its `Request`, its `Inputs` and in local variables. Knows ho
 files of weights, no kernels, and nothing of what makes a run fast or small.
 
 The samples of a call (several prompts, or several outputs of one) go through every step together but through the
-models one by one: a video fills a device by itself, and so no sample can depend on its neighbours, to the last bit.
+models one by one, their prompts included: a video fills a device by itself, and so no sample can depend on its
+neighbours, to the last bit.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ from kandinsky.latents_file import SavedLatents
 from kandinsky.latents_file import on_disk as latents_on_disk
 from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
 from kandinsky.models.rope import text_rotary_table
-from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
+from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.prompts import check_prompts
 from kandinsky.request import FPS, Request, resolve_request, warn_about_size
 from kandinsky.sampler import (
     NUM_TRAIN_TIMESTEPS,
@@ -132,7 +134,7 @@ class Pipeline:
         self,
         config: Config,
         dit: DiffusionTransformer3D,
-        text_embedder: TextEmbedder,
+        text_embedder: PromptEncoder,
         vae: AutoencoderKLHunyuanVideo | AutoencoderKL,
         placement: Placement,
         *,
@@ -306,12 +308,15 @@ class Pipeline:
             if image is None:
                 raise ValueError("an image-to-image model reads the picture together with the prompt: give image=")
             images = [media.load_image(one) for one in as_images(image)]
+            if len(images) not in (1, len(texts)):
+                raise ValueError(f"{len(images)} pictures for {len(texts)} prompts: give one for all, or one for each")
             for picture in images:
                 check_picture(picture.size)
             images = [media.fit_image(picture, *size_for_image(picture.size, self.config)) for picture in images]
         elif image is not None:
             raise ValueError(f"a model for {self.config.task} reads no picture together with the prompt: leave it out")
-        return self._embed(texts, images, content or self._content(self.config.task != "t2v"), max_sequence_length)
+        content = content or self._content(self.config.task != "t2v")
+        return TextEmbeddings.join(self._embed(texts, images, content, max_sequence_length))
 
     def _content(self, is_image: bool) -> str:
         """Which prompt template the model was trained with."""
@@ -320,16 +325,20 @@ class Pipeline:
 
     def _embed(
         self, texts: Sequence[str], images: Sequence[Image.Image] | None, content: str, max_length: int | None
-    ) -> TextEmbeddings:
-        if images is not None:
-            images = [media.halve_image(image) for image in one_each(images, len(texts))]
+    ) -> list[TextEmbeddings]:
+        """The embeddings of each prompt, encoded by itself."""
+        check_prompts(texts)
+        pictures = [None] * len(texts) if images is None else [[media.halve_image(image)] for image in images]
         with self.placement.use("text_embedder"):
-            return self.text_embedder.encode(texts, content=content, images=images, max_length=max_length)
+            return [
+                self.text_embedder.encode([text], content=content, images=picture, max_length=max_length)
+                for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
+            ]
 
     def encode_prompts(
         self, request: Request, inputs: Inputs, images: Sequence[Image.Image]
     ) -> dict[Branch, list[TextEmbeddings]]:
-        """For each branch of guidance the embeddings of each sample, from one pass over whatever has to be encoded."""
+        """For each branch of guidance the embeddings of each sample. No prompt is encoded twice."""
         first_samples = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
         given: dict[Branch, TextEmbeddings | None] = {"cond": inputs.prompt_embeds}
         words: dict[Branch, list[str | None]] = {"cond": [sample.text for sample in first_samples]}
@@ -350,7 +359,7 @@ class Pipeline:
                 self._content(request.is_image),
                 request.max_sequence_length,
             )
-            encoded = dict(zip(todo, embeddings.unbind(), strict=True))
+            encoded = dict(zip(todo, embeddings, strict=True))
 
         device = self.placement.device("dit")
         branches: dict[Branch, list[TextEmbeddings]] = {}

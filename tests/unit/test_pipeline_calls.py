@@ -91,7 +91,7 @@ def test_prompts_of_different_lengths_get_what_each_gets_alone(pipe: Any) -> Non
     together = latents_of(pipe, prompts, seed=[4, 5, 6], negative_caption=["", "ugly and bad", "x"])
     for i, (prompt, negative) in enumerate(zip(prompts, ["", "ugly and bad", "x"], strict=True)):
         alone = latents_of(pipe, prompt, seed=4 + i, negative_caption=negative)
-        assert (together[i] - alone[0]).abs().max() <= 1e-5
+        assert torch.equal(together[i], alone[0])
 
 
 def test_several_outputs_with_generators_are_several_calls_to_the_bit(pipe: Any) -> None:
@@ -129,33 +129,55 @@ def test_embeddings_are_kept_and_reused(pipe: Any, tmp_path: Path) -> None:
     expected = latents_of(pipe, negative_caption="bad")
     pipe.text_embedder.calls.clear()
     result = latents_of(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
-    assert (result - expected).abs().max() <= 1e-5
+    assert torch.equal(result, expected)
     assert pipe.text_embedder.calls == []
     # Of the two, what is missing is encoded, and only that.
     result = latents_of(pipe, None, prompt_embeds=cond, negative_caption="bad")
-    assert (result - expected).abs().max() <= 1e-5
+    assert torch.equal(result, expected)
     assert [one["prompts"] for one in pipe.text_embedder.calls] == [["bad"]]
 
 
-def test_every_prompt_is_encoded_once(pipe: Any) -> None:
+def asked_of(pipe: Any) -> list[str]:
+    """The prompts that were encoded, each in a call of its own."""
+    assert all(len(one["prompts"]) == 1 for one in pipe.text_embedder.calls)
+    return [one["prompts"][0] for one in pipe.text_embedder.calls]
+
+
+def test_every_prompt_is_encoded_once_and_alone(pipe: Any) -> None:
     latents_of(pipe, ["a cat", "a dog"], negative_caption="bad", **{count_name(pipe): 2})
-    (asked,) = pipe.text_embedder.calls
     # An edited picture is part of its prompt, so there the two negative prompts are two.
-    assert asked["prompts"] == ["a cat", "a dog", *["bad"] * (2 if pipe.config.task == "i2i" else 1)]
+    assert asked_of(pipe) == ["a cat", "a dog", *["bad"] * (2 if pipe.config.task == "i2i" else 1)]
     pipe.text_embedder.calls.clear()
     latents_of(pipe, ["a cat", "a dog"], negative_caption="bad", guidance_weight=1.0)
-    assert pipe.text_embedder.calls[0]["prompts"] == ["a cat", "a dog"]
+    assert asked_of(pipe) == ["a cat", "a dog"]
+
+
+def test_encode_prompt_joins_what_was_encoded_alone(pipe: Any) -> None:
+    prompts = ["a red cat", "rain", "one two three four five"]
+    pictures = [PICTURE, PICTURE.rotate(180), PICTURE] if pipe.config.task == "i2i" else []
+    together = pipe.encode_prompt(prompts, **({"image": pictures} if pictures else {}))
+    assert asked_of(pipe) == prompts
+    for i, row in enumerate(together.unbind()):
+        alone = pipe.encode_prompt(prompts[i], **({"image": pictures[i]} if pictures else {}))
+        assert torch.equal(row.text_embeds, alone.text_embeds) and torch.equal(row.pooled_embeds, alone.pooled_embeds)
+    for wrong in ([], ()):
+        with pytest.raises(ValueError, match="non-empty list"):
+            pipe.encode_prompt(wrong, **({"image": PICTURE} if pictures else {}))
+    if pictures:
+        with pytest.raises(ValueError, match="2 pictures for 3 prompts: give one for all, or one for each"):
+            pipe.encode_prompt(prompts, image=pictures[:2])
 
 
 def test_each_task_has_its_template(pipe: Any) -> None:
     latents_of(pipe, max_sequence_length=3)
-    (asked,) = pipe.text_embedder.calls
     content = {"t2v": "video", "i2v": "video", "t2i": "image", "i2i": "image_edit"}[pipe.config.task]
-    assert (asked["content"], asked["max_length"]) == (content, 3)
-    if pipe.config.task != "i2i":
-        assert asked["images"] is None
-    else:  # Qwen sees the picture as it is edited, at half its size
-        assert [image.size for image in asked["images"]] == [(24, 16)] * 2
+    assert len(pipe.text_embedder.calls) == 2
+    for asked in pipe.text_embedder.calls:
+        assert (asked["content"], asked["max_length"]) == (content, 3)
+        if pipe.config.task != "i2i":
+            assert asked["images"] is None
+        else:  # Qwen sees the picture as it is edited, at half its size
+            assert [image.size for image in asked["images"]] == [(24, 16)]
 
 
 def test_max_sequence_length_shortens_the_prompt(pipe: Any) -> None:
@@ -241,7 +263,7 @@ def test_a_picture_for_each_prompt(pipes: dict[str, Pipeline], task: str) -> Non
     pictures = [PICTURE, PICTURE.rotate(180)]
     together = latents_of(pipes[task], ["a cat", "a dog"], image=pictures, seed=[1, 2])
     for i, (picture, text) in enumerate(zip(pictures, ["a cat", "a dog"], strict=True)):
-        assert (together[i] - latents_of(pipes[task], text, image=picture, seed=1 + i)[0]).abs().max() <= 1e-5
+        assert torch.equal(together[i], latents_of(pipes[task], text, image=picture, seed=1 + i)[0])
 
 
 @torch.no_grad()
