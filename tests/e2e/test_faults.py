@@ -20,6 +20,7 @@ import importlib.util, os, signal, sys
 spec = importlib.util.spec_from_file_location("cli", {cli!r})
 cli = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cli)
+sys.path.insert(0, os.path.dirname({cli!r}))
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import {module} as module
 def fault(*args, **options):
