@@ -45,8 +45,8 @@ def skip_plan(
         threshold: 0 skips nothing.
         max_skips: in a row, of one branch.
         retention: share of the evaluations, the first ones, that are never skipped.
-        guided: whether there is an unconditional evaluation, step by step, where there is not one in all steps. The
-            first after a step without one is never skipped.
+        guided: in place of use_cfg, step by step, where not all steps are alike. The first unconditional evaluation
+            after a step without one is never skipped.
 
     Source: the paper's algorithm 1 as the published Kandinsky 5 code counts: over evaluations, two a step with guidance
     and without.

@@ -184,17 +184,29 @@ def quantize_linears(model: nn.Module, layers: Iterable[str], scheme: str) -> Co
         model.set_submodule(name, quantized)
         parts_of[name] = quantized_parts(scheme, linear.out_features, linear.in_features)
 
+    def empty(device: torch.device) -> dict[str, dict[str, Tensor]]:
+        return {
+            layer: {
+                f"{layer}.{part}": torch.empty(shape, dtype=DTYPES[dtype], device=device)
+                for part, (dtype, shape) in parts.items()
+            }
+            for layer, parts in parts_of.items()
+        }
+
+    results: dict[str, dict[str, Tensor]] = {}
+
     def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
         layer, _, part = name.rpartition(".")
         parts = parts_of.get(layer, {})
         if parts and part == "weight":
-            values = [torch.empty(shape, dtype=DTYPES[dtype], device=tensor.device) for dtype, shape in parts.values()]
+            if not results:  # all in a row, before anything that is freed again and would leave holes between them
+                results.update(empty(tensor.device))
             for start in range(0, len(tensor), ROWS):
                 rows = tensor[start : start + ROWS].float()
                 _check_finite(name, rows)
-                for value, of_rows in zip(values, kind.quantize(rows), strict=True):
-                    value[start : start + ROWS] = of_rows
-            return {f"{layer}.{part}": value for part, value in zip(parts, values, strict=True)}
+                for result, of_rows in zip(results[layer].values(), kind.quantize(rows), strict=True):
+                    result[start : start + ROWS] = of_rows
+            return results[layer]
         if part not in parts:
             return {}
         dtype, shape = parts[part]
