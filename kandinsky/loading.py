@@ -116,11 +116,11 @@ def load_pipeline(
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
+    on_host: dict[str, Tensor] | None = None
     if not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
-        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
+        dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
 
@@ -134,6 +134,8 @@ def load_pipeline(
         text_embedder = load_encoders(device=devices["text_embedder"])
     text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
 
+    if on_host is not None:
+        parts["dit"] = dit_parts(dit, on_host, resident, devices["dit"])
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
