@@ -32,6 +32,7 @@ SETTINGS = {
     "blocks_on_gpu": ("runtime.blocks_on_gpu", "visual blocks that stay there; the others stream in"),
     "dit_quantization": ("runtime.dit_quantization", "keep the DiT's weights in fewer bits"),
     "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
+    "expand_prompt": ("generation.expand_prompts", "have Qwen write a short prompt out first; default: where it can"),
     "preview": ("runtime.preview", "write a small preview beside the output after every N-th step"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
 }
@@ -40,7 +41,7 @@ FIXED_BY_A_FILE = (
     *("prompt", "image", "negative_prompt", "width", "height", "video_duration", "sample_steps", "seed"),
     *("guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale"),
 )
-CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
+CHOICES = {"compile": ("auto", "on", "off"), "expand_prompt": ("on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
 
 
 class Parser(argparse.ArgumentParser):

@@ -190,6 +190,7 @@ class GenerationConfig:
     negative_caption: str
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"
+    expand_prompts: bool | None = None  # have Qwen write the prompt out; None: where this Qwen can write
     first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
 
 

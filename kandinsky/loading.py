@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
@@ -36,7 +37,14 @@ from kandinsky.checkpoints import (
 )
 from kandinsky.config import Config, DiTConfig, load_config, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbedder, load_text_embedder, text_encoder_files
+from kandinsky.models.text_embedder import (
+    PromptEncoder,
+    TextEmbedder,
+    load_text_embedder,
+    text_encoder_files,
+    weight_files,
+)
+from kandinsky.models.text_generator import TextGenerator, can_generate, load_text_generator
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline, Placement
@@ -45,6 +53,7 @@ from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.preview import load_latent_rgb
+from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
@@ -140,7 +149,15 @@ def load_pipeline(
         parts["text_embedder"] = [on_demand]
     else:
         text_embedder = load_encoders(device=devices["text_embedder"])
+    expander = None
     if read_text_encoders:
+        wanted = config.generation.expand_prompts
+        if wanted and not can_generate(qwen_path):
+            raise ValueError(
+                f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write"
+            )
+        if wanted is not False and can_generate(qwen_path):
+            expander = prompt_expander(text_embedder, config, qwen_path, devices["text_embedder"], resolved_dtype)
         text_embedder = cache_prompts(
             text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
         )
@@ -158,7 +175,7 @@ def load_pipeline(
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
     latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
     return PIPELINES[config.task](
-        config, dit, text_embedder, vae, placement, make_cache=make_cache, latent_rgb=latent_rgb
+        config, dit, text_embedder, vae, placement, make_cache=make_cache, latent_rgb=latent_rgb, expander=expander
     )
 
 
@@ -378,6 +395,33 @@ def load_text_encoders(
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
         quantize=quantize_qwen if quantized else None,
     )
+
+
+def prompt_expander(
+    embedder: PromptEncoder, config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype
+) -> PromptExpander:
+    """Writes prompts out with the embedder's Qwen; keeps what it wrote on disk with `runtime.cache_prompts`."""
+
+    def generator() -> TextGenerator:
+        encoders = embedder.loaded() if isinstance(embedder, TextEncodersOnDemand) else embedder
+        assert isinstance(encoders, TextEmbedder)
+        return load_text_generator(encoders, qwen_path, vision=config.task in ("i2v", "i2i"))
+
+    if not config.runtime.cache_prompts:
+        return PromptExpander(generator)
+    identity = encoder_identity(config, qwen_path, device, dtype)
+    return PromptExpander(generator, identity, default_folder().with_name("captions"))
+
+
+def encoder_identity(config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What Qwen's answers depend on besides what it is given."""
+    return {
+        "files": fingerprint(weight_files(qwen_path)),
+        "dtype": str(dtype),
+        "quantization": config.runtime.qwen_quantization,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": [torch.__version__, transformers.__version__],
+    }
 
 
 def cache_prompts(

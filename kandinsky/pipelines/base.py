@@ -46,6 +46,7 @@ from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.preview import LatentRGB, Previews
+from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.prompts import check_prompts
 from kandinsky.request import FPS, Request, resolve_request, warn_about_size
 from kandinsky.resume import Stopped, StoppedRun, save_run, stopped_path
@@ -153,9 +154,10 @@ class Pipeline:
         *,
         make_cache: MakeCache | None = None,
         latent_rgb: LatentRGB | None = None,
+        expander: PromptExpander | None = None,
     ) -> None:
         """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks. latent_rgb: what
-        previews are made with; None: there are none."""
+        previews are made with; None: there are none. expander: writes prompts out; None: this model can't."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
@@ -163,6 +165,7 @@ class Pipeline:
         self.placement = placement
         self.make_cache = make_cache
         self.latent_rgb = latent_rgb
+        self.expander = expander
         self.interrupt = False
         self.is_denoising = False
 
@@ -176,7 +179,6 @@ class Pipeline:
         prompt_embeds: TextEmbeddings | None = None,
         negative_prompt_embeds: TextEmbeddings | None = None,
         seed: int | Sequence[int] | None = None,
-        expand_prompts: bool = False,
         save_path: str | Path | None = None,
         progress: bool = True,
         output_type: str | None = None,
@@ -184,8 +186,6 @@ class Pipeline:
         **wishes: Any,
     ) -> Any:
         """What every task's call does with its arguments; `wishes` are those of `resolve_request`."""
-        if expand_prompts:
-            raise ValueError("expand_prompts=True: prompt expansion is not part of this version; leave it out")
         if generator is not None and seed is not None:
             raise ValueError("both seed and generator are given: leave one of them out")
         pictures = [media.load_image(image) for image in images]
@@ -234,6 +234,9 @@ class Pipeline:
         size = request.width, request.height
         images = [media.fit_image(image, *size) for image in inputs.images]
         watch = Stopwatch()
+        if self.expander is not None and request.expand_prompts is not False and request.samples[0].text is not None:
+            with watch.stage("expand"):
+                request = self.expand_prompts(request, self.expander, images)
         with watch.stage("encode"):
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
@@ -325,6 +328,8 @@ class Pipeline:
     ) -> None:
         """Raise ValueError for tensors, generators and output settings that don't go with the request."""
         samples = len(request.samples)
+        if request.expand_prompts and self.expander is None:
+            raise ValueError("expand_prompts is on, but this checkpoint's Qwen can read and not write: leave it out")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
         for generator in inputs.generators:
@@ -412,13 +417,28 @@ class Pipeline:
                 for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
             ]
 
+    def expand_prompts(self, request: Request, expander: PromptExpander, images: Sequence[Image.Image]) -> Request:
+        """The request with each prompt written out, with the seed of its first sample."""
+        task = "t2i" if request.is_image and self.config.task == "t2v" else self.config.task
+        pictures: list[Image.Image | None] = [None] * request.num_prompts
+        if images:
+            shown = [media.halve_image(image) for image in images] if task == "i2i" else images
+            pictures = [*one_each(shown, request.num_prompts)]
+        firsts = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
+        with self.placement.use("text_embedder"):
+            captions = expander.expand([s.text or "" for s in firsts], task, pictures, [s.seed or 0 for s in firsts])
+        for caption in captions:
+            logger.info("expanded prompt: %s", caption)
+        samples = tuple(replace(sample, expanded=captions[sample.prompt]) for sample in request.samples)
+        return replace(request, samples=samples)
+
     def encode_prompts(
         self, request: Request, inputs: Inputs, images: Sequence[Image.Image]
     ) -> dict[Branch, list[TextEmbeddings]]:
         """For each branch of guidance the embeddings of each sample. No prompt is encoded twice."""
         first_samples = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
         given: dict[Branch, TextEmbeddings | None] = {"cond": inputs.prompt_embeds}
-        words: dict[Branch, list[str | None]] = {"cond": [sample.text for sample in first_samples]}
+        words: dict[Branch, list[str | None]] = {"cond": [sample.expanded or sample.text for sample in first_samples]}
         if uses_guidance(request.guidance_weight):
             given["uncond"] = inputs.negative_prompt_embeds
             words["uncond"] = [sample.negative_caption for sample in first_samples]
@@ -672,6 +692,7 @@ class Pipeline:
         return {
             "task": self.config.task,
             "prompt": sample.text,
+            "expanded_prompt": sample.expanded,
             "negative_prompt": sample.negative_caption,
             "image": names[sample.prompt] if names else None,
             "seed": sample.seed,

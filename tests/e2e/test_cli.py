@@ -153,6 +153,7 @@ SETTINGS = {
     "blocks_on_gpu": Flag(("--blocks_on_gpu", "1"), "runtime.blocks_on_gpu", 1),
     "dit_quantization": Flag(("--dit_quantization", "int8"), "runtime.dit_quantization", "int8"),
     "qwen_quantization": Flag(("--qwen_quantization",), "runtime.qwen_quantization", True),
+    "expand_prompt": Flag(("--expand_prompt", "off"), "generation.expand_prompts", False),
     "preview": Flag(("--preview", "2"), "runtime.preview", 2),
     "save_latents": Flag(("--save_latents",), "runtime.save_latents", True),
 }
