@@ -146,6 +146,11 @@ def load_pipeline(
     return PIPELINES[config.task](config, dit, text_embedder, vae, placement, make_cache=make_cache)
 
 
+def device_of_rank(local_rank: int) -> str:
+    """Where the process of that number on this machine runs: on the GPU of that number, or the CPU without GPUs."""
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+
+
 def load_for_decoding(
     config: Config,
     device_map: DeviceMap = None,
