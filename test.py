@@ -218,8 +218,8 @@ def run_many(args: argparse.Namespace) -> int:
             if outcome.error is None:
                 print(outcome.job.output, flush=True)
             else:
-                logging.error("%s failed: %s", outcome.job.row, outcome.error)
-                failed.append(f"{outcome.job.row}: {outcome.error}")
+                logging.error("failed: %s", outcome)
+                failed.append(str(outcome))
     if args.data_parallel:
         failed = batch.failures_of_all_ranks(failed)
     if failed:

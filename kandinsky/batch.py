@@ -18,6 +18,8 @@ import io
 import json
 import logging
 import math
+import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -66,6 +68,10 @@ class Job:
 class Outcome:
     job: Job
     error: str | None = None  # why there is no output; None: there is one
+
+    def __str__(self) -> str:
+        prompt = textwrap.shorten(self.job.row.values["prompt"], 60, placeholder="...")
+        return f'{self.job.row} "{prompt}": {self.error or self.job.output}'
 
 
 class RowMistakes(ValueError):
@@ -416,6 +422,7 @@ def run_on_ray(
     try:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
+        from ray.util.annotations import RayDeprecationWarning
     except ImportError:
         raise ValueError("--ray_address needs Ray Data: pip install 'ray[data]'") from None
 
@@ -425,16 +432,19 @@ def run_on_ray(
         # A prompt whose actor died in every attempt is dropped, and missing at the end; the others go on.
         DataContext.get_current().max_errored_blocks = len(jobs)
         rows = ray.data.from_items([{"index": index} for index in range(len(jobs))], override_num_blocks=len(jobs))
-        made = rows.map_batches(
-            Maker,
-            fn_constructor_args=(load, jobs),
-            batch_size=1,
-            # One at a time, so that the death of an actor is an attempt at one row and not at those that wait for it.
-            compute=ActorPoolStrategy(size=actors or max(gpus, 1), max_tasks_in_flight_per_actor=1),
-            num_gpus=1 if gpus else 0,
-            max_restarts=-1,
-            max_task_retries=ATTEMPTS - 1,
-        )
+        with warnings.catch_warnings():
+            # Ray 2.64 takes its last two arguments away: attempts are unlimited then, which is what it warns of.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            made = rows.map_batches(
+                Maker,
+                fn_constructor_args=(load, jobs),
+                batch_size=1,
+                # One at a time, so that the death of an actor is an attempt at one row and not at those behind it.
+                compute=ActorPoolStrategy(size=actors or max(gpus, 1), max_tasks_in_flight_per_actor=1),
+                num_gpus=1 if gpus else 0,
+                max_restarts=-1,
+                max_task_retries=ATTEMPTS - 1,
+            )
         missing = dict(enumerate(jobs))
         for row in made.iter_rows():
             yield Outcome(missing.pop(row["index"]), row["error"] or None)
