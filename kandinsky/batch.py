@@ -390,15 +390,24 @@ class Maker:
     """An actor of Ray Data: a loaded pipeline, which makes the outputs of the rows it is given."""
 
     def __init__(self, load: Callable[[], Pipeline], jobs: Sequence[Job]) -> None:
-        self.pipeline = load()
         self.jobs = jobs
+        self.pipeline: Pipeline | None = None
+        try:
+            self.pipeline = load()
+        except (ValueError, OSError) as error:  # what a user can mend is told by the first row, in one line
+            self.refusal = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        jobs = [self.jobs[index] for index in batch["index"]]
+        """For "index" of some jobs, their "error" (empty: the output is there), or why no pipeline could be loaded."""
+        indices = list(batch["index"])
+        if self.pipeline is None:
+            return {"index": indices, "error": [""] * len(indices), "refusal": [self.refusal] * len(indices)}
+        jobs = [self.jobs[index] for index in indices]
         # An actor may have died after the output was there and before anybody heard of it.
         todo = [job for job in jobs if not job.output.exists()]
         errors = {outcome.job.row.number: outcome.error for outcome in run_in_turn(self.pipeline, todo, progress=False)}
-        return {"index": list(batch["index"]), "error": [errors.get(job.row.number) or "" for job in jobs]}
+        errors_by_job = [errors.get(job.row.number) or "" for job in jobs]
+        return {"index": indices, "error": errors_by_job, "refusal": [""] * len(indices)}
 
 
 def run_on_ray(
@@ -447,6 +456,8 @@ def run_on_ray(
             )
         missing = dict(enumerate(jobs))
         for row in made.iter_rows():
+            if row["refusal"]:
+                raise ValueError(row["refusal"])
             yield Outcome(missing.pop(row["index"]), row["error"] or None)
         for job in missing.values():
             yield Outcome(job, f"its actor died {ATTEMPTS} times")

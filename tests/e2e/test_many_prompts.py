@@ -313,3 +313,14 @@ def test_two_actors_on_ray_one_killed_half_way(run: Run, tmp_path: Path) -> None
     alone = ("--prompt", prompts[19], "--seed", 20, "--image", tmp_path / "red.png")
     assert run(*I2I, *alone, "--output_filename", tmp_path / "alone.png")[0] == 0
     assert next(out.glob("0020_*.png")).read_bytes() == (tmp_path / "alone.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_what_no_actor_can_load_is_told_in_a_line(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = (*write_rows(tmp_path, ["a circle", "a square"]), "--ray_address", "local")
+    process = start(tmp_path, str(REPOSITORY / "test.py"), *words, "model.checkpoint_path=nowhere.safetensors")
+    assert process.wait(300) == 2
+    said = (tmp_path / "log").read_text()
+    assert "\nerror: weights not found: nowhere.safetensors. Get them" in said
+    assert "Traceback" not in said
