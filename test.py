@@ -188,10 +188,11 @@ def run_many(args: argparse.Namespace) -> int:
     from kandinsky import batch
     from kandinsky.config import load_config
 
-    if args.prompt is not None or args.output_filename is not None:
-        given = "--prompt" if args.prompt is not None else "--output_filename"
-        instead = "a prompt of its own" if args.prompt is not None else "names of its own, in --output_dir"
-        raise ValueError(f"--prompts_file has {instead}: leave {given} out")
+    for flag in ("prompt", "output_filename", "decode_latents"):
+        if getattr(args, flag) is not None:
+            raise ValueError(
+                f"--prompts_file has its own prompts and its own names, in --output_dir: leave --{flag} out"
+            )
     rank, world_size = processes(args)
     config = load_config(args.config, overrides_of(args))
     folder = args.output_dir or Path("outputs") / args.prompts_file.stem
@@ -237,6 +238,8 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
         raise ValueError("--data_parallel needs several processes: torchrun --nproc-per-node 2 test.py ...")
     if args.data_parallel and args.ray_address is not None:
         raise ValueError("--data_parallel and --ray_address are two ways of sharing the work: leave one of them out")
+    if args.ray_actors is not None and (args.ray_address is None or args.ray_actors < 1):
+        raise ValueError(f"--ray_actors {args.ray_actors}: give a number from 1, and --ray_address with it")
     return rank, world_size
 
 

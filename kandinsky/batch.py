@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,8 +69,9 @@ class Outcome:
     error: str | None = None  # why there is no output; None: there is one
 
     def __str__(self) -> str:
-        prompt = textwrap.shorten(self.job.row.values["prompt"], 60, placeholder="...")
-        return f'{self.job.row} "{prompt}": {self.error or self.job.output}'
+        prompt = " ".join(self.job.row.values["prompt"].split())
+        shortened = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+        return f'{self.job.row} "{shortened}": {self.error or self.job.output}'
 
 
 class RowMistakes(ValueError):

@@ -182,6 +182,9 @@ def test_all_mistakes_are_told_before_anything_is_loaded(tmp_path: Path) -> None
     [
         (("--prompt", "x"), "leave --prompt out"),
         (("--output_filename", "a.png"), "in --output_dir: leave --output_filename out"),
+        (("--decode_latents", "a.latents.safetensors"), "leave --decode_latents out"),
+        (("--ray_actors", "2"), "give a number from 1, and --ray_address with it"),
+        (("--ray_address", "local", "--ray_actors", "0"), "--ray_actors 0: give a number from 1"),
         (("--sample_steps", "0"), "error: the number of steps is 0; it must be"),  # of no row in particular
         (("--data_parallel",), "--data_parallel needs several processes: torchrun"),
         (("--prompts_file", "nowhere.txt"), "can't read nowhere.txt: No such file"),
