@@ -44,6 +44,7 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.preview import load_latent_rgb
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
@@ -82,8 +83,12 @@ def load_pipeline(
     vae_path: str | Path | None = None,
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
+    read_text_encoders: bool = True,
 ) -> Pipeline:
-    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`."""
+    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
+
+    read_text_encoders: False for `Pipeline.resume`, which needs none.
+    """
     devices = parse_device_map(device_map)
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
@@ -116,24 +121,32 @@ def load_pipeline(
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
+    on_host: dict[str, Tensor] | None = None
     if not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
-        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
+        dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
 
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
     text_embedder: PromptEncoder
-    if offload or config.runtime.cache_prompts:
+    if not read_text_encoders:
+        text_embedder = on_demand = TextEncodersOnDemand(no_text_encoders)
+        parts["text_embedder"] = [on_demand]
+    elif offload or config.runtime.cache_prompts:
         load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
         text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
         parts["text_embedder"] = [on_demand]
     else:
         text_embedder = load_encoders(device=devices["text_embedder"])
-    text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
+    if read_text_encoders:
+        text_embedder = cache_prompts(
+            text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
+        )
 
+    if on_host is not None:
+        parts["dit"] = dit_parts(dit, on_host, resident, devices["dit"])
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
@@ -143,7 +156,15 @@ def load_pipeline(
             part.begin()  # and stay
         placement = FixedPlacement(devices)
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
-    return PIPELINES[config.task](config, dit, text_embedder, vae, placement, make_cache=make_cache)
+    latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
+    return PIPELINES[config.task](
+        config, dit, text_embedder, vae, placement, make_cache=make_cache, latent_rgb=latent_rgb
+    )
+
+
+def no_text_encoders() -> TextEmbedder:
+    """Stands where a pipeline was loaded for what comes after the text."""
+    raise RuntimeError("this pipeline was loaded without text encoders")
 
 
 def device_of_rank(local_rank: int) -> str:
@@ -165,11 +186,8 @@ def load_for_decoding(
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
-
-    def no_encoders() -> TextEmbedder:
-        raise RuntimeError("this pipeline was loaded for decoding only")
-
-    return PIPELINES[config.task](config, dit, TextEncodersOnDemand(no_encoders), vae, FixedPlacement(devices))
+    encoders = TextEncodersOnDemand(no_text_encoders)
+    return PIPELINES[config.task](config, dit, encoders, vae, FixedPlacement(devices))
 
 
 def locate_weights(given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path) -> Path:

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
     ("pipelines", "runtime"),
-    ("latents_file",),  # writes as media does
+    ("latents_file", "resume", "preview"),  # write as media does
     ("conditioning", "sampler", "media", "request", "prompt_expansion"),
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it

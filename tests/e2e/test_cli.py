@@ -153,6 +153,7 @@ SETTINGS = {
     "blocks_on_gpu": Flag(("--blocks_on_gpu", "1"), "runtime.blocks_on_gpu", 1),
     "dit_quantization": Flag(("--dit_quantization", "int8"), "runtime.dit_quantization", "int8"),
     "qwen_quantization": Flag(("--qwen_quantization",), "runtime.qwen_quantization", True),
+    "preview": Flag(("--preview", "2"), "runtime.preview", 2),
     "save_latents": Flag(("--save_latents",), "runtime.save_latents", True),
 }
 # These have tests of their own, below or in the file of that name.
@@ -168,6 +169,7 @@ OTHER_FLAGS = {
     "help": "",
     "image": "test_tasks",
     "decode_latents": "test_faults",
+    "resume_from": "test_faults",
     "output_dir": "test_many_prompts",
     "prompts_file": "test_many_prompts",
     "resume": "test_many_prompts",
