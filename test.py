@@ -39,7 +39,17 @@ SETTINGS = {
 }
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
-    *("prompt", "image", "negative_prompt", "width", "height", "video_duration", "sample_steps", "seed"),
+    *(
+        "prompt",
+        "prompts_file",
+        "image",
+        "negative_prompt",
+        "width",
+        "height",
+        "video_duration",
+        "sample_steps",
+        "seed",
+    ),
     *("guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale"),
 )
 CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
@@ -251,7 +261,7 @@ def run_many(args: argparse.Namespace) -> int:
     from kandinsky import batch
     from kandinsky.config import load_config
 
-    for flag in ("prompt", "output_filename", "decode_latents", "resume_from"):
+    for flag in ("prompt", "output_filename"):
         if getattr(args, flag) is not None:
             raise ValueError(
                 f"--prompts_file has its own prompts and its own names, in --output_dir: leave --{flag} out"

@@ -182,7 +182,7 @@ def test_all_mistakes_are_told_before_anything_is_loaded(tmp_path: Path) -> None
     [
         (("--prompt", "x"), "leave --prompt out"),
         (("--output_filename", "a.png"), "in --output_dir: leave --output_filename out"),
-        (("--decode_latents", "a.latents.safetensors"), "leave --decode_latents out"),
+        (("--decode_latents", "a.latents.safetensors"), "settles this: leave out --prompts_file"),
         (("--ray_actors", "2"), "give a number from 1, and --ray_address with it"),
         (("--ray_address", "local", "--ray_actors", "0"), "--ray_actors 0: give a number from 1"),
         (("--sample_steps", "0"), "error: the number of steps is 0; it must be"),  # of no row in particular
@@ -233,11 +233,10 @@ def descendants(pid: int) -> dict[int, str]:
     return {child: names[child] for child in found - {pid}}
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     log = (folder / "log").open("w")
-    return subprocess.Popen(
-        [sys.executable, *words], cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, text=True, start_new_session=True
-    )
+    command, env = [sys.executable, *words], {**ENVIRONMENT, **environment}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, text=True, start_new_session=True)
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], log: Path) -> None:
@@ -318,12 +317,60 @@ def test_two_actors_on_ray_one_killed_half_way(run: Run, tmp_path: Path) -> None
     assert next(out.glob("0020_*.png")).read_bytes() == (tmp_path / "alone.png").read_bytes()
 
 
+# A pipeline that does nothing, but for one prompt that ends the process, as the machine would end one.
+DEADLY = """
+import os, signal, sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from kandinsky import batch
+from kandinsky.config import load_config
+from kandinsky.models.text_embedder import TextEmbeddings
+
+class Pipeline:
+    config = SimpleNamespace(task="t2v")
+    placement = SimpleNamespace(use=lambda component: nullcontext())
+
+    def encode_prompts(self, request, inputs, images):
+        return {"cond": [TextEmbeddings(torch.zeros(1, 1, 8), torch.zeros(1, 8), None)]}
+
+    def generate(self, request, inputs, save_path, progress):
+        if request.samples[0].text == "deadly":
+            with open(save_path.parent.parent / "attempts", "a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_path.touch()
+
+def refuse():
+    raise ValueError("no weights on this machine")
+
+path = Path("lines.txt").absolute()
+path.write_text("harmless\\ndeadly\\nalso harmless\\n")
+batch.ATTEMPTS = 2
+jobs = batch.plan_jobs(load_config(sys.argv[1]), path, batch.read_prompts(path), path.parent / "out")
+try:
+    list(batch.run_on_ray(refuse, jobs, "local"))
+except ValueError as error:
+    print("refused:", error)
+for outcome in batch.run_on_ray(Pipeline, jobs, "local"):
+    print(outcome.job.row.number, outcome.error, outcome.job.output.exists())
+"""
+
+
 @pytest.mark.slow
-def test_what_no_actor_can_load_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_prompt_that_kills_its_actor_and_a_machine_that_can_load_nothing(tmp_path: Path) -> None:
+    """The one is given up after some attempts and the others are made; the other is told and ends everything."""
     pytest.importorskip("ray")
-    words = (*write_rows(tmp_path, ["a circle", "a square"]), "--ray_address", "local")
-    process = start(tmp_path, str(REPOSITORY / "test.py"), *words, "model.checkpoint_path=nowhere.safetensors")
-    assert process.wait(300) == 2
-    said = (tmp_path / "log").read_text()
-    assert "\nerror: weights not found: nowhere.safetensors. Get them" in said
-    assert "Traceback" not in said
+    (tmp_path / "script.py").write_text(DEADLY)
+    process = start(tmp_path, "script.py", T2V[1], PYTHONPATH=str(REPOSITORY))
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text().splitlines()
+    assert "refused: no weights on this machine" in said
+    assert {line for line in said if line[:2] in ("1 ", "2 ", "3 ")} == {
+        "1 None True",
+        "2 its actor died 2 times False",
+        "3 None True",
+    }
+    assert (tmp_path / "attempts").read_text() == "xx"
