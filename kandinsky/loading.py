@@ -184,6 +184,11 @@ def no_text_encoders() -> TextEmbedder:
     raise RuntimeError("this pipeline was loaded without text encoders")
 
 
+def device_of_rank(local_rank: int) -> str:
+    """Where the process of that number on this machine runs: on the GPU of that number, or the CPU without GPUs."""
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+
+
 def load_for_decoding(
     config: Config,
     device_map: DeviceMap = None,

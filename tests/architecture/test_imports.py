@@ -30,7 +30,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub")
+WITHOUT_TORCH = (
+    *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
+)
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 MAY_READ_IT = (

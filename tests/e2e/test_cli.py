@@ -171,6 +171,12 @@ OTHER_FLAGS = {
     "image": "test_tasks",
     "decode_latents": "test_faults",
     "resume_from": "test_faults",
+    "output_dir": "test_many_prompts",
+    "prompts_file": "test_many_prompts",
+    "resume": "test_many_prompts",
+    "data_parallel": "test_many_prompts",
+    "ray_address": "test_many_prompts",
+    "ray_actors": "test_many_prompts",
     "download": "test_download_on_demand",
     "hf_token": "test_download_on_demand",
 }
@@ -260,6 +266,12 @@ def test_default_name_replaces_nothing(
         contents[path] = Path(path).read_bytes()
     assert all(Path(path).read_bytes() == content for path, content in contents.items())
     assert len(list(Path("outputs").iterdir())) == 6  # a picture and its facts, three times
+
+
+def test_output_dir_is_where_new_names_go(cli: ModuleType, tiny: Path, tmp_path: Path) -> None:
+    words = ["--config", str(CONFIG), "--prompt", PROMPT, "--seed", "5", "--video_duration", "0", "--sample_steps", "1"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "mine")]) == 0
+    assert {path.name for path in (tmp_path / "mine").glob("*.png")} == {f"{PROMPT.replace(' ', '-')}_seed5.png"}
 
 
 def test_cache_dir_is_what_weights_stands_for(generate: Generate, tiny: Path, tmp_path: Path) -> None:
