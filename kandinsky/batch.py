@@ -306,7 +306,7 @@ def run_in_turn(pipeline: Pipeline, jobs: Sequence[Job], progress: bool = True) 
     All prompts are encoded before the first is denoised: an offloaded text encoder is loaded once and not for each.
     Their embeddings wait in host memory, about 2 MB a prompt.
     """
-    encoded: dict[int, Inputs] = {}
+    encoded: dict[int, tuple[Request, Inputs]] = {}
     negatives: dict[object, TextEmbeddings] = {}
     with pipeline.placement.use("text_embedder"):
         for job in jobs:
@@ -319,15 +319,15 @@ def run_in_turn(pipeline: Pipeline, jobs: Sequence[Job], progress: bool = True) 
             continue
         logger.info("%d of %d, %s: %s", position, len(jobs), job.row, job.request.samples[0].text)
         try:
-            inputs = replace(encoded.pop(job.row.number), images=_images(job))
-            pipeline.generate(job.request, inputs, save_path=job.output, progress=progress)
+            request, inputs = encoded.pop(job.row.number)
+            pipeline.generate(request, replace(inputs, images=_images(job)), save_path=job.output, progress=progress)
         except Exception as error:
             yield Outcome(job, _reason(error))
         else:
             yield Outcome(job)
 
 
-def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings]) -> Inputs:
+def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings]) -> tuple[Request, Inputs]:
     """What the pipeline takes, with embeddings in place of words and without the picture."""
     import torch
 
@@ -339,12 +339,15 @@ def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings
     key = (request.samples[0].negative_caption, picture)
     inputs = Inputs(images, [str(job.image)] if images else [], negative_prompt_embeds=negatives.get(key))
     fitted = [media.fit_image(image, request.width, request.height) for image in images]
+    request = pipeline.expand_prompts(request, fitted)
     with torch.no_grad():
         branches = pipeline.encode_prompts(request, inputs, fitted)
     embeds = {branch: texts[0].to("cpu") for branch, texts in branches.items()}
     if "uncond" in embeds:
         negatives[key] = embeds["uncond"]
-    return replace(inputs, images=(), prompt_embeds=embeds["cond"], negative_prompt_embeds=embeds.get("uncond"))
+    return request, replace(
+        inputs, images=(), prompt_embeds=embeds["cond"], negative_prompt_embeds=embeds.get("uncond")
+    )
 
 
 def _images(job: Job) -> list[Any]:

@@ -234,9 +234,8 @@ class Pipeline:
         size = request.width, request.height
         images = [media.fit_image(image, *size) for image in inputs.images]
         watch = Stopwatch()
-        if self.expander is not None and request.expand_prompts is not False and request.samples[0].text is not None:
-            with watch.stage("expand"):
-                request = self.expand_prompts(request, self.expander, images)
+        with watch.stage("expand"):
+            request = self.expand_prompts(request, images)
         with watch.stage("encode"):
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
@@ -417,8 +416,12 @@ class Pipeline:
                 for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
             ]
 
-    def expand_prompts(self, request: Request, expander: PromptExpander, images: Sequence[Image.Image]) -> Request:
-        """The request with each prompt written out, with the seed of its first sample."""
+    def expand_prompts(self, request: Request, images: Sequence[Image.Image]) -> Request:
+        """The request with each prompt written out, with the seed of its first sample; or as it is, where that isn't
+        wanted or can't be done, where there are no words, or where it was done before."""
+        first = request.samples[0]
+        if self.expander is None or request.expand_prompts is False or first.text is None or first.expanded is not None:
+            return request
         task = "t2i" if request.is_image and self.config.task == "t2v" else self.config.task
         pictures: list[Image.Image | None] = [None] * request.num_prompts
         if images:
@@ -426,7 +429,9 @@ class Pipeline:
             pictures = [*one_each(shown, request.num_prompts)]
         firsts = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
         with self.placement.use("text_embedder"):
-            captions = expander.expand([s.text or "" for s in firsts], task, pictures, [s.seed or 0 for s in firsts])
+            captions = self.expander.expand(
+                [s.text or "" for s in firsts], task, pictures, [s.seed or 0 for s in firsts]
+            )
         for caption in captions:
             logger.info("expanded prompt: %s", caption)
         samples = tuple(replace(sample, expanded=captions[sample.prompt]) for sample in request.samples)
