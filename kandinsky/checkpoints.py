@@ -12,7 +12,9 @@ This module does not know torch and reads no tensor.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -35,6 +37,15 @@ BITS = {
 FLOATS = ("F32", "F16", "BF16")
 
 COMFY_PREFIX = "model.diffusion_model."
+# Where the parts of a model are in a published repository, in diffusers' layout and in the original's.
+FOLDERS = {
+    "dit": ("transformer", "model"),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder",),
+    "text_encoder2": ("text_encoder_2", "text_encoder2"),
+}
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")  # diffusers puts a variant's infix behind "index"
 # head_dim -> its split over time, height and width. A checkpoint says the sum only; these are the published splits.
 AXES_DIMS = {64: (16, 24, 24), 128: (32, 48, 48)}
 
@@ -61,7 +72,7 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     _refuse_pickle(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {_why_absent(path, 'file')}")
     size = path.stat().st_size
     again = "download it again"
     with path.open("rb") as file:
@@ -106,7 +117,7 @@ def read_header(path: str | Path) -> Header:
 
 def _explain_start(path: Path, start: bytes) -> None:
     """Name the usual files that are not safetensors, read as which their first bytes are an absurd header length."""
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ValueError(f"{path}: this is a pickle (a torch.save file), whatever its name says; safetensors only")
     if start.startswith(b"version "):
         raise ValueError(f"{path}: this is a Git LFS pointer, not the weights: fetch them with git lfs pull")
@@ -123,6 +134,17 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
         raise ValueError(f"{path}: {what}, it has {data_bytes:,} of {position:,} bytes of tensors: download it again")
 
 
+def _why_absent(path: Path, what: str) -> str:
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a symbolic link that leads back to itself: replace it with the file"
+        if path.is_symlink():
+            return f"a symbolic link to {os.readlink(path)}, where there is nothing"
+    return f"no such {what}"
+
+
 def _refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise ValueError(
@@ -134,18 +156,19 @@ def _refuse_pickle(path: Path) -> None:
 def find_weights(path: str | Path) -> list[Path]:
     """The safetensors files behind a path: a file, or a folder with one file or with an index of shards.
 
+    Names may have a variant's infix (model.fp16.safetensors); where a folder has the same without it, that one is it.
     Raises ValueError where there are none, only pickles, missing shards, or several files to choose from.
     """
     path = Path(path)
     _refuse_pickle(path)
     if path.is_file():
-        if path.name.endswith(".safetensors.index.json"):
+        if _INDEX.fullmatch(path.name):
             return _shards(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: not a .safetensors file")
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
+        raise ValueError(f"{path}: {_why_absent(path, 'file or folder')}")
 
     for stem in ("diffusion_pytorch_model", "model"):
         if (path / f"{stem}.safetensors").is_file():
@@ -153,14 +176,29 @@ def find_weights(path: str | Path) -> list[Path]:
         if (path / f"{stem}.safetensors.index.json").is_file():
             return _shards(path / f"{stem}.safetensors.index.json")
     files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files
+    whole = [file for file in files if not _SHARD.fullmatch(file.name)]
+    choices = whole + sorted(file for file in path.iterdir() if _INDEX.fullmatch(file.name))
+    if len(choices) == 1:
+        return whole or _shards(choices[0])
+    if choices:
+        names = ", ".join(file.name for file in choices[:4])
+        raise ValueError(f"{path}: {len(choices)} .safetensors files ({names}): name the one that you mean")
     if files:
-        names = ", ".join(file.name for file in files[:4])
-        raise ValueError(f"{path}: {len(files)} .safetensors files ({names}): name the one that you mean")
+        raise ValueError(f"{path}: {len(files)} shards without their .safetensors.index.json: download it too")
     for file in sorted(path.iterdir()):
         _refuse_pickle(file)
     raise ValueError(f"{path}: no .safetensors file in this folder")
+
+
+def part_folder(path: str | Path, part: str) -> Path:
+    """The folder of a part (see FOLDERS) where `path` is a whole repository, and else `path` itself."""
+    path = Path(path)
+    return next((path / name for name in FOLDERS[part] if (path / name).is_dir()), path)
+
+
+def folder_of(path: Path) -> Path:
+    """Where config.json and its like are that belong to the weights at `path`: in it, or beside the file."""
+    return path if path.is_dir() else path.parent
 
 
 def _shards(index: Path) -> list[Path]:
@@ -198,6 +236,8 @@ def resolve_path(path: str | Path, config: Config | None = None, cache_dir: str 
 
 def missing_weights_message(path: str | Path, config: Config) -> str:
     """One line for whoever lacks a file: which, the command that gets it, and what runs without any download."""
+    if not (why := _why_absent(Path(path), "file")).startswith("no such"):
+        return f"{path}: {why}"
     if "assets" in Path(path).parts:
         return f"weights not found: {path}. They are part of this repository: restore them with git checkout -- assets"
     known = config.source is not None and config.source.name.startswith("config_") and config.model.hub_repo is not None
@@ -358,6 +398,13 @@ FAMILIES = {
 }
 
 
+def check_floats(path: str | Path, header: Header) -> None:
+    """Raise ValueError where a tensor is not in a dtype that weights are in."""
+    for name, (dtype, _) in header.items():
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is in {dtype}; weights are in {', '.join(FLOATS)}: take another file")
+
+
 def check_dit_header(header: Header, dit: DiTConfig) -> None:
     """Raise one ValueError unless a checkpoint has exactly the parameters that a config asks for.
 
@@ -374,7 +421,7 @@ def check_dit_header(header: Header, dit: DiTConfig) -> None:
         raise ValueError(f"{_describe_variants(found, wanted, scheme)}. Different: {details}")
 
     shapes = expected_dit_shapes(dit)
-    dtypes: dict[str, tuple[str, ...]] = {}  # allowed; any where nothing is said
+    dtypes: dict[str, tuple[str, ...]] = dict.fromkeys(shapes, FLOATS)  # what is allowed
     for layer in [layer for layer in quantized_layers(header) if f"{layer}.weight" in shapes]:
         assert scheme is not None
         for part, (dtype, shape) in quantized_parts(scheme, *shapes.pop(f"{layer}.weight")).items():
