@@ -49,6 +49,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
 from kandinsky.checkpoints import check_floats, find_weights, folder_of, read_header
+from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import MAX_TEXT_POSITIONS
 from kandinsky.prompts import IMAGE_TOKEN, check_prefix, check_prompts, get_template, prefix_length, tokenize_prompts
 
@@ -250,9 +251,12 @@ class TextEmbedder(nn.Module):
 
         Raises:
             ValueError: no prompts, an unknown content, pictures missing, not wanted or not one a prompt, no vision
-                tower to see them, or too many tokens with them.
+                tower to see them, or too many tokens with them; weights that are not finite.
         """
-        return self(prompts, content, images, max_length)
+        embeddings = self(prompts, content, images, max_length)
+        require_finite("Qwen2.5-VL", embeddings.text_embeds, self.qwen.named_parameters)
+        require_finite("CLIP", embeddings.pooled_embeds, self.clip.named_parameters)
+        return embeddings
 
     def forward(
         self,
@@ -344,7 +348,7 @@ def load_text_embedder(
     for folder in (qwen_folder, clip_folder):
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"{folder} is not a text encoder's folder: it has no config.json; download it, and the tokenizer's files"
+                f"{folder} is not a text encoder's folder: it has no config.json; download it and the tokenizer"
             )
     device = torch.device(device)
 
