@@ -118,12 +118,12 @@ def load_pipeline(
     # The DiT first: its header says at once whether it is the variant that the config means. What gets its weights
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
+    dit_weights: dict[str, Tensor] | None = None
     quantization = config.runtime.dit_quantization
     if not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
-        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
+        dit, dit_weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
 
@@ -137,6 +137,8 @@ def load_pipeline(
         text_embedder = load_encoders(device=devices["text_embedder"])
     text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
 
+    if dit_weights is not None:  # last, because it may read a model of 77 GB
+        parts["dit"] = dit_parts(dit, dit_weights, resident, devices["dit"])
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
