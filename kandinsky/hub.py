@@ -34,6 +34,7 @@ from kandinsky.checkpoints import (
     part_folder,
     read_header,
     resolve_path,
+    size_text,
 )
 from kandinsky.config import Config, load_config
 
@@ -376,14 +377,6 @@ def _check_access(files: Sequence[File], token: str | None) -> None:
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def size_text(size: int) -> str:
-    """168000000 -> "168.0 MB", in the units of disks: 1 GB is 1000 MB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _endpoint() -> str:
