@@ -48,7 +48,7 @@ SAVED: dict[str, tuple[dict[str, Any], torch.dtype]] = {
 State = dict[str, Tensor]
 
 
-def config_of(name: str) -> Config:
+def config_of(name: str, *more: str) -> Config:
     """The published config, but for sizes: those of the tiny encoders, and a small DiT."""
     tiny = load_config(REPOSITORY / "configs" / f"config_tiny_{name if name in ('t2i', 'i2i') else 't2v'}.yaml")
     encoders = tiny.model.text_embedder
@@ -64,7 +64,7 @@ def config_of(name: str) -> Config:
         "generation.height": 128,
         "generation.resolutions": "[[128,128]]" if name != "t2i" else "[[128,128],[32,32]]",
     }
-    overrides = [f"{key}={value}" for key, value in settings.items()]
+    overrides = [*(f"{key}={value}" for key, value in settings.items()), *more]
     return load_config(REPOSITORY / "configs" / f"config_{name}.yaml", overrides)
 
 
@@ -139,9 +139,9 @@ def diffusers_repository(name: str, state: State, config: Config, folder: Path, 
     return Repo(files | {"model_index.json": json.dumps({"_class_name": "Kandinsky5T2VPipeline", **folders}).encode()})
 
 
-def generate(config: Config, folder: Path, **paths: Path) -> tuple[Pipeline, Tensor]:
+def generate(config: Config, folder: Path) -> tuple[Pipeline, Tensor]:
     """A pipeline and latents that it makes."""
-    pipe: Any = load_pipeline(config, "cpu", folder, **paths)  # type: ignore[arg-type]
+    pipe: Any = load_pipeline(config, "cpu", folder)
     side = 128 if pipe.uses_nabla else 32
     given: dict[str, Any] = {"image": PICTURE} if config.task in ("i2v", "i2i") else {}
     given |= {"time_length": 0.2} if config.task in ("t2v", "i2v") else {}
@@ -207,22 +207,24 @@ def test_downloaded_inspected_and_run_in_all_layouts(
     assert [part.kind.split()[-1] for part in report.parts] == ["DiT", "VAE", "Qwen2.5-VL", "CLIP"]
     assert report.format == report.parts[0].format.split(",")[0] == "diffusers"
     assert all(part.kind == "DiT" or not part.problems for part in report.parts)
-    _, found = generate(
-        config, tmp_path / "nowhere", dit_path=local, vae_path=local, text_encoder_path=local, text_encoder2_path=local
-    )
+    paths = ("model.checkpoint_path", "model.vae.checkpoint_path")
+    paths += ("model.text_embedder.qwen.checkpoint_path", "model.text_embedder.clip.checkpoint_path")
+    from_diffusers = config_of(name, *(f"{path}={local}" for path in paths))
+    assert hub.sources(from_diffusers, tmp_path / "nowhere", only_missing=True) == []
+    _, found = generate(from_diffusers, tmp_path / "nowhere")
     assert torch.equal(found, expected)
 
     # Every other layout of the DiT alone.
     save_file({COMFY_PREFIX + key: tensor for key, tensor in state.items()}, tmp_path / "comfy.safetensors")
     assert inspect(tmp_path / "comfy.safetensors").format == "ComfyUI"
-    paths = [tmp_path / "comfy.safetensors", local / "transformer"]
+    layouts = [tmp_path / "comfy.safetensors", local / "transformer"]
     for other in SAVED.keys() - {style}:
         save_with_diffusers(state, config, tmp_path / other, other)
-        paths.append(tmp_path / other)
+        layouts.append(tmp_path / other)
         report = inspect(tmp_path / other)
         assert not report.problems and report.format.startswith("diffusers")
         assert ("shards" in report.format) == ("shards" in other) and ("variant" in report.format) == ("16" in other)
-    for path in paths:
+    for path in layouts:
         dit = load_dit(path, config.model.dit_params, "cpu", torch.bfloat16)
         assert all(torch.equal(tensor.bfloat16(), state[key]) for key, tensor in dit.state_dict().items()), path
 
