@@ -28,8 +28,11 @@ from kandinsky.checkpoints import (
     COMFY_PREFIX,
     REPOSITORY,
     check_dit_header,
+    check_floats,
     find_weights,
+    folder_of,
     missing_weights_message,
+    part_folder,
     quantization_from_header,
     read_header,
     resolve_path,
@@ -42,7 +45,6 @@ from kandinsky.models.text_embedder import (
     TextEmbedder,
     load_text_embedder,
     text_encoder_files,
-    weight_files,
 )
 from kandinsky.models.text_generator import TextGenerator, can_generate, load_text_generator
 from kandinsky.models.vae_flux import AutoencoderKL
@@ -107,10 +109,10 @@ def load_pipeline(
         require_scheme("nf4")
 
     locate = functools.partial(locate_weights, config=config, cache_dir=cache_dir)
-    dit_path = locate(dit_path, model.checkpoint_path)
-    vae_path = locate(vae_path, model.vae.checkpoint_path)
-    qwen_path = locate(text_encoder_path, encoders.qwen.checkpoint_path)
-    clip_path = locate(text_encoder2_path, encoders.clip.checkpoint_path)
+    dit_path = locate("dit", dit_path, model.checkpoint_path)
+    vae_path = locate("vae", vae_path, model.vae.checkpoint_path)
+    qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
+    clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
 
     # What visual self-attention is computed with, dense or block by block.
     is_nabla = model.attention.type == "nabla"
@@ -162,7 +164,7 @@ def load_pipeline(
             text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
         )
 
-    if on_host is not None:
+    if on_host is not None:  # last, because it may read a model of 77 GB
         parts["dit"] = dit_parts(dit, on_host, resident, devices["dit"])
     placement: Placement
     if offload:
@@ -199,7 +201,7 @@ def load_for_decoding(
 ) -> Pipeline:
     """A pipeline of which the VAE alone has weights, for `Pipeline.finish`. Errors are those of `load_pipeline`."""
     devices = parse_device_map(device_map)
-    vae_path = locate_weights(vae_path, config.model.vae.checkpoint_path, config, cache_dir)
+    vae_path = locate_weights("vae", vae_path, config.model.vae.checkpoint_path, config, cache_dir)
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
@@ -207,12 +209,17 @@ def load_for_decoding(
     return PIPELINES[config.task](config, dit, encoders, vae, FixedPlacement(devices))
 
 
-def locate_weights(given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path) -> Path:
-    """The path that was given, or else the config's, on this machine. Raises ValueError where there is nothing."""
+def locate_weights(
+    part: str, given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path
+) -> Path:
+    """Where a part of the model is on this machine: at the path that was given, or else at the config's.
+
+    Of a whole repository (see `checkpoints.FOLDERS`) it is the part's folder. Raises ValueError where there is none.
+    """
     path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
     if not path.exists():
         raise ValueError(missing_weights_message(path, config))
-    return path
+    return part_folder(path, part)
 
 
 def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline]:
@@ -243,7 +250,8 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             device_map: one device for all, {"dit": ..., "vae": ..., "text_embedder": ...}, or None: a GPU where there
                 is one, else the CPU.
             cache_dir: the folder that `./weights/` in a config stands for.
-            dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths.
+            dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths: a file, a folder,
+                or a whole repository in diffusers' layout, of which the part is taken.
             conf_path: the YAML; None takes the task's first one (see `DEFAULT_CONFIGS`).
             offload, magcache, quantized_qwen: True switches on what the YAML calls runtime.offload, magcache.enabled
                 and runtime.qwen_quantization.
@@ -362,7 +370,7 @@ def dit_parts(
 def load_vae(
     path: str | Path, device: torch.device | str, dtype: torch.dtype, name: str = "hunyuan", read: bool = True
 ) -> AutoencoderKLHunyuanVideo | AutoencoderKL:
-    """A VAE from a folder with config.json and a safetensors file: the video VAE ("hunyuan") or the image one ("flux").
+    """A VAE from a folder, or a file with config.json beside it: the video VAE ("hunyuan") or the image one ("flux").
 
     read: False leaves the weights in the checked file and the VAE on the meta device, made for `device` in all else.
 
@@ -370,9 +378,13 @@ def load_vae(
     """
     path = Path(path)
     files = find_weights(path)
+    for file in files:
+        check_floats(file, read_header(file))
     model = AutoencoderKL if name == "flux" else AutoencoderKLHunyuanVideo
     with torch.device("meta"):
-        vae: AutoencoderKLHunyuanVideo | AutoencoderKL = model(**known_arguments(model, path / "config.json"))
+        vae: AutoencoderKLHunyuanVideo | AutoencoderKL = model(
+            **known_arguments(model, folder_of(path) / "config.json")
+        )
     load_weights(vae, files, device if read else "meta", lambda name, tensor: dtype)
     on_cpu = torch.device(device).type == "cpu"
     if isinstance(vae, AutoencoderKLHunyuanVideo):
@@ -421,7 +433,7 @@ def prompt_expander(
 def encoder_identity(config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What Qwen's answers depend on besides what it is given."""
     return {
-        "files": fingerprint(weight_files(qwen_path)),
+        "files": fingerprint(find_weights(qwen_path)),
         "dtype": str(dtype),
         "quantization": config.runtime.qwen_quantization,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

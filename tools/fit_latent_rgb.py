@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=24, help="clips or pictures; a quarter is for the check")
     args = parser.parse_args(argv)
     config = load_config(args.config)
-    path = locate_weights(None, config.model.vae.checkpoint_path, config, "./weights/")
+    path = locate_weights("vae", None, config.model.vae.checkpoint_path, config, "./weights/")
     vae = load_vae(path, "cpu", torch.float32, config.model.vae.name)
     is_video = config.model.vae.name == "hunyuan"
 

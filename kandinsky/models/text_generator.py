@@ -17,13 +17,12 @@ from PIL import Image
 from torch import nn
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from kandinsky.checkpoints import read_header
+from kandinsky.checkpoints import find_weights, folder_of, read_header
 from kandinsky.models.text_embedder import (
     TextEmbedder,
     assign_weights,
     load_image_processor,
     set_vision_frequencies,
-    weight_files,
 )
 from kandinsky.prompts import IMAGE_TOKEN
 
@@ -39,14 +38,14 @@ TEMPERATURE = 1e-6
 REPETITION_PENALTY = 1.05
 
 
-def can_generate(folder: str | Path) -> bool:
-    """Whether a Qwen folder has a head: of its own, or that of its embeddings. Reads headers only."""
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def can_generate(path: str | Path) -> bool:
+    """Whether a Qwen at this path has a head: of its own, or that of its embeddings. Reads headers only."""
+    path = Path(path)
+    config = json.loads((folder_of(path) / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     if config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
         return True
-    return any(HEAD in read_header(file) for file in weight_files(folder))
+    return any(HEAD in read_header(file) for file in find_weights(path))
 
 
 class TextGenerator:
@@ -97,19 +96,19 @@ class TextGenerator:
         return str(answer), bool(output[-1] == end)
 
 
-def load_text_generator(embedder: TextEmbedder, folder: str | Path, *, vision: bool = False) -> TextGenerator:
-    """A generator on top of an embedder's Qwen, which it shares; `folder` is where that came from.
+def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: bool = False) -> TextGenerator:
+    """A generator on top of an embedder's Qwen, which it shares; `path` is where that came from.
 
     vision: whether it shall see pictures.
 
-    Raises ValueError where the folder has no head, or its files are not as they should be.
+    Raises ValueError where there is no head, or its files are not as they should be.
     """
-    folder = Path(folder)
-    if not can_generate(folder):
-        raise ValueError(f"{folder} has no {HEAD}: this Qwen can read but not write, so it expands no prompts")
+    path = Path(path)
+    if not can_generate(path):
+        raise ValueError(f"{path} has no {HEAD}: this Qwen can read but not write, so it expands no prompts")
     language_model = embedder.language_model
     weight = language_model.embed_tokens.weight
-    config: Any = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = Qwen2_5_VLConfig.from_pretrained(folder_of(path), local_files_only=True)
     for section in (config, config.text_config, config.vision_config):
         section._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -119,14 +118,14 @@ def load_text_generator(embedder: TextEmbedder, folder: str | Path, *, vision: b
         model.lm_head.weight = weight
     else:
         head = nn.ModuleDict({"lm_head": model.lm_head})
-        assign_weights(head, folder, (), weight.device, weight.dtype)
+        assign_weights(head, path, (), weight.device, weight.dtype)
     own_visual = getattr(embedder.qwen, "visual", None)
     if own_visual is not None:
         model.model.visual = own_visual
     elif vision:
-        assign_weights(model.model.visual, folder, VISION_PREFIXES, weight.device, weight.dtype)
+        assign_weights(model.model.visual, path, VISION_PREFIXES, weight.device, weight.dtype)
         set_vision_frequencies(model.model.visual, config.vision_config, weight.device)
     else:
         model.model.visual = None
-    processor = embedder.image_processor or (load_image_processor(folder) if vision else None)
+    processor = embedder.image_processor or (load_image_processor(folder_of(path)) if vision else None)
     return TextGenerator(model.eval().requires_grad_(False), embedder.qwen_tokenizer, processor)

@@ -40,6 +40,7 @@ from kandinsky.config import Config, config_to_dict
 from kandinsky.latents_file import SavedLatents
 from kandinsky.latents_file import on_disk as latents_on_disk
 from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
+from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
@@ -541,7 +542,7 @@ class Pipeline:
         def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
             record.evaluations += 1
             model_input = conditioning.model_input(latents)
-            return torch.cat(
+            out = torch.cat(
                 [
                     self.dit(
                         sample,
@@ -555,6 +556,9 @@ class Pipeline:
                     for i, (sample, text) in enumerate(zip(model_input.split(1), branches[branch], strict=True))
                 ]
             )
+            if record.evaluations == 1:  # once, because it waits for the device
+                require_finite("the DiT", out, self.dit.named_weights)
+            return out
 
         def until_interrupted(steps: range) -> Iterable[int]:
             bar = tqdm(
@@ -635,6 +639,7 @@ class Pipeline:
                     posteriors.append(self.vae.encode(x))
                 else:
                     posteriors.append(self.vae.encode(x[:, :, None]))
+                require_finite("the VAE's encoder", posteriors[-1].mean, self.vae.named_parameters)
         return posteriors
 
     def decode(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -652,6 +657,7 @@ class Pipeline:
                     pixels = self.vae.decode(z[:, :, 0], tiling)[:, :, None]
                 else:
                     pixels = self.vae.decode(z, tiling)
+                require_finite("the VAE's decoder", pixels, self.vae.named_parameters)
                 videos.append((finish or to_uint8)(pixels).cpu())
         return torch.cat(videos)
 
