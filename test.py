@@ -9,6 +9,7 @@ happens in the `kandinsky` package. A flag that is not given leaves what the YAM
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -79,6 +80,12 @@ def build_parser() -> Parser:
         "--attention_engine",
         help="auto, sdpa, sdpa_cudnn, flash_attention_2, flash_attention_3, sage; for NABLA configs auto, flex, sdpa",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="a LoRA adapter, as a file or a folder; several times for several",
+    )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
         if flag == "blocks_on_gpu":
@@ -96,12 +103,14 @@ def build_parser() -> Parser:
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """What stands over the YAML: key=value as given, and the flags that stand for one."""
     flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
+    if args.lora:  # as JSON, which YAML reads: whatever is in a path stays a path
+        flags.append(f"model.loras={json.dumps(args.lora, ensure_ascii=False)}")
     return [*args.overrides, *flags]
 
 
 def run(args: argparse.Namespace) -> Path:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
-    from kandinsky import latents_file, media
+    from kandinsky import latents_file, lora_file, media
     from kandinsky.config import load_config
     from kandinsky.request import resolve_request
 
@@ -126,6 +135,7 @@ def run(args: argparse.Namespace) -> Path:
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
     output = args.output_filename or media.default_output_path("outputs", args.prompt, request.samples[0].seed, suffix)
     media.check_writable(output, suffix)
+    lora_file.configured_loras(config, args.cache_dir)
     for path in latents_file.unfinished(output.parent):
         logging.info(
             "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))

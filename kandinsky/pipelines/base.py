@@ -38,6 +38,7 @@ from kandinsky.conditioning import (
 from kandinsky.config import Config, config_to_dict
 from kandinsky.latents_file import SavedLatents
 from kandinsky.latents_file import on_disk as latents_on_disk
+from kandinsky.lora_file import AdapterConfig
 from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
 from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
@@ -75,6 +76,19 @@ class Placement(Protocol):
     def device(self, component: str) -> torch.device: ...
 
     def use(self, component: str) -> AbstractContextManager[Any]: ...
+
+
+class Adapters(Protocol):
+    """The DiT's LoRA adapters: any number are loaded, and some of these active."""
+
+    def load(self, adapter_config: AdapterConfig, path: Any, name: str, trigger: str | None) -> None: ...
+
+    def activate(self, scales: Mapping[str, float]) -> None: ...
+
+    @property
+    def active(self) -> Sequence[Mapping[str, Any]]:
+        """name, path, scale and trigger of each."""
+        ...
 
 
 class BlockCache(Protocol):
@@ -139,14 +153,19 @@ class Pipeline:
         placement: Placement,
         *,
         make_cache: MakeCache | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks."""
+        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks.
+
+        adapters: the DiT's; None: it can have none.
+        """
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
         self.make_cache = make_cache
+        self.adapters = adapters
         self.interrupt = False
 
     def run(
@@ -235,6 +254,57 @@ class Pipeline:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
         watch = Stopwatch(dict(saved.records[0]["seconds"]))
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
+
+    # --- LoRA adapters ------------------------------------------------------------------------------------------------
+
+    def load_adapter(
+        self,
+        adapter_config: AdapterConfig,
+        adapter_path: str | Path,
+        adapter_name: str = "default",
+        trigger: str | None = None,
+    ) -> None:
+        """Load a LoRA adapter and make it the only active one; one of the same name is replaced.
+
+        Args:
+            adapter_config: a JSON file, its content as a dict, or peft's LoraConfig; None: what lies beside the file,
+                or is in it (see kandinsky.lora_file).
+            adapter_path: a safetensors file in the layout of the official adapters, of peft, diffusers or ComfyUI, or
+                a folder with one.
+            adapter_name: what `set_adapter` calls it.
+            trigger: put before every prompt while the adapter is active, as it is: end it with a space or a comma.
+                None: what the file says, which may be nothing. Prompts that come as `prompt_embeds` get none.
+
+        Raises:
+            ValueError: the file does not fit the model in all its parts. Nothing has changed then.
+        """
+        self._adapters().load(adapter_config, adapter_path, adapter_name, trigger)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], scale: float | Sequence[float] = 1.0) -> None:
+        """Have exactly these of the loaded adapters active, with one scale for all or one each; 1 is as trained.
+
+        Raises ValueError for names that are not loaded, and for scales that are not finite or not as many as names.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
+        if len(scales) != len(names) or len(set(names)) != len(names):
+            raise ValueError(f"{len(scales)} scales for the adapters {names}: name each once, with one scale each")
+        self._adapters().activate(dict(zip(names, scales, strict=True)))
+
+    def disable_adapters(self) -> None:
+        """Have none active: the weights are again those of the checkpoint, bit for bit. `set_adapter` brings back."""
+        self._adapters().activate({})
+
+    def _adapters(self) -> Adapters:
+        if self.adapters is None:
+            raise ValueError(
+                "this pipeline takes no adapters: make one with kandinsky.get_T2V_pipeline or its siblings"
+            )
+        return self.adapters
+
+    def _triggers(self) -> str:
+        """What the active adapters want before every prompt."""
+        return "".join(one["trigger"] for one in self.adapters.active) if self.adapters is not None else ""
 
     @property
     def uses_nabla(self) -> bool:
@@ -340,8 +410,13 @@ class Pipeline:
     ) -> dict[Branch, list[TextEmbeddings]]:
         """For each branch of guidance the embeddings of each sample. No prompt is encoded twice."""
         first_samples = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
+        triggers = self._triggers()
+        if triggers:
+            logger.info("prompts begin with %r, for the adapters", triggers)
         given: dict[Branch, TextEmbeddings | None] = {"cond": inputs.prompt_embeds}
-        words: dict[Branch, list[str | None]] = {"cond": [sample.text for sample in first_samples]}
+        words: dict[Branch, list[str | None]] = {
+            "cond": [sample.text and triggers + sample.text for sample in first_samples]
+        }
         if uses_guidance(request.guidance_weight):
             given["uncond"] = inputs.negative_prompt_embeds
             words["uncond"] = [sample.negative_caption for sample in first_samples]
@@ -579,6 +654,7 @@ class Pipeline:
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
             # Not that of any parameter: time embedding and modulations keep what their file has.
             "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
+            "adapters": [dict(one) for one in self.adapters.active] if self.adapters is not None else [],
             "config": config_to_dict(self.config),
             "versions": media.versions(),
             "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output

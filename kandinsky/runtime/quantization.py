@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +43,30 @@ ROWS = 256  # that are quantised at a time: what float32 takes beside the result
 Convert = Callable[[str, Tensor], dict[str, Tensor]]
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to a weight (out, in): scale * up @ down. See kandinsky.runtime.lora."""
+
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
+    scale: float
+
+
+def add_low_rank(weight: Tensor, updates: Iterable[LowRank]) -> Tensor:
+    """The weight with the updates added, computed in float32 and rounded once, to the weight's dtype."""
+    result = weight.float()
+    for up, down, scale in updates:
+        result = torch.addmm(result, up.float(), down.float(), alpha=scale)
+    return result.to(weight.dtype)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer (..., in) -> (..., out) with a quantised weight; computes in its input's dtype."""
 
     scheme: ClassVar[str]
     bias: Tensor | None
+    # Added to the weight whenever it is dequantised: to its few bits it could not be added exactly. For thousands of
+    # tokens that takes less time than multiplying each of them with the two thin matrices.
+    low_rank: tuple[LowRank, ...] = ()
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -66,7 +85,10 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+        if not self.low_rank:
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        weight = add_low_rank(self.dequantize(torch.float32), self.low_rank)
+        return F.linear(x, weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"
