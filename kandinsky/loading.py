@@ -120,16 +120,11 @@ def load_pipeline(
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
     originals = reread(dit_path)
+    on_host: dict[str, Tensor] | None = None
     if not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
-        adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
-        parts["dit"] = [adapters]
     else:
-        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-        adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
-        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"], adapters)
-    for name, (file, _) in loras.items():
-        adapters.add(name, file)
+        dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
 
@@ -143,6 +138,10 @@ def load_pipeline(
         text_embedder = load_encoders(device=devices["text_embedder"])
     text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
 
+    adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
+    for name, (file, _) in loras.items():
+        adapters.add(name, file)
+    parts["dit"] = [adapters] if on_host is None else dit_parts(dit, on_host, resident, devices["dit"], adapters)
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
