@@ -168,6 +168,7 @@ OTHER_FLAGS = {
     "help": "",
     "image": "test_tasks",
     "decode_latents": "test_faults",
+    "lora": "test_lora_cli",
     "download": "test_download_on_demand",
     "hf_token": "test_download_on_demand",
 }
