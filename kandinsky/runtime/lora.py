@@ -8,7 +8,7 @@ the weights exists, on the host or on the device. The adapters' own matrices sta
 A weight gets its adapters where it is: on the device in place, so that nothing a compiler has looked at changes; in
 host memory where its block streams; and while it is brought where the DiT is offloaded (`Adapters.merge`). All of them
 compute on the device, in float32, and round once, and so to the same bits. To quantised weights nothing can be added
-exactly: there the matrices are on the device, and are added whenever a weight is dequantised.
+exactly: there the matrices are on the device, in float32, and are added whenever a weight is dequantised.
 
 Knows neither devices nor where files are; the file format is kandinsky.lora_file's.
 """
@@ -33,10 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """What an adapter adds to one layer: scale * up @ down. On the host, in the file's dtype."""
+
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
+    scale: float
+
+
+@dataclass(frozen=True)
 class Adapter:
     path: str
     trigger: str
-    updates: dict[str, LowRank]  # by the layer's name; on the host, in the file's dtypes
+    layers: dict[str, Matrices]
 
 
 class Adapters:
@@ -81,9 +90,9 @@ class Adapters:
 
         Nothing is merged before `activate`. Raises ValueError for numbers that are not finite.
         """
-        updates = _read_updates(file)
-        logger.info("adapter %s: %d layers of %s, alpha from %s", name, len(updates), file.path, file.alpha_from)
-        self._adapters[name] = Adapter(str(file.path), file.trigger if trigger is None else trigger, updates)
+        layers = _read_matrices(file)
+        logger.info("adapter %s: %d layers of %s, alpha from %s", name, len(layers), file.path, file.alpha_from)
+        self._adapters[name] = Adapter(str(file.path), file.trigger if trigger is None else trigger, layers)
 
     def activate(self, scales: Mapping[str, float]) -> None:
         """Have exactly these adapters in the weights, each times its scale. Raises ValueError for unknown names."""
@@ -94,7 +103,7 @@ class Adapters:
             if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
                 raise ValueError(f"the scale of {name} is {scale!r}; it must be a finite number")
         self._scales = {name: float(scale) for name, scale in scales.items()}
-        wanted = {layer for name, scale in self._scales.items() if scale for layer in self._adapters[name].updates}
+        wanted = {layer for name, scale in self._scales.items() if scale for layer in self._adapters[name].layers}
         # Should something fail on the way, like memory, then the next change mends what this one left.
         self._changed |= wanted
         self._rewrite(self._changed)
@@ -112,8 +121,8 @@ class Adapters:
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
         """A parameter on the device with what is active added: a new tensor, or the same where nothing is."""
-        updates = self._updates(name.removesuffix(".weight")) if name.endswith(".weight") else ()
-        return add_low_rank(weight, updates) if updates else weight
+        update = self._update(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return weight if update is None else add_low_rank(weight, update)
 
     def begin(self) -> None:
         self._present = True
@@ -123,17 +132,15 @@ class Adapters:
         self._present = False
         self._rewrite(layer for layer in self._changed if isinstance(self._modules[layer], QuantizedLinear))
 
-    def _updates(self, layer: str) -> tuple[LowRank, ...]:
-        """What the active adapters add to a layer, on the device."""
-        found = [
-            (self._adapters[name].updates[layer], scale)
-            for name, scale in self._scales.items()
-            if scale and layer in self._adapters[name].updates
-        ]
-        return tuple(
-            LowRank(update.up.to(self._device), update.down.to(self._device), update.scale * scale)
-            for update, scale in found
-        )
+    def _update(self, layer: str) -> LowRank | None:
+        """What the active adapters add to a layer, all in one, on the device."""
+        ups, downs = [], []
+        for name, scale in self._scales.items():
+            own = self._adapters[name].layers.get(layer)
+            if own is not None and scale:
+                ups.append(own.up.to(self._device).float() * (own.scale * scale))
+                downs.append(own.down.to(self._device).float())
+        return LowRank(torch.cat(ups, dim=1), torch.cat(downs)) if ups else None
 
     @torch.no_grad()
     def _rewrite(self, layers: Iterable[str]) -> None:
@@ -141,7 +148,7 @@ class Adapters:
         for layer in layers:
             module = self._modules[layer]
             if isinstance(module, QuantizedLinear):
-                module.low_rank = self._updates(layer) if self._present else ()
+                module.low_rank = self._update(layer) if self._present else None
                 continue
             name = f"{layer}.weight"
             streams = self.swap is not None and self.swap.streams(name)
@@ -156,10 +163,10 @@ class Adapters:
                 module.weight.copy_(merged)
 
 
-def _read_updates(file: LoraFile) -> dict[str, LowRank]:
+def _read_matrices(file: LoraFile) -> dict[str, Matrices]:
     from safetensors import safe_open
 
-    updates = {}
+    layers = {}
     with safe_open(file.path, framework="pt") as tensors:
 
         def read(name: str) -> Tensor:
@@ -173,5 +180,5 @@ def _read_updates(file: LoraFile) -> dict[str, LowRank]:
             if scale is None:
                 assert names.alpha is not None
                 scale = read(names.alpha).item() / names.rank
-            updates[layer] = LowRank(read(names.up), read(names.down), scale)
-    return updates
+            layers[layer] = Matrices(read(names.up), read(names.down), scale)
+    return layers

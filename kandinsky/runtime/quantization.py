@@ -44,19 +44,15 @@ Convert = Callable[[str, Tensor], dict[str, Tensor]]
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to a weight (out, in): scale * up @ down. See kandinsky.runtime.lora."""
+    """What adapters add to a weight (out, in): up @ down, both float32. See kandinsky.runtime.lora."""
 
     up: Tensor  # (out, rank)
     down: Tensor  # (rank, in)
-    scale: float
 
 
-def add_low_rank(weight: Tensor, updates: Iterable[LowRank]) -> Tensor:
-    """The weight with the updates added, computed in float32 and rounded once, to the weight's dtype."""
-    result = weight.float()
-    for up, down, scale in updates:
-        result = torch.addmm(result, up.float(), down.float(), alpha=scale)
-    return result.to(weight.dtype)
+def add_low_rank(weight: Tensor, update: LowRank) -> Tensor:
+    """The weight with the update added, computed in float32 and rounded once, to the weight's dtype."""
+    return torch.addmm(weight.float(), update.up, update.down).to(weight.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -66,7 +62,7 @@ class QuantizedLinear(nn.Module):
     bias: Tensor | None
     # Added to the weight whenever it is dequantised: to its few bits it could not be added exactly. For thousands of
     # tokens that takes less time than multiplying each of them with the two thin matrices.
-    low_rank: tuple[LowRank, ...] = ()
+    low_rank: LowRank | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -85,7 +81,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.low_rank:
+        if self.low_rank is None:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
         weight = add_low_rank(self.dequantize(torch.float32), self.low_rank)
         return F.linear(x, weight.to(x.dtype), self.bias)

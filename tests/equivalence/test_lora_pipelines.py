@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from kandinsky.config import load_config
 from kandinsky.loading import load_pipeline
@@ -123,12 +124,28 @@ def test_undone_to_the_last_bit(loras: dict[str, Path], wide: Path) -> None:
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
 
 
+def test_the_checkpoint_is_not_written_to(loras: dict[str, Path], wide: Path) -> None:
+    """Where nothing is cast, weights on a CPU are the file's own pages."""
+    bytes_before = wide.read_bytes()
+    pipe = load(dtype="float32", dit_path=wide)
+    pipe.load_adapter(None, loras["all"])
+    merged = {name: tensor.clone() for name, tensor in pipe.dit.state_dict().items()}
+    assert wide.read_bytes() == bytes_before
+    published = load_file(wide)
+    pipe.set_adapter("default", 0.5)
+    pipe.set_adapter("default")
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in pipe.dit.state_dict().items())
+    assert not torch.equal(merged["visual_embeddings.in_layer.weight"], published["visual_embeddings.in_layer.weight"])
+    pipe.disable_adapters()
+    assert all(torch.equal(tensor, published[name]) for name, tensor in pipe.dit.state_dict().items())
+
+
 def test_what_failed_on_the_way_is_undone(loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load()
     before = {name: tensor.clone() for name, tensor in pipe.dit.state_dict().items()}
     calls = iter(range(10**6))
 
-    def out_of_memory(weight: Tensor, updates: Any) -> Tensor:
+    def out_of_memory(weight: Tensor, update: Any) -> Tensor:
         if next(calls) == 20:
             raise torch.OutOfMemoryError("of a stand-in")
         return weight + 1
@@ -153,6 +170,27 @@ def test_from_the_config_as_from_a_call(loras: dict[str, Path]) -> None:
         pipe = load(*overrides, loras=texts)
         assert [(one["name"], one["scale"]) for one in pipe.adapters.active] == [("all", 0.5), ("all_2", 0.25)]
         assert torch.equal(latents_of(pipe), expected)
+
+
+@pytest.mark.parametrize("quantization", ["null", "int8"])
+def test_with_compiled_blocks(quantization: str, loras: dict[str, Path]) -> None:
+    """Merged weights are no news to a compiler. Beside quantised ones a graph with the matrices is made, no more."""
+    plain, pipe = (load(f"runtime.dit_quantization={quantization}") for _ in range(2))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in pipe.dit.visual_transformer_blocks:
+        block.compile(backend=counter, fullgraph=True)
+    counts = []
+    for scales in ({}, {"all": 1.0}, {"all": 0.5}, {"all": -2.0}, {}):
+        for one in (plain, pipe):
+            if scales:
+                one.load_adapter(None, loras["all"], "all")
+            one.set_adapter(list(scales), list(scales.values()))
+        assert torch.equal(latents_of(pipe), latents_of(plain))
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    without, *merged, after = counts
+    assert set(merged) == {without if quantization == "null" else 2 * without} and after == merged[-1]
 
 
 def test_changed_between_steps(loras: dict[str, Path]) -> None:

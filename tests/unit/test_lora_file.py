@@ -79,7 +79,7 @@ def test_alpha_is_taken_from_the_first_that_there_is(tmp_path: Path) -> None:
         file = read_lora(path, DIT, config)
         adapters = Adapters(build("t2v").dit, DIT, dict, torch.device("cpu"))
         adapters.add("a", file)
-        (found,) = {update.scale for update in adapters._adapters["a"].updates.values()}
+        (found,) = {matrices.scale for matrices in adapters._adapters["a"].layers.values()}
         return found
 
     assert scale({"r": 4, "lora_alpha": 2}) == 0.5
