@@ -12,11 +12,16 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from kandinsky.pipelines.base import Pipeline
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
 # Flags that stand for a value of the YAML: flag -> (key, help).
@@ -28,9 +33,16 @@ SETTINGS = {
     "blocks_on_gpu": ("runtime.blocks_on_gpu", "visual blocks that stay there; the others stream in"),
     "dit_quantization": ("runtime.dit_quantization", "keep the DiT's weights in fewer bits"),
     "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
+    "expand_prompt": ("generation.expand_prompts", "have Qwen write a short prompt out first; default: where it can"),
+    "preview": ("runtime.preview", "write a small preview beside the output after every N-th step"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
 }
-CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
+# What a run that is gone on with has settled.
+FIXED_BY_A_FILE = (
+    *("prompt", "image", "negative_prompt", "width", "height", "video_duration", "sample_steps", "seed"),
+    *("guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
+)
+CHOICES = {"compile": ("auto", "on", "off"), "expand_prompt": ("on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +89,12 @@ def build_parser() -> Parser:
         help="instead of a prompt: the .latents.safetensors of a run that died while decoding, to be finished",
     )
     parser.add_argument(
+        "--resume_from",
+        type=Path,
+        metavar="FILE",
+        help="instead of a prompt: the .stopped.safetensors of a run that was stopped while denoising, to go on with",
+    )
+    parser.add_argument(
         "--attention_engine",
         help="auto, sdpa, sdpa_cudnn, flash_attention_2, flash_attention_3, sage; for NABLA configs auto, flex, sdpa",
     )
@@ -88,7 +106,7 @@ def build_parser() -> Parser:
     )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
-        if flag == "blocks_on_gpu":
+        if flag in ("blocks_on_gpu", "preview"):
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
@@ -156,7 +174,55 @@ def run(args: argparse.Namespace) -> Path:
         attention_engine=args.attention_engine,
         dtype=args.dtype,
     )
-    pipeline.generate(request, Inputs(images, [str(args.image)] if images else []), save_path=output)
+    with stop_after_step(pipeline):
+        inputs = Inputs(images, [str(args.image)] if images else [])
+        pipeline.generate(request, inputs, save_path=output, keep_stopped=True)
+    return output
+
+
+@contextmanager
+def stop_after_step(pipeline: Pipeline) -> Iterator[None]:
+    """Ctrl-C lets the step that runs end, so that the run can be kept. A second one ends the program at once."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not pipeline.is_denoising:
+            raise KeyboardInterrupt
+        pipeline.interrupt = True
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def resume(args: argparse.Namespace) -> Path:
+    """Go on with a run that was stopped while denoising; return the path of the result."""
+    from kandinsky import media
+    from kandinsky import resume as stopped
+    from kandinsky.config import config_from_dict
+
+    record = stopped.read_record(args.resume_from)
+    config = config_from_dict(record["config"], overrides_of(args))
+    suffix = media.IMAGE_SUFFIX if record["request"]["num_frames"] == 1 else media.VIDEO_SUFFIX
+    output = args.output_filename or stopped.output_path(args.resume_from, suffix)
+    media.check_writable(output, suffix)
+
+    from kandinsky.loading import load_pipeline
+
+    pipeline = load_pipeline(
+        config,
+        args.device,
+        cache_dir=args.cache_dir,
+        attention_engine=args.attention_engine,
+        dtype=args.dtype or record["dtype"],
+        read_text_encoders=False,
+    )
+    with stop_after_step(pipeline):
+        pipeline.resume(stopped.load_run(args.resume_from), output)
+    args.resume_from.unlink()
     return output
 
 
@@ -165,8 +231,6 @@ def finish(args: argparse.Namespace) -> Path:
     from kandinsky import latents_file, media
     from kandinsky.config import config_from_dict
 
-    if args.prompt is not None or args.image is not None:
-        raise ValueError("--decode_latents goes on from a file that has its prompt and its picture: leave them out")
     record = latents_file.read_records(args.decode_latents)[0]
     config = config_from_dict(record["config"], overrides_of(args))
     suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
@@ -185,8 +249,14 @@ def finish(args: argparse.Namespace) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_intermixed_args(arguments)
-    if args.prompt is None and args.decode_latents is None:
+    if args.prompt is None and args.decode_latents is None and args.resume_from is None:
         parser.error("the following arguments are required: --prompt")
+    work = finish if args.decode_latents is not None else resume if args.resume_from is not None else run
+    if work is not run:
+        given = [flag for flag in FIXED_BY_A_FILE if getattr(args, flag) is not None]
+        if given:
+            flag = "decode_latents" if work is finish else "resume_from"
+            parser.error(f"--{flag} goes on from a file that settles this: leave out --{', --'.join(given)}")
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -195,15 +265,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        print(run(args) if args.decode_latents is None else finish(args))
+        print(work(args))
     except (ValueError, OSError) as error:
         return fail(error)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
             raise
         return fail("out of GPU memory: try a smaller --width and --height or a shorter --video_duration")
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        path = getattr(stop, "path", None)
+        how = (
+            "nothing was written"
+            if path is None
+            else f"{stop}; go on with: python test.py --resume_from {quote(str(path))}"
+        )
+        print(f"interrupted; {how}", file=sys.stderr)
         return 130
     return 0
 

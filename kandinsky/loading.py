@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
@@ -37,7 +38,14 @@ from kandinsky.checkpoints import (
 from kandinsky.config import Config, DiTConfig, load_config, with_settings
 from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbedder, load_text_embedder, text_encoder_files
+from kandinsky.models.text_embedder import (
+    PromptEncoder,
+    TextEmbedder,
+    load_text_embedder,
+    text_encoder_files,
+    weight_files,
+)
+from kandinsky.models.text_generator import TextGenerator, can_generate, load_text_generator
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline, Placement
@@ -45,6 +53,8 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.preview import load_latent_rgb
+from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
@@ -84,8 +94,12 @@ def load_pipeline(
     vae_path: str | Path | None = None,
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
+    read_text_encoders: bool = True,
 ) -> Pipeline:
-    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`."""
+    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
+
+    read_text_encoders: False for `Pipeline.resume`, which needs none.
+    """
     devices = parse_device_map(device_map)
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
@@ -130,13 +144,27 @@ def load_pipeline(
 
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
     text_embedder: PromptEncoder
-    if offload or config.runtime.cache_prompts:
+    if not read_text_encoders:
+        text_embedder = on_demand = TextEncodersOnDemand(no_text_encoders)
+        parts["text_embedder"] = [on_demand]
+    elif offload or config.runtime.cache_prompts:
         load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
         text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
         parts["text_embedder"] = [on_demand]
     else:
         text_embedder = load_encoders(device=devices["text_embedder"])
-    text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
+    expander = None
+    if read_text_encoders:
+        wanted = config.generation.expand_prompts
+        if wanted and not can_generate(qwen_path):
+            raise ValueError(
+                f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write"
+            )
+        if wanted is not False and can_generate(qwen_path):
+            expander = prompt_expander(text_embedder, config, qwen_path, devices["text_embedder"], resolved_dtype)
+        text_embedder = cache_prompts(
+            text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
+        )
 
     adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
     for name, (file, _) in loras.items():
@@ -152,7 +180,23 @@ def load_pipeline(
         placement = FixedPlacement(devices)
     adapters.activate({name: scale for name, (_, scale) in loras.items()})
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
-    return PIPELINES[config.task](config, dit, text_embedder, vae, placement, make_cache=make_cache, adapters=adapters)
+    latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
+    return PIPELINES[config.task](
+        config,
+        dit,
+        text_embedder,
+        vae,
+        placement,
+        make_cache=make_cache,
+        latent_rgb=latent_rgb,
+        expander=expander,
+        adapters=adapters,
+    )
+
+
+def no_text_encoders() -> TextEmbedder:
+    """Stands where a pipeline was loaded for what comes after the text."""
+    raise RuntimeError("this pipeline was loaded without text encoders")
 
 
 def load_for_decoding(
@@ -169,11 +213,8 @@ def load_for_decoding(
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
-
-    def no_encoders() -> TextEmbedder:
-        raise RuntimeError("this pipeline was loaded for decoding only")
-
-    return PIPELINES[config.task](config, dit, TextEncodersOnDemand(no_encoders), vae, FixedPlacement(devices))
+    encoders = TextEncodersOnDemand(no_text_encoders)
+    return PIPELINES[config.task](config, dit, encoders, vae, FixedPlacement(devices))
 
 
 def locate_weights(given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path) -> Path:
@@ -395,6 +436,33 @@ def load_text_encoders(
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
         quantize=quantize_qwen if quantized else None,
     )
+
+
+def prompt_expander(
+    embedder: PromptEncoder, config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype
+) -> PromptExpander:
+    """Writes prompts out with the embedder's Qwen; keeps what it wrote on disk with `runtime.cache_prompts`."""
+
+    def generator() -> TextGenerator:
+        encoders = embedder.loaded() if isinstance(embedder, TextEncodersOnDemand) else embedder
+        assert isinstance(encoders, TextEmbedder)
+        return load_text_generator(encoders, qwen_path, vision=config.task in ("i2v", "i2i"))
+
+    if not config.runtime.cache_prompts:
+        return PromptExpander(generator)
+    identity = encoder_identity(config, qwen_path, device, dtype)
+    return PromptExpander(generator, identity, default_folder().with_name("captions"))
+
+
+def encoder_identity(config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What Qwen's answers depend on besides what it is given."""
+    return {
+        "files": fingerprint(weight_files(qwen_path)),
+        "dtype": str(dtype),
+        "quantization": config.runtime.qwen_quantization,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": [torch.__version__, transformers.__version__],
+    }
 
 
 def cache_prompts(

@@ -20,8 +20,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
     ("pipelines", "runtime"),
-    ("latents_file",),  # writes as media does
-    ("conditioning", "sampler", "media", "request", "prompt_expansion"),
+    ("latents_file", "resume", "preview", "prompt_expansion"),  # write as media does
+    ("conditioning", "sampler", "media", "request"),
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it
     ("attention", "prompts", "hub", "lora_file"),

@@ -153,6 +153,8 @@ SETTINGS = {
     "blocks_on_gpu": Flag(("--blocks_on_gpu", "1"), "runtime.blocks_on_gpu", 1),
     "dit_quantization": Flag(("--dit_quantization", "int8"), "runtime.dit_quantization", "int8"),
     "qwen_quantization": Flag(("--qwen_quantization",), "runtime.qwen_quantization", True),
+    "expand_prompt": Flag(("--expand_prompt", "off"), "generation.expand_prompts", False),
+    "preview": Flag(("--preview", "2"), "runtime.preview", 2),
     "save_latents": Flag(("--save_latents",), "runtime.save_latents", True),
 }
 # These have tests of their own, below or in the file of that name.
@@ -169,6 +171,7 @@ OTHER_FLAGS = {
     "image": "test_tasks",
     "decode_latents": "test_faults",
     "lora": "test_lora_cli",
+    "resume_from": "test_faults",
     "download": "test_download_on_demand",
     "hf_token": "test_download_on_demand",
 }

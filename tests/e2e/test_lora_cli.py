@@ -111,3 +111,38 @@ def test_latents_are_decoded_without_their_adapters(
         assert np.array_equal(np.asarray(image), picture)
     facts = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
     assert [adapter["name"] for adapter in facts["adapters"]] == ["dolly in"]
+
+
+def test_stopped_runs_go_on_with_their_adapters(generate: Any, cli: ModuleType, folder: Path, tmp_path: Path) -> None:
+    """From the command line by themselves; where a pipeline has others, it says so."""
+    from kandinsky.loading import load_pipeline
+    from kandinsky.request import resolve_request
+    from kandinsky.resume import Stopped, load_run
+
+    text = f"{folder / 'dolly in'}:0.5"
+    expected, _ = generate("--lora", text, "--sample_steps", "2")
+    config = load_config(CONFIG, [f"model.loras={json.dumps([text])}"])
+    request = resolve_request(config, "a red circle", seed=1, time_length=0, num_steps=2)
+    pipe = load_pipeline(config, "cpu")
+
+    def stop(pipe: Any, *_: Any) -> None:
+        pipe.interrupt = True
+
+    with pytest.raises(Stopped) as stopped:
+        pipe.generate(request, save_path=tmp_path / "b.png", callback=stop, keep_stopped=True, progress=False)
+    pipe.set_adapter("dolly in", 0.25)
+    with pytest.raises(ValueError, match=r"stopped with the adapters \[\('dolly in', 0\.5\)\] active.*0\.25"):
+        pipe.resume(load_run(stopped.value.path), tmp_path / "b.png")
+    pipe.disable_adapters()
+    with pytest.raises(ValueError, match="now there are none: go on with the same ones"):
+        pipe.resume(load_run(stopped.value.path), tmp_path / "b.png")
+    assert cli.main(["--resume_from", str(stopped.value.path)]) == 0
+    with Image.open(tmp_path / "b.png") as image:
+        assert np.array_equal(np.asarray(image), expected)
+
+
+@pytest.mark.parametrize("flag", ["--resume_from", "--decode_latents"])
+def test_adapters_are_settled_by_a_file(flag: str, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([flag, "a.safetensors", "--lora", "b"])
+    assert "leave out --lora" in capsys.readouterr().err
