@@ -67,8 +67,8 @@ class QuantizedLinear(nn.Module):
         for name, (dtype, shape) in quantized_parts(self.scheme, out_features, in_features).items():
             self.register_buffer(name, torch.zeros(shape, dtype=DTYPES[dtype]))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
-        # Added to the weight whenever it is dequantised: to its few bits it could not be added exactly. For thousands of
-        # tokens these are fewer operations than to multiply each of them with the two thin matrices.
+        # Added to the weight whenever it is dequantised: to its few bits it could not be added exactly. For thousands
+        # of tokens these are fewer operations than to multiply each of them with the two thin matrices.
         self.low_rank: LowRank | None = None
 
     @staticmethod
