@@ -9,6 +9,7 @@ happens in the `kandinsky` package. A flag that is not given leaves what the YAM
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -40,18 +41,8 @@ SETTINGS = {
 }
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
-    *(
-        "prompt",
-        "prompts_file",
-        "image",
-        "negative_prompt",
-        "width",
-        "height",
-        "video_duration",
-        "sample_steps",
-        "seed",
-    ),
-    *("guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale"),
+    *("prompt", "prompts_file", "image", "negative_prompt", "width", "height", "video_duration"),
+    *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
 )
 CHOICES = {"compile": ("auto", "on", "off"), "expand_prompt": ("on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
 
@@ -130,6 +121,12 @@ def build_parser() -> Parser:
         "--attention_engine",
         help="auto, sdpa, sdpa_cudnn, flash_attention_2, flash_attention_3, sage; for NABLA configs auto, flex, sdpa",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="a LoRA adapter, as a file or a folder; several times for several",
+    )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
         if flag in ("blocks_on_gpu", "preview"):
@@ -147,6 +144,8 @@ def build_parser() -> Parser:
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """What stands over the YAML: key=value as given, and the flags that stand for one."""
     flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
+    if args.lora:  # as JSON, which YAML reads: whatever is in a path stays a path
+        flags.append(f"model.loras={json.dumps(args.lora, ensure_ascii=False)}")
     return [*args.overrides, *flags]
 
 
@@ -176,7 +175,7 @@ def download(args: argparse.Namespace, config: Config) -> None:
 
 def run(args: argparse.Namespace) -> Path:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
-    from kandinsky import latents_file, media
+    from kandinsky import latents_file, lora_file, media
     from kandinsky.config import load_config
     from kandinsky.request import resolve_request
 
@@ -189,6 +188,7 @@ def run(args: argparse.Namespace) -> Path:
     seed, folder = request.samples[0].seed, args.output_dir or "outputs"
     output = args.output_filename or media.default_output_path(folder, args.prompt, seed, suffix)
     media.check_writable(output, suffix)
+    lora_file.configured_loras(config, args.cache_dir)
     for path in latents_file.unfinished(output.parent):
         logging.info(
             "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))

@@ -147,6 +147,7 @@ class ModelConfig:
     guidance_weight: float  # 1: no classifier-free guidance, one model evaluation a step
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which there is guidance
     guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
+    loras: tuple[str, ...] = ()  # adapters that are merged into the DiT, each "PATH" or "PATH:scale"
     dit_params: DiTConfig
     attention: AttentionConfig
     vae: VAEConfig
@@ -254,6 +255,22 @@ def with_settings(config: Config, **sections: Mapping[str, Any]) -> Config:
     except ValueError as error:
         raise ValueError(f"{config.source}: {error}") from None
     return config
+
+
+def split_lora(text: str) -> tuple[str, float]:
+    """An entry of model.loras as path and scale: "loras/dolly_in:0.8" -> ("loras/dolly_in", 0.8); left out it is 1.
+
+    What stands behind the last colon is a part of the path where it is no number. ValueError for what has no path, or a
+    scale that is not finite.
+    """
+    path, _, number = text.rpartition(":")
+    try:
+        scale = float(number)
+    except ValueError:
+        path, scale = text, 1.0
+    if not path.strip() or not math.isfinite(scale):
+        raise ValueError(f"{text!r} is not an adapter: give PATH or PATH:scale, like loras/dolly_in:0.8")
+    return path, scale
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -525,6 +542,12 @@ def _check(config: Config) -> None:
         0 <= begin <= end <= 1, "model.guidance_interval", model.guidance_interval, "two shares of the steps, 0 to 1"
     )
     require(model.guidance_every >= 1, "model.guidance_every", model.guidance_every, "at least 1")
+
+    for text in config.model.loras:
+        try:
+            split_lora(text)
+        except ValueError as error:
+            raise ValueError(f"model.loras: {error}") from None
 
     for field in dataclasses.fields(dit):
         value = getattr(dit, field.name)

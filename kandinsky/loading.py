@@ -39,6 +39,7 @@ from kandinsky.checkpoints import (
     strip_prefix,
 )
 from kandinsky.config import Config, DiTConfig, load_config, with_settings
+from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import (
     PromptEncoder,
@@ -57,6 +58,7 @@ from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.preview import load_latent_rgb
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
@@ -113,6 +115,7 @@ def load_pipeline(
     vae_path = locate("vae", vae_path, model.vae.checkpoint_path)
     qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
     clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
+    loras = configured_loras(config, cache_dir)
 
     # What visual self-attention is computed with, dense or block by block.
     is_nabla = model.attention.type == "nabla"
@@ -132,6 +135,7 @@ def load_pipeline(
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
+    originals = reread(dit_path)
     on_host: dict[str, Tensor] | None = None
     if not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
@@ -164,8 +168,11 @@ def load_pipeline(
             text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
         )
 
-    if on_host is not None:  # last, because it may read a model of 77 GB
-        parts["dit"] = dit_parts(dit, on_host, resident, devices["dit"])
+    adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
+    for name, (file, _) in loras.items():
+        adapters.add(name, file)
+    # Last, because it may read a model of 77 GB.
+    parts["dit"] = [adapters] if on_host is None else dit_parts(dit, on_host, resident, devices["dit"], adapters)
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
@@ -174,10 +181,19 @@ def load_pipeline(
         for part in itertools.chain(*parts.values()):
             part.begin()  # and stay
         placement = FixedPlacement(devices)
+    adapters.activate({name: scale for name, (_, scale) in loras.items()})
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
     latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
     return PIPELINES[config.task](
-        config, dit, text_embedder, vae, placement, make_cache=make_cache, latent_rgb=latent_rgb, expander=expander
+        config,
+        dit,
+        text_embedder,
+        vae,
+        placement,
+        make_cache=make_cache,
+        latent_rgb=latent_rgb,
+        expander=expander,
+        adapters=adapters,
     )
 
 
@@ -352,19 +368,45 @@ def load_dit_on_host(
 
 
 def dit_parts(
-    dit: DiffusionTransformer3D, weights: dict[str, Tensor], resident: int | None, device: torch.device
+    dit: DiffusionTransformer3D,
+    weights: dict[str, Tensor],
+    resident: int | None,
+    device: torch.device,
+    adapters: Adapters,
 ) -> list[Part]:
     """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all).
 
     `weights` are its tensors on the host by name. Those of blocks that stream are taken out.
     """
     if resident is None:
-        return [Offloaded(dit, weights, device)]
+        return [Offloaded(dit, weights, device, adapters.merge), adapters]
     swap = BlockSwap(dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device)
-    dit.stream_blocks = swap
+    dit.stream_blocks = adapters.swap = swap
     blocks = len(dit.visual_transformer_blocks)
     logger.info("%d of %d visual blocks stream from %.1f GB of host memory", len(swap.streamed), blocks, swap.host_gb)
-    return [Offloaded(dit, weights, device), swap]
+    return [Offloaded(dit, weights, device, adapters.merge), swap, adapters]
+
+
+def reread(path: Path) -> Callable[[], dict[str, Tensor]]:
+    """What gives a DiT checkpoint's tensors a second time, as `host_weights` does, opened when it is first called.
+
+    It raises ValueError where the checkpoint is gone by then, or not the same any more.
+    """
+    before = fingerprint(find_weights(path))
+
+    @functools.cache
+    def read() -> dict[str, Tensor]:
+        try:
+            same = fingerprint(find_weights(path)) == before
+        except (ValueError, OSError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"{path} has changed since it was loaded, and adapters need it again: load the pipeline anew"
+            )
+        return host_weights(path, COMFY_PREFIX)
+
+    return read
 
 
 def load_vae(

@@ -42,6 +42,7 @@ class StoppedRun:
     image_names: tuple[str, ...] = ()
     evaluations: int = 0  # of the model, so far
     seconds: dict[str, float] = field(default_factory=dict)
+    adapters: list[dict[str, Any]] = field(default_factory=list)  # that were active: name, path, scale, trigger
 
 
 class Stopped(KeyboardInterrupt):
@@ -82,6 +83,7 @@ def save_run(path: str | Path, run: StoppedRun, config: Mapping[str, Any], dtype
         "image_names": list(run.image_names),
         "evaluations": run.evaluations,
         "seconds": run.seconds,
+        "adapters": run.adapters,
     }
     # Copied, because samples share embeddings, and the format takes no two names for one piece of memory.
     given = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items() if tensor is not None}
@@ -136,4 +138,5 @@ def load_run(path: str | Path) -> StoppedRun:
         image_names=tuple(record["image_names"]),
         evaluations=record["evaluations"],
         seconds=record["seconds"],
+        adapters=record["adapters"],
     )

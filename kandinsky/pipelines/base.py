@@ -39,6 +39,7 @@ from kandinsky.conditioning import (
 from kandinsky.config import Config, config_to_dict
 from kandinsky.latents_file import SavedLatents
 from kandinsky.latents_file import on_disk as latents_on_disk
+from kandinsky.lora_file import AdapterConfig
 from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
 from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import text_rotary_table
@@ -81,6 +82,19 @@ class Placement(Protocol):
     def device(self, component: str) -> torch.device: ...
 
     def use(self, component: str) -> AbstractContextManager[Any]: ...
+
+
+class Adapters(Protocol):
+    """The DiT's LoRA adapters: any number are loaded, and some of these active."""
+
+    def load(self, adapter_config: AdapterConfig, path: Any, name: str, trigger: str | None) -> None: ...
+
+    def activate(self, scales: Mapping[str, float]) -> None: ...
+
+    @property
+    def active(self) -> Sequence[Mapping[str, Any]]:
+        """name, path, scale and trigger of each."""
+        ...
 
 
 class BlockCache(Protocol):
@@ -156,9 +170,11 @@ class Pipeline:
         make_cache: MakeCache | None = None,
         latent_rgb: LatentRGB | None = None,
         expander: PromptExpander | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks. latent_rgb: what
-        previews are made with; None: there are none. expander: writes prompts out; None: this model can't."""
+        previews are made with; None: there are none. expander: writes prompts out; None: this model can't. adapters:
+        the DiT's; None: it can have none."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
@@ -167,6 +183,7 @@ class Pipeline:
         self.make_cache = make_cache
         self.latent_rgb = latent_rgb
         self.expander = expander
+        self.adapters = adapters
         self.interrupt = False
         self.is_denoising = False
 
@@ -248,7 +265,16 @@ class Pipeline:
     def resume(
         self, run: StoppedRun, save_path: str | Path, progress: bool = True, callback: StepCallback | None = None
     ) -> Any:
-        """Go on with a run that was stopped, as `generate` would have: to the same bits on the same device."""
+        """Go on with a run that was stopped, as `generate` would have: to the same bits on the same device.
+
+        Raises ValueError where it was stopped with other adapters than are active now.
+        """
+        before, now = ([(one["name"], one["scale"]) for one in a] for a in (run.adapters, self.active_adapters()))
+        if before != now:
+            raise ValueError(
+                f"the run was stopped with the adapters {before or 'none'} active, and now there are {now or 'none'}: "
+                "go on with the same ones (model.loras, or load_adapter and set_adapter)"
+            )
         self.interrupt = False
         device = self.placement.device("dit")
 
@@ -282,7 +308,7 @@ class Pipeline:
         with watch.stage("denoise"):
             latents = self.denoise(run, progress, callback, watch, previews)
         if keep_stopped and save_path is not None and run.state.step < request.num_steps:
-            run.evaluations, run.seconds = watch.evaluations, watch.seconds
+            run.evaluations, run.seconds, run.adapters = watch.evaluations, watch.seconds, self.active_adapters()
             path = stopped_path(save_path)
             save_run(path, run, config_to_dict(self.config), self.dtype_name)
             raise Stopped(path, run.state.step, request.num_steps)
@@ -310,6 +336,61 @@ class Pipeline:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
         watch = Stopwatch(dict(saved.records[0]["seconds"]))
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
+
+    # --- LoRA adapters ------------------------------------------------------------------------------------------------
+
+    def load_adapter(
+        self,
+        adapter_config: AdapterConfig,
+        adapter_path: str | Path,
+        adapter_name: str = "default",
+        trigger: str | None = None,
+    ) -> None:
+        """Load a LoRA adapter and make it the only active one; one of the same name is replaced.
+
+        Args:
+            adapter_config: a JSON file, its content as a dict, or peft's LoraConfig; None: what lies beside the file,
+                or is in it (see kandinsky.lora_file).
+            adapter_path: a safetensors file in the layout of the official adapters, of peft, diffusers or ComfyUI, or
+                a folder with one.
+            adapter_name: what `set_adapter` calls it.
+            trigger: put before every prompt while the adapter is active, as it is: end it with a space or a comma.
+                None: what the file says, which may be nothing. Prompts that come as `prompt_embeds` get none.
+
+        Raises:
+            ValueError: the file does not fit the model in all its parts. Nothing has changed then.
+        """
+        self._adapters().load(adapter_config, adapter_path, adapter_name, trigger)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], scale: float | Sequence[float] = 1.0) -> None:
+        """Have exactly these of the loaded adapters active, with one scale for all or one each; 1 is as trained.
+
+        Raises ValueError for names that are not loaded, and for scales that are not finite or not as many as names.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
+        if len(scales) != len(names) or len(set(names)) != len(names):
+            raise ValueError(f"{len(scales)} scales for the adapters {names}: name each once, with one scale each")
+        self._adapters().activate(dict(zip(names, scales, strict=True)))
+
+    def disable_adapters(self) -> None:
+        """Have none active: the weights are again those of the checkpoint, bit for bit. `set_adapter` brings back."""
+        self._adapters().activate({})
+
+    def active_adapters(self) -> list[dict[str, Any]]:
+        """Name, path, scale and trigger of each."""
+        return [] if self.adapters is None else [dict(one) for one in self.adapters.active]
+
+    def _adapters(self) -> Adapters:
+        if self.adapters is None:
+            raise ValueError(
+                "this pipeline takes no adapters: make one with kandinsky.get_T2V_pipeline or its siblings"
+            )
+        return self.adapters
+
+    def _triggers(self) -> str:
+        """What the active adapters want before every prompt."""
+        return "".join(one["trigger"] for one in self.active_adapters())
 
     @property
     def dtype_name(self) -> str:
@@ -443,8 +524,12 @@ class Pipeline:
     ) -> dict[Branch, list[TextEmbeddings]]:
         """For each branch of guidance the embeddings of each sample. No prompt is encoded twice."""
         first_samples = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
+        triggers = self._triggers()
+        if triggers:
+            logger.info("prompts begin with %r, for the adapters", triggers)
         given: dict[Branch, TextEmbeddings | None] = {"cond": inputs.prompt_embeds}
-        words: dict[Branch, list[str | None]] = {"cond": [sample.expanded or sample.text for sample in first_samples]}
+        prompts = [sample.expanded or sample.text for sample in first_samples]
+        words: dict[Branch, list[str | None]] = {"cond": [prompt and triggers + prompt for prompt in prompts]}
         if uses_guidance(request.guidance_weight):
             given["uncond"] = inputs.negative_prompt_embeds
             words["uncond"] = [sample.negative_caption for sample in first_samples]
@@ -712,6 +797,7 @@ class Pipeline:
             "attention_engine": getattr(engine, "__name__", str(engine)),
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
             "dtype": self.dtype_name,
+            "adapters": self.active_adapters(),
             "config": config_to_dict(self.config),
             "versions": media.versions(),
             "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("conditioning", "sampler", "media", "request"),
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it
-    ("attention", "prompts", "hub"),
+    ("attention", "prompts", "hub", "lora_file"),
     ("checkpoints", "sizes"),  # request stands on sizes
     ("config",),
 )
@@ -32,6 +32,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
+    "lora_file",
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

@@ -170,6 +170,7 @@ OTHER_FLAGS = {
     "help": "",
     "image": "test_tasks",
     "decode_latents": "test_faults",
+    "lora": "test_lora_cli",
     "resume_from": "test_faults",
     "output_dir": "test_many_prompts",
     "prompts_file": "test_many_prompts",
