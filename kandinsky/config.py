@@ -247,7 +247,10 @@ def with_settings(config: Config, **sections: Mapping[str, Any]) -> Config:
         section = getattr(config, name)
         values = _parse_section(type(section), dict(given), name)
         config = dataclasses.replace(config, **{name: dataclasses.replace(section, **values)})
-    _check(config)
+    try:
+        _check(config)
+    except ValueError as error:
+        raise ValueError(f"{config.source}: {error}") from None
     return config
 
 
@@ -569,6 +572,13 @@ def _check(config: Config) -> None:
         require(len(ratios) % 2 == 0, "the length of magcache.mag_ratios", len(ratios), "even: pairs of cond, uncond")
         require(min(ratios) >= 0, "the smallest of magcache.mag_ratios", min(ratios), "0 or more")
     magcache = config.magcache
+    require(
+        ratios is not None or not magcache.enabled,
+        "magcache.enabled",
+        True,
+        "false, as there are no magcache.mag_ratios to go by; measure them, and write them into the file, with: "
+        f"python tools/calibrate_magcache.py --config {config.source} --prompt '...' --write",
+    )
     require(magcache.threshold >= 0, "magcache.threshold", magcache.threshold, "0 or more")
     require(magcache.max_skips >= 0, "magcache.max_skips", magcache.max_skips, "0 or more")
     require(0 <= magcache.retention <= 1, "magcache.retention", magcache.retention, "0 to 1")

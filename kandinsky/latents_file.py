@@ -58,7 +58,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     from safetensors import safe_open
 
     read_header(path)  # raises for what is missing, truncated or no safetensors file
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:  # the metadata alone: torch isn't needed for it
         metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} holds no latents of ours: give a file that ends in {SUFFIX}")
@@ -68,6 +68,13 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: its record is damaged, the run has to be repeated") from None
     assert isinstance(records, list)
     return records
+
+
+def unfinished(folder: str | Path) -> list[Path]:
+    """Latents files in a folder whose output isn't there: of runs that died, or that are decoding now."""
+    files = sorted(Path(folder).glob(f"*{SUFFIX}"))
+    suffixes = (media.VIDEO_SUFFIX, media.IMAGE_SUFFIX)
+    return [path for path in files if not any(output_path(path, suffix).exists() for suffix in suffixes)]
 
 
 def load_latents(path: str | Path) -> SavedLatents:
