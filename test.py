@@ -4,18 +4,24 @@ The config's `task` says what is made and whether a picture is needed; its file'
 
 The command line turns words into one checked `Request` before anything heavy is imported or loaded; everything else
 happens in the `kandinsky` package. A flag that is not given leaves what the YAML says.
+
+Several GPUs make one output together where a launcher starts this program once for each of them:
+
+    torchrun --nproc-per-node 4 test.py ...        python -m torch.distributed.launch --nproc-per-node 4 test.py ...
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
 # Flags that stand for a value of the YAML: flag -> (key, help).
@@ -28,8 +34,40 @@ SETTINGS = {
     "dit_quantization": ("runtime.dit_quantization", "keep the DiT's weights in fewer bits"),
     "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
+    "cfg_parallel": ("runtime.cfg_parallel", "of several processes, one half evaluates the negative prompt"),
+    "shard_weights": ("runtime.shard_weights", "of several processes, each keeps a part of the DiT's weights"),
 }
 CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which copy of this program this is, of how many that a launcher has started."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this machine
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+        """What torchrun and torch.distributed.launch tell in environment variables; without them there is one copy."""
+        return cls(
+            *(int(environment.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    @functools.cached_property
+    def processes(self) -> Any:
+        """All copies, once they have met; None where there is one."""
+        if self.size == 1:
+            return None
+        from kandinsky.runtime.processes import Processes
+
+        return Processes.join(self.rank, self.size, self.local_rank)
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +119,7 @@ def build_parser() -> Parser:
     )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
-        if flag == "blocks_on_gpu":
+        if flag in ("blocks_on_gpu", "cfg_parallel"):
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
@@ -89,6 +127,7 @@ def build_parser() -> Parser:
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
     parser.add_argument("--download", action="store_true", help="first fetch the weights that are missing there")
     parser.add_argument("--hf_token", help="Hugging Face token for --download; default: the variable HF_TOKEN")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help="set by torch.distributed.launch; not used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML")
     return parser
 
@@ -99,14 +138,15 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return [*args.overrides, *flags]
 
 
-def run(args: argparse.Namespace) -> Path:
+def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
     from kandinsky import latents_file, media
-    from kandinsky.config import load_config
+    from kandinsky.config import check_processes, load_config
     from kandinsky.request import resolve_request
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
     config = load_config(args.config, overrides_of(args))
+    check_processes(config, launch.size)
     images = [] if args.image is None else [media.load_image(args.image)]
     request = resolve_request(
         config,
@@ -123,18 +163,20 @@ def run(args: argparse.Namespace) -> Path:
         guidance_every=args.guidance_every,
         negative_caption=args.negative_prompt,
     )
-    suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
-    output = args.output_filename or media.default_output_path("outputs", args.prompt, request.samples[0].seed, suffix)
-    media.check_writable(output, suffix)
-    for path in latents_file.unfinished(output.parent):
-        logging.info(
-            "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
-        )
+    output = None
+    if launch.is_first:
+        suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
+        seed = request.samples[0].seed
+        output = args.output_filename or media.default_output_path("outputs", args.prompt, seed, suffix)
+        media.check_writable(output, suffix)
+        for path in latents_file.unfinished(output.parent):
+            logging.info(
+                "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
+            )
 
+    processes = launch.processes
     if args.download:
-        from kandinsky import hub
-
-        hub.download(hub.sources(config, args.cache_dir, only_missing=True), args.cache_dir, args.hf_token)
+        download(config, args, launch)
 
     from kandinsky.loading import load_pipeline
     from kandinsky.pipelines.base import Inputs
@@ -145,12 +187,29 @@ def run(args: argparse.Namespace) -> Path:
         cache_dir=args.cache_dir,
         attention_engine=args.attention_engine,
         dtype=args.dtype,
+        processes=processes,
     )
     pipeline.generate(request, Inputs(images, [str(args.image)] if images else []), save_path=output)
     return output
 
 
-def finish(args: argparse.Namespace) -> Path:
+def download(config: Any, args: argparse.Namespace, launch: Launch) -> None:
+    """Fetch what is missing: the first process, then the first one of each other machine, if it has its own disk."""
+    from kandinsky import hub
+
+    def fetch() -> None:
+        hub.download(hub.sources(config, args.cache_dir, only_missing=True), args.cache_dir, args.hf_token)
+
+    if launch.is_first:
+        fetch()
+    if launch.processes is not None:
+        launch.processes.wait_for_all("the first download")
+        if launch.local_rank == 0 and not launch.is_first:
+            fetch()
+        launch.processes.wait_for_all("downloads")
+
+
+def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Decode and write what a run that died had denoised; return the path of the result."""
     from kandinsky import latents_file, media
     from kandinsky.config import config_from_dict
@@ -159,15 +218,18 @@ def finish(args: argparse.Namespace) -> Path:
         raise ValueError("--decode_latents goes on from a file that has its prompt and its picture: leave them out")
     record = latents_file.read_records(args.decode_latents)[0]
     config = config_from_dict(record["config"], overrides_of(args))
-    suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
-    output = args.output_filename or latents_file.output_path(args.decode_latents, suffix)
-    media.check_writable(output, suffix)
+    output = None
+    if launch.is_first:
+        suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
+        output = args.output_filename or latents_file.output_path(args.decode_latents, suffix)
+        media.check_writable(output, suffix)
+    processes = launch.processes
 
     from kandinsky.loading import load_for_decoding
 
-    pipeline = load_for_decoding(config, args.device, cache_dir=args.cache_dir, dtype=args.dtype)
+    pipeline = load_for_decoding(config, args.device, cache_dir=args.cache_dir, dtype=args.dtype, processes=processes)
     pipeline.finish(latents_file.load_latents(args.decode_latents), output)
-    if not config.runtime.save_latents:
+    if launch.is_first and not config.runtime.save_latents:
         args.decode_latents.unlink()
     return output
 
@@ -180,25 +242,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    launch = Launch.from_environment(os.environ)
+    level = logging.INFO if launch.is_first else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        print(run(args) if args.decode_latents is None else finish(args))
+        output = (run if args.decode_latents is None else finish)(args, launch)
+        if launch.is_first:
+            print(output, flush=True)
+        if launch.processes is not None:
+            launch.processes.leave()
     except (ValueError, OSError) as error:
-        return fail(error)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
-            raise
-        return fail("out of GPU memory: try a smaller --width and --height or a shorter --video_duration")
+        return fail(error, launch)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        if launch.is_first:
+            print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
+            memory = "out of GPU memory: try a smaller --width and --height or a shorter --video_duration"
+            return fail(memory, launch)
+        if launch.size == 1:
+            raise
+        launch.processes.fail(error)
     return 0
 
 
-def fail(what: object) -> int:
+def fail(what: object, launch: Launch) -> int:
+    if launch.size > 1:
+        launch.processes.fail(str(what), 2)
     print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
     return 2
 

@@ -103,7 +103,7 @@ def resolve_request(
         for i in range(count)
     )
     width, height = _size(config, width, height, image_sizes, len(texts))
-    return Request(
+    request = Request(
         samples=samples,
         width=width,
         height=height,
@@ -125,6 +125,12 @@ def resolve_request(
         guidance_every=_checked_every(config.model.guidance_every if guidance_every is None else guidance_every),
         max_sequence_length=_checked_text_length(max_sequence_length),
     )
+    if config.runtime.cfg_parallel > 1 and abs(request.guidance_weight - 1) < 1e-6:
+        raise ValueError(
+            "runtime.cfg_parallel = 2 gives the negative prompt to half of the processes, and guidance_weight 1 does "
+            "not evaluate it: leave one of the two out"
+        )
+    return request
 
 
 def warn_about_size(config: Config, request: Request) -> None:

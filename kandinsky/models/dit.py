@@ -1,8 +1,8 @@
 """Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
 
 `forward` is embed -> run_blocks -> head. What wraps `run_blocks` (a cache) is handed to `forward`; block swapping is
-set as `dit.stream_blocks`, attention engines and sequence parallelism as `dit.attention`, NABLA's kernel as
-`dit.block_sparse`. The module knows no devices, files or schedules, and keeps no state
+set as `dit.stream_blocks`, sequence parallelism as `dit.run_blocks`, attention engines as `dit.attention`, NABLA's
+kernel as `dit.block_sparse`. The module knows no devices, files or schedules, and keeps no state
 between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
 handed in.
 

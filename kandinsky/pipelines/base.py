@@ -49,6 +49,8 @@ from kandinsky.request import FPS, Request, resolve_request, warn_about_size
 from kandinsky.sampler import (
     NUM_TRAIN_TIMESTEPS,
     Branch,
+    Guidance,
+    Velocity,
     euler_sample,
     flow_timesteps,
     guidance_plan,
@@ -89,6 +91,44 @@ class BlockCache(Protocol):
 
 # For each step of a request, whether it has an unconditional evaluation -> the request's own cache.
 MakeCache = Callable[[Sequence[bool]], BlockCache]
+
+
+class Team(Protocol):
+    """The processes that make an output together, all of which run the same pipeline with the same arguments.
+
+    The first one writes and shows its progress; its seeds, noise and wish to stop are everybody's.
+    """
+
+    is_first: bool
+    size: int
+
+    def agree(self, value: Value) -> Value:
+        """The first process's value, in all of them."""
+        ...
+
+    def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
+        """The same velocity, maybe with its branches computed by different processes."""
+        ...
+
+    def over_branches(self, count: int) -> int:
+        """What all processes counted that computed different branches."""
+        ...
+
+
+class Alone:
+    """A team of one."""
+
+    is_first = True
+    size = 1
+
+    def agree(self, value: Value) -> Value:
+        return value
+
+    def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
+        return velocity
+
+    def over_branches(self, count: int) -> int:
+        return count
 
 
 @dataclass
@@ -139,14 +179,18 @@ class Pipeline:
         placement: Placement,
         *,
         make_cache: MakeCache | None = None,
+        team: Team | None = None,
     ) -> None:
-        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks."""
+        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks.
+        team: the processes that this one works with; None: it works alone.
+        """
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
         self.make_cache = make_cache
+        self.team: Team = team or Alone()
         self.interrupt = False
 
     def run(
@@ -208,6 +252,9 @@ class Pipeline:
         Beside every output, a JSON file of the same name holds the prompt, every resolved setting, versions and times.
         """
         output_type = output_type or ("pil" if request.is_image else "uint8")
+        request = self.team.agree(request)  # its seeds may be random
+        if not self.team.is_first:
+            save_path, progress = None, False
         self.check_inputs(request, inputs, save_path, output_type)
         warn_about_size(self.config, request)
         self.interrupt = False
@@ -231,9 +278,10 @@ class Pipeline:
         return convert(pixels, output_type, request.is_image)
 
     @torch.no_grad()
-    def finish(self, saved: SavedLatents, save_path: str | Path) -> Tensor:
+    def finish(self, saved: SavedLatents, save_path: str | Path | None) -> Tensor:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
         watch = Stopwatch(dict(saved.records[0]["seconds"]))
+        save_path = save_path if self.team.is_first else None
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
 
     @property
@@ -395,10 +443,10 @@ class Pipeline:
                 latents = posteriors[sample.prompt].sample(generator).float() * self.vae.scaling_factor
                 image_latents.append(latents.view(latents.shape[1], *latents.shape[-2:]).permute(1, 2, 0))  # (H, W, C)
         device = self.placement.device("dit")
-        start = torch.stack([one.to(device) for one in noise])
+        start = self.team.agree(torch.stack([one.to(device) for one in noise]))
         if not image_latents:
             return from_text(start, self.dit.in_channels)
-        pictures = torch.stack([one.to(device) for one in image_latents])
+        pictures = self.team.agree(torch.stack([one.to(device) for one in image_latents]))
         return from_first_frame(start, pictures) if self.config.task == "i2v" else from_source(start, pictures)
 
     def denoise(
@@ -429,8 +477,7 @@ class Pipeline:
         block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
         record = watch or Stopwatch()
 
-        def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
-            record.evaluations += 1
+        def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
             model_input = conditioning.model_input(latents)
             return torch.cat(
                 [
@@ -447,9 +494,15 @@ class Pipeline:
                 ]
             )
 
+        divided = self.team.split_guidance(evaluate, guidance)
+
+        def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
+            record.evaluations += 1
+            return divided(latents, timestep, branch)
+
         def until_interrupted(steps: range) -> Iterable[int]:
             for step in tqdm(steps, desc="denoise", unit="step", disable=not progress):
-                if self.interrupt:
+                if self.team.agree(self.interrupt):
                     logger.warning("interrupted after %d of %d steps", step, len(steps))
                     return
                 yield step
@@ -487,7 +540,8 @@ class Pipeline:
                 guidance_every=every,
             )
         if block_cache is not None:
-            record.skipped_evaluations = block_cache.skipped // len(request.samples)  # the same for all of them
+            skipped = self.team.over_branches(block_cache.skipped)
+            record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
         if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
             return normalize_first_frames(latents)
         return latents
@@ -577,6 +631,7 @@ class Pipeline:
             "fps": FPS,
             "attention_engine": getattr(engine, "__name__", str(engine)),
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
+            "processes": self.team.size,
             # Not that of any parameter: time embedding and modulations keep what their file has.
             "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
             "config": config_to_dict(self.config),
