@@ -51,9 +51,8 @@ class Launch:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
         """What torchrun and torch.distributed.launch tell in environment variables; without them there is one copy."""
-        return cls(
-            *(int(environment.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        )
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        return cls(*(int(environment.get(name, value)) for name, value in alone.items()))
 
     @property
     def is_first(self) -> bool:

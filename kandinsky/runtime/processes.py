@@ -65,7 +65,8 @@ class Processes:
         self._silence = silence
         self._left = threading.Event()
         self._ending = threading.Lock()
-        self._watcher = threading.Thread(target=self._watch, args=(self._store.clone(),), daemon=True)
+        own = self._store.clone()  # type: ignore[attr-defined]  # for a thread of its own
+        self._watcher = threading.Thread(target=self._watch, args=(own,), daemon=True)
         self._watcher.start()
 
     @classmethod

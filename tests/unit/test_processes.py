@@ -1,0 +1,91 @@
+"""Processes that end together: who fails tells the others, and who says nothing at all is missed.
+
+Threads of this process stand in for the processes, a list for their ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from kandinsky.runtime import processes
+from kandinsky.runtime.processes import Processes
+
+Ends = list[tuple[int, int]]  # (rank, exit status) in their order
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
+    monkeypatch.setattr(processes, "BEAT", 0.05)
+    monkeypatch.setattr(processes, "TELLING", 0.6)
+    yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+
+
+def meet(store: dist.TCPStore, size: int, ends: Ends, silence: float = 20.0) -> list[Processes]:
+    def joined(rank: int) -> Processes:
+        own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20))
+        return Processes(rank, size, rank, own, lambda status: ends.append((rank, status)), silence)
+
+    return [joined(rank) for rank in range(size)]
+
+
+def wait_for(ends: Ends, count: int) -> None:
+    deadline = time.monotonic() + 15
+    while len(ends) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(ends) == count, ends
+
+
+def test_an_error_ends_all_and_the_first_process_tells_it(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends: Ends = []
+    members = meet(store, 3, ends)
+    with pytest.raises(SystemExit):
+        members[2].fail(ValueError("the picture is\n gone"), 2)
+    wait_for(ends, 3)
+    assert sorted(ends) == [(0, 1), (1, 1), (2, 2)]
+    assert [record.getMessage() for record in caplog.records] == ["error: process 2: the picture is gone"]
+
+
+def test_of_several_errors_the_first_is_told(store: dist.TCPStore, caplog: pytest.LogCaptureFixture) -> None:
+    ends: Ends = []
+    cause, victim = meet(store, 2, ends)
+    for member, error in ((cause, "no space on the disk"), (victim, "gloo: connection closed by peer")):
+        with pytest.raises(SystemExit):
+            member.fail(RuntimeError(error))
+    wait_for(ends, 2)
+    assert [record.getMessage() for record in caplog.records] == ["error: no space on the disk"]
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_who_gives_no_sign_of_life_ends_the_others(
+    dead: int, store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends: Ends = []
+    members = meet(store, 3, ends, silence=0.8)
+    time.sleep(0.4)  # all have been heard of
+    assert not ends
+    members[dead]._left.set()  # its thread stops, and nothing is said: as a kill would have it
+    begin = time.monotonic()
+    wait_for(ends, 2)
+    assert time.monotonic() - begin > 0.5  # and not because anybody was told
+    assert {rank for rank, _ in ends} == {0, 1, 2} - {dead}
+    said = {record.getMessage() for record in caplog.records}
+    assert len(said) == 1 and f"process {dead} has given no sign of life for 1 s: it was killed" in said.pop()
+
+
+def test_who_leaves_in_peace_is_not_missed(store: dist.TCPStore, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ends: Ends = []
+    first, second, third = meet(store, 3, ends, silence=0.4)
+    second.leave()
+    time.sleep(1.0)  # the first one still has something to write
+    third.leave()
+    first.leave()
+    assert not ends and not caplog.records
