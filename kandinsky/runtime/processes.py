@@ -163,7 +163,9 @@ class Processes:
     def _end(self, store: Any, text: str, status: int) -> None:
         """Have all processes end with the first error of any; one of them tells it, the first process if it can."""
         if not self._ending.acquire(blocking=False):  # the other thread is at it
-            threading.Event().wait(2 * TELLING)
+            if not self._left.wait(3 * TELLING):
+                self._end_process(status)
+            return
         is_told = False
         try:
             if store is not None:

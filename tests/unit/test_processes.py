@@ -24,6 +24,13 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
     monkeypatch.setattr(processes, "BEAT", 0.05)
     monkeypatch.setattr(processes, "TELLING", 0.6)
     yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    for member in MEMBERS:
+        member._left.set()
+        member._watcher.join()
+    MEMBERS.clear()
+
+
+MEMBERS: list[Processes] = []
 
 
 def meet(store: dist.TCPStore, size: int, ends: Ends, silence: float = 20.0) -> list[Processes]:
@@ -31,7 +38,8 @@ def meet(store: dist.TCPStore, size: int, ends: Ends, silence: float = 20.0) -> 
         own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20))
         return Processes(rank, size, rank, own, lambda status: ends.append((rank, status)), silence)
 
-    return [joined(rank) for rank in range(size)]
+    MEMBERS[:] = [joined(rank) for rank in range(size)]
+    return list(MEMBERS)
 
 
 def wait_for(ends: Ends, count: int) -> None:
