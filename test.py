@@ -18,7 +18,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, NoReturn
@@ -40,19 +39,16 @@ SETTINGS = {
 CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
 
 
-@dataclass(frozen=True)
 class Launch:
-    """Which copy of this program this is, of how many that a launcher has started."""
+    """Which copy of this program this is, of how many that a launcher has started.
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0  # on this machine
+    environment: with what torchrun and torch.distributed.launch tell; where they don't, there is one copy.
+    """
 
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
-        """What torchrun and torch.distributed.launch tell in environment variables; without them there is one copy."""
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        return cls(*(int(environment.get(name, value)) for name, value in alone.items()))
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.rank = int(environment.get("RANK", 0))
+        self.size = int(environment.get("WORLD_SIZE", 1))
+        self.local_rank = int(environment.get("LOCAL_RANK", 0))  # on this machine
 
     @property
     def is_first(self) -> bool:
@@ -126,7 +122,6 @@ def build_parser() -> Parser:
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
     parser.add_argument("--download", action="store_true", help="first fetch the weights that are missing there")
     parser.add_argument("--hf_token", help="Hugging Face token for --download; default: the variable HF_TOKEN")
-    parser.add_argument("--local-rank", "--local_rank", type=int, help="set by torch.distributed.launch; not used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML")
     return parser
 
@@ -235,13 +230,15 @@ def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_intermixed_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    # torch.distributed.launch adds the number that it also has in the environment, with a name like no flag of ours.
+    args = parser.parse_intermixed_args([word for word in words if not word.startswith("--local-rank=")])
     if args.prompt is None and args.decode_latents is None:
         parser.error("the following arguments are required: --prompt")
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    launch = Launch.from_environment(os.environ)
+    launch = Launch(os.environ)
     level = logging.INFO if launch.is_first else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.

@@ -90,6 +90,8 @@ def load_pipeline(
     """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`."""
     check_processes(config, processes.size if processes else 1)
     devices = parse_device_map(device_map, processes.local_rank if processes else 0)
+    if processes and devices["dit"].type == "cuda" and devices["dit"].index != processes.local_rank:
+        raise ValueError(f"every process has a GPU of its own, and not all can have {devices['dit']}: give cuda")
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     model, encoders = config.model, config.model.text_embedder

@@ -66,9 +66,9 @@ def tiles_of(x: Tensor, axes: Sequence[TiledAxis]) -> Iterator[Tensor]:
         yield x
         return
     axis, inner = axes[0], axes[1:]
-    length = x.shape[axis.dim]
-    for start in axis.starts(length):
-        yield from tiles_of(x.narrow(axis.dim, start, min(axis.tile, length)), inner)
+    starts = axis.starts(x.shape[axis.dim])
+    for start in starts:
+        yield from tiles_of(x if len(starts) == 1 else x.narrow(axis.dim, start, axis.tile), inner)
 
 
 def _blended(tiles: Iterator[Tensor], lengths: Sequence[int], axes: Sequence[TiledAxis]) -> Tensor:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 BEAT = 1.0  # seconds between two signs of life
-SILENCE = 20.0  # seconds without one after which a process counts as dead
+SILENCE = 25.0  # seconds without one after which a process counts as dead
 STARTING = 300.0  # seconds that the others may need to import and start, their machines included
 TELLING = 5.0  # seconds that the first process has to show an error before another one does it
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # longer than anything that one process does while the others wait for it

@@ -167,6 +167,8 @@ OTHER_FLAGS = {
     "guidance_every": "",
     "help": "",
     "image": "test_tasks",
+    "cfg_parallel": "test_launch",
+    "shard_weights": "test_launch",
     "decode_latents": "test_faults",
     "download": "test_download_on_demand",
     "hf_token": "test_download_on_demand",

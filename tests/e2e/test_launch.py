@@ -29,7 +29,6 @@ FAULTY = """
 import importlib.util, os, signal, sys, time
 spec = importlib.util.spec_from_file_location("cli", {cli!r})
 cli = importlib.util.module_from_spec(spec)
-sys.modules["cli"] = cli
 spec.loader.exec_module(cli)
 sys.path.insert(0, os.path.dirname({cli!r}))
 if os.environ["RANK"] == "1":
@@ -114,6 +113,7 @@ def test_two_machines_with_shards_of_the_weights(alone: Path, tmp_path: Path) ->
 
 
 def test_guidance_on_two_halves_by_the_old_launcher(alone: Path, tmp_path: Path) -> None:
+    """Which hands the script a --local-rank=N beside the environment variables."""
     launcher = (*LAUNCH, "--nproc-per-node", "2", "--master_port", free_port())
     status, out, err = finish(start(tmp_path, launcher, CLI, *SETTINGS, "a.mp4", "--cfg_parallel", "2"))
     assert (status, out) == (0, "a.mp4\n"), err

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks.memory import status, write_checkpoint
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.config import MagCacheConfig
+from kandinsky.config import DiTConfig, MagCacheConfig
 from kandinsky.loading import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.runtime.magcache import cache_for_request
@@ -165,6 +166,21 @@ def sharded(kind: str, team: Team | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team, dit, nabla=kind == "nabla", **cache), num_steps=STEPS, **SHARDED[kind])
 
 
+def memory(team: Team | None, folder: Path) -> Tensor:
+    """Half a gigabyte in bfloat16: four processes take a quarter each, and hold no pages of the rest.
+
+    In benchmarks/parallel.py it is 4 GB.
+    """
+    if team is not None and team.size == 4:
+        before = status("VmRSS")
+        dit = load_sharded_dit(folder / "large.safetensors", LARGE, torch.device("cpu"), torch.bfloat16, team)
+        share = (folder / "large.safetensors").stat().st_size / team.size
+        assert sum(parameter.to_local().nbytes for parameter in dit.parameters()) <= 1.02 * share  # type: ignore[attr-defined]
+        assert status("VmHWM") - before <= 1.2 * share + 40e6, (before, status("VmHWM"), share)
+    return torch.zeros(1)
+
+
+LARGE = DiTConfig(visual_cond=True, num_text_blocks=1, num_visual_blocks=4)
 SHARDED: dict[str, dict[str, Any]] = {
     "float32": {"width": 80, "height": 48},
     "bfloat16": {},
@@ -225,6 +241,7 @@ def refused(team: Team | None, folder: Path) -> Tensor:
 
 Case = Callable[[Team | None, Path], Tensor]
 CASES: dict[str, Case] = {
+    "memory": memory,  # the first, as a peak is one of all that has been
     **{f"velocity: {name}": functools.partial(velocity, name) for name in VELOCITIES},
     **{name: functools.partial(task, name) for name in TASKS},
     "nabla": nabla,
@@ -271,7 +288,7 @@ def process(rank: int, size: int, port: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """With the weights that the cases read."""
     folder = tmp_path_factory.mktemp("parallel")
     state = pipeline("t2v", None).dit.state_dict()
@@ -279,7 +296,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     narrow = {k: v if any(part in k for part in wide) else v.bfloat16() for k, v in state.items()}
     for kind in SHARDED:
         save_file(narrow if kind == "bfloat16" else state, folder / f"{kind}.safetensors")
-    return folder
+    write_checkpoint(folder / "large.safetensors", LARGE)
+    yield folder
+    (folder / "large.safetensors").unlink()
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,74 @@
-"""Processes that end together: who fails tells the others, and who says nothing at all is missed.
+"""How many processes there may be, and that they end together: who fails tells the others, who says nothing is missed.
 
 Threads of this process stand in for the processes, a list for their ends.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from kandinsky.config import Config, check_processes, load_config
+from kandinsky.request import resolve_request
 from kandinsky.runtime import processes
 from kandinsky.runtime.processes import Processes
+
+LITE = Path(__file__).resolve().parents[2] / "configs" / "config_5s_sft.yaml"  # 28 heads
+
+
+def with_heads(heads: int, **runtime: object) -> Config:
+    config = load_config(LITE, [f"runtime.{name}={value}" for name, value in runtime.items()])
+    dit = dataclasses.replace(config.model.dit_params, model_dim=64 * heads)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dit_params=dit))
+
+
+def test_numbers_of_processes_that_heads_allow() -> None:
+    for heads, allowed in ((28, (1, 2, 4, 7, 14, 28)), (1, (1,)), (4, (1, 2, 4))):
+        for count in range(1, 30):
+            if count in allowed:
+                check_processes(with_heads(heads), count)
+            else:
+                words = f"{count} processes cannot share this model's {heads} attention heads evenly: start 1"
+                with pytest.raises(ValueError, match=words):
+                    check_processes(with_heads(heads), count)
+    with pytest.raises(ValueError, match=r"3 processes .* 4 attention heads evenly: start 1, 2 or 4$"):
+        check_processes(with_heads(4), 3)
+
+
+def test_two_halves_double_what_heads_allow() -> None:
+    config = with_heads(28, cfg_parallel=2)
+    for count in (2, 4, 8, 14, 28, 56):
+        check_processes(config, count)
+    with pytest.raises(ValueError, match=r"7 processes .* in two halves evenly: start 2, 4, 8, 14, 28 or 56"):
+        check_processes(config, 7)
+
+
+@pytest.mark.parametrize("key", ["cfg_parallel=2", "shard_weights=true"])
+def test_what_takes_several_processes_is_refused_to_one(key: str) -> None:
+    words = rf"runtime.{key.replace('=', ' = ')} divides the work among processes, and this is the only one.*torchrun"
+    with pytest.raises(ValueError, match=words):
+        check_processes(with_heads(28, **dict([key.split("=")])), 1)
+
+
+@pytest.mark.parametrize("other", ["offload=on", "blocks_on_gpu=4", "dit_quantization=int8"])
+def test_shards_go_with_nothing_else_that_moves_weights(other: str) -> None:
+    with pytest.raises(ValueError, match=rf"shard_weights .* false with runtime.{other.replace('=', ' = ')}"):
+        load_config(LITE, ["runtime.shard_weights=true", f"runtime.{other}"])
+
+
+def test_other_settings_of_guidance_that_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"runtime.cfg_parallel = 3 is not allowed: it must be 1 or 2"):
+        load_config(LITE, ["runtime.cfg_parallel=3"])
+    with pytest.raises(ValueError, match=r"guidance_weight 1 does not evaluate it"):
+        resolve_request(load_config(LITE, ["runtime.cfg_parallel=2"]), "a cat", guidance_weight=1.0)
+
 
 Ends = list[tuple[int, int]]  # (rank, exit status) in their order
 
