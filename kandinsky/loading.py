@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
@@ -36,7 +37,14 @@ from kandinsky.checkpoints import (
 )
 from kandinsky.config import Config, DiTConfig, check_processes, load_config, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbedder, load_text_embedder, text_encoder_files
+from kandinsky.models.text_embedder import (
+    PromptEncoder,
+    TextEmbedder,
+    load_text_embedder,
+    text_encoder_files,
+    weight_files,
+)
+from kandinsky.models.text_generator import TextGenerator, can_generate, load_text_generator
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline, Placement
@@ -44,6 +52,8 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.preview import load_latent_rgb
+from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
@@ -85,9 +95,13 @@ def load_pipeline(
     vae_path: str | Path | None = None,
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
+    read_text_encoders: bool = True,
     processes: Processes | None = None,
 ) -> Pipeline:
-    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`."""
+    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
+
+    read_text_encoders: False for `Pipeline.resume`, which needs none.
+    """
     check_processes(config, processes.size if processes else 1)
     devices = parse_device_map(device_map, processes.local_rank if processes else 0)
     if processes and devices["dit"].type == "cuda" and devices["dit"].index != processes.local_rank:
@@ -127,13 +141,13 @@ def load_pipeline(
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
+    on_host: dict[str, Tensor] | None = None
     if team is not None and is_sharded:
         dit = load_sharded_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, team)
     elif not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
-        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
+        dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
     if team is not None:
@@ -142,7 +156,10 @@ def load_pipeline(
 
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
     text_embedder: PromptEncoder | None
-    if not is_first:
+    if not read_text_encoders:
+        text_embedder = on_demand = TextEncodersOnDemand(no_text_encoders)
+        parts["text_embedder"] = [on_demand]
+    elif not is_first:
         text_embedder = None
     elif offload or config.runtime.cache_prompts:
         load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
@@ -150,13 +167,22 @@ def load_pipeline(
         parts["text_embedder"] = [on_demand]
     else:
         text_embedder = load_encoders(device=devices["text_embedder"])
-    if text_embedder is not None:
-        device = devices["text_embedder"]
+    expander = None
+    if read_text_encoders and text_embedder is not None:
+        wanted, device = config.generation.expand_prompts, devices["text_embedder"]
+        if wanted and not can_generate(qwen_path):
+            raise ValueError(
+                f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write"
+            )
+        if wanted is not False and can_generate(qwen_path):
+            expander = prompt_expander(text_embedder, config, qwen_path, device, resolved_dtype)
         text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, device, resolved_dtype)
-    if processes is not None:
+    if read_text_encoders and processes is not None:
         text_embedder = FirstProcessEncodes(text_embedder, processes, devices["text_embedder"])
     assert text_embedder is not None
 
+    if on_host is not None:
+        parts["dit"] = dit_parts(dit, on_host, resident, devices["dit"])
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
@@ -166,13 +192,34 @@ def load_pipeline(
             part.begin()  # and stay
         placement = FixedPlacement(devices)
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
-    return PIPELINES[config.task](config, dit, text_embedder, vae, placement, make_cache=make_cache, team=team)
+    latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
+    return PIPELINES[config.task](
+        config,
+        dit,
+        text_embedder,
+        vae,
+        placement,
+        make_cache=make_cache,
+        team=team,
+        latent_rgb=latent_rgb,
+        expander=expander,
+    )
 
 
 def connect(processes: Processes, config: Config, device: torch.device) -> Team:
     """The processes as a group that works together as the config says, once they all are here."""
     processes.connect(device)
     return Team(processes, config.runtime.cfg_parallel, device.type)
+
+
+def no_text_encoders() -> TextEmbedder:
+    """Stands where a pipeline was loaded for what comes after the text."""
+    raise RuntimeError("this pipeline was loaded without text encoders")
+
+
+def device_of_rank(local_rank: int) -> str:
+    """Where the process of that number on this machine runs: on the GPU of that number, or the CPU without GPUs."""
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
 
 
 def load_for_decoding(
@@ -190,11 +237,7 @@ def load_for_decoding(
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
-
-    def no_encoders() -> TextEmbedder:
-        raise RuntimeError("this pipeline was loaded for decoding only")
-
-    encoders, placement = TextEncodersOnDemand(no_encoders), FixedPlacement(devices)
+    encoders, placement = TextEncodersOnDemand(no_text_encoders), FixedPlacement(devices)
     team = connect(processes, with_settings(config, runtime={"cfg_parallel": 1}), devices["vae"]) if processes else None
     if team is not None:
         vae.map_tiles = team.tiles
@@ -422,6 +465,33 @@ def load_text_encoders(
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
         quantize=quantize_qwen if quantized else None,
     )
+
+
+def prompt_expander(
+    embedder: PromptEncoder, config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype
+) -> PromptExpander:
+    """Writes prompts out with the embedder's Qwen; keeps what it wrote on disk with `runtime.cache_prompts`."""
+
+    def generator() -> TextGenerator:
+        encoders = embedder.loaded() if isinstance(embedder, TextEncodersOnDemand) else embedder
+        assert isinstance(encoders, TextEmbedder)
+        return load_text_generator(encoders, qwen_path, vision=config.task in ("i2v", "i2i"))
+
+    if not config.runtime.cache_prompts:
+        return PromptExpander(generator)
+    identity = encoder_identity(config, qwen_path, device, dtype)
+    return PromptExpander(generator, identity, default_folder().with_name("captions"))
+
+
+def encoder_identity(config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What Qwen's answers depend on besides what it is given."""
+    return {
+        "files": fingerprint(weight_files(qwen_path)),
+        "dtype": str(dtype),
+        "quantization": config.runtime.qwen_quantization,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": [torch.__version__, transformers.__version__],
+    }
 
 
 def cache_prompts(

@@ -225,3 +225,11 @@ class Team:
         counts = torch.tensor([count], device=self.mesh.device_type)
         dist.all_reduce(counts, group=self.guidance.group)
         return int(counts.item())
+
+    def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the two halves hold, on the CPU."""
+        if self.guidance is None:
+            return tensors
+        halves: list[dict[str, Tensor]] = [{}, {}]
+        dist.all_gather_object(halves, {k: v.cpu() for k, v in tensors.items()}, self.guidance.group)
+        return halves[0] | halves[1]

@@ -153,6 +153,8 @@ SETTINGS = {
     "blocks_on_gpu": Flag(("--blocks_on_gpu", "1"), "runtime.blocks_on_gpu", 1),
     "dit_quantization": Flag(("--dit_quantization", "int8"), "runtime.dit_quantization", "int8"),
     "qwen_quantization": Flag(("--qwen_quantization",), "runtime.qwen_quantization", True),
+    "expand_prompt": Flag(("--expand_prompt", "off"), "generation.expand_prompts", False),
+    "preview": Flag(("--preview", "2"), "runtime.preview", 2),
     "save_latents": Flag(("--save_latents",), "runtime.save_latents", True),
 }
 # These have tests of their own, below or in the file of that name.
@@ -170,6 +172,13 @@ OTHER_FLAGS = {
     "cfg_parallel": "test_launch",
     "shard_weights": "test_launch",
     "decode_latents": "test_faults",
+    "resume_from": "test_faults",
+    "output_dir": "test_many_prompts",
+    "prompts_file": "test_many_prompts",
+    "resume": "test_many_prompts",
+    "data_parallel": "test_many_prompts",
+    "ray_address": "test_many_prompts",
+    "ray_actors": "test_many_prompts",
     "download": "test_download_on_demand",
     "hf_token": "test_download_on_demand",
 }
@@ -259,6 +268,12 @@ def test_default_name_replaces_nothing(
         contents[path] = Path(path).read_bytes()
     assert all(Path(path).read_bytes() == content for path, content in contents.items())
     assert len(list(Path("outputs").iterdir())) == 6  # a picture and its facts, three times
+
+
+def test_output_dir_is_where_new_names_go(cli: ModuleType, tiny: Path, tmp_path: Path) -> None:
+    words = ["--config", str(CONFIG), "--prompt", PROMPT, "--seed", "5", "--video_duration", "0", "--sample_steps", "1"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "mine")]) == 0
+    assert {path.name for path in (tmp_path / "mine").glob("*.png")} == {f"{PROMPT.replace(' ', '-')}_seed5.png"}
 
 
 def test_cache_dir_is_what_weights_stands_for(generate: Generate, tiny: Path, tmp_path: Path) -> None:

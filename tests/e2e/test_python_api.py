@@ -139,7 +139,7 @@ def test_without_guidance_half_of_the_evaluations(
 
 def test_wrong_requests_are_refused(pipe: TextToVideoPipeline) -> None:
     for options, message in (
-        ({"expand_prompts": True}, "not part of this version"),
+        ({"expand_prompts": True}, "can read and not write"),
         ({"text": ["a", 5]}, "must be a string"),
         ({"text": ""}, "the prompt is empty"),
         ({"width": 100}, "multiple of 16"),

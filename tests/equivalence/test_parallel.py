@@ -28,6 +28,8 @@ from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import DiTConfig, MagCacheConfig
 from kandinsky.loading import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.request import resolve_request
+from kandinsky.resume import Stopped, load_run
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.parallel import FirstProcessEncodes, SequenceParallel, Team
 from kandinsky.runtime.processes import Processes
@@ -215,6 +217,31 @@ def interrupted(team: Team | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team), num_steps=STEPS, callback_on_step_end=callback)
 
 
+def resumed(team: Team | None, folder: Path) -> Tensor:
+    """Stopped by the first process where a cache holds residuals, and gone on with from the file, by all of them."""
+    name = f"resumed_{team.size}_{team.guidance is not None}" if team else "resumed"
+
+    def stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
+        pipe.interrupt = step == 1 and (team is None or team.is_first)
+
+    pipe = pipeline("t2v", team, make_cache=MAGCACHE)
+    request = resolve_request(pipe.config, "a red cat", seed=1, num_steps=STEPS)
+    with pytest.raises(Stopped) as stopped:
+        pipe.generate(request, save_path=folder / f"{name}.mp4", callback=stop, keep_stopped=True)
+    if team is not None:
+        dist.barrier()
+    run = load_run(stopped.value.path)
+    assert {key.split(".")[0] for key in run.residuals} == {"cond", "uncond"}
+    pipe = pipeline("t2v", team, make_cache=MAGCACHE)
+    watches = []
+    pipe.describe = lambda request, names, index, watch: watches.append(watch)
+    pipe.decode_and_write = lambda latents, *_: latents
+    latents = pipe.resume(run, folder / f"{name}.mp4")
+    counts = torch.tensor([float(watches[0].evaluations), watches[0].skipped_evaluations])
+    assert watches[0].skipped_evaluations > 0
+    return torch.cat((latents.flatten(), counts))
+
+
 def written(team: Team | None, folder: Path) -> Tensor:
     """Pixels in all processes, files from one."""
     name = "alone" if team is None else f"{team.size}_{team.processes.rank}"
@@ -251,10 +278,11 @@ CASES: dict[str, Case] = {
     "decode t2i": functools.partial(decoded, "t2i"),
     "random seed": random_seed,
     "interrupted": interrupted,
+    "resumed": resumed,
     "written": written,
     "refused": refused,
 }
-WITH_BRANCHES = ("t2v", "magcache", "sharded: magcache", "i2i")
+WITH_BRANCHES = ("t2v", "magcache", "sharded: magcache", "i2i", "resumed")
 TO_THE_BIT = ("decode t2v", "decode t2i")
 
 
