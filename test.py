@@ -4,6 +4,10 @@ The config's `task` says what is made and whether a picture is needed; its file'
 
 The command line turns words into one checked `Request` before anything heavy is imported or loaded; everything else
 happens in the `kandinsky` package. A flag that is not given leaves what the YAML says.
+
+Several GPUs make one output together where a launcher starts this program once for each of them:
+
+    torchrun --nproc-per-node 4 test.py ...        python -m torch.distributed.launch --nproc-per-node 4 test.py ...
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,6 +42,8 @@ SETTINGS = {
     "expand_prompt": ("generation.expand_prompts", "have Qwen write a short prompt out first; default: where it can"),
     "preview": ("runtime.preview", "write a small preview beside the output after every N-th step"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
+    "cfg_parallel": ("runtime.cfg_parallel", "of several processes, one half evaluates the negative prompt"),
+    "shard_weights": ("runtime.shard_weights", "of several processes, each keeps a part of the DiT's weights"),
 }
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
@@ -45,6 +51,32 @@ FIXED_BY_A_FILE = (
     *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
 )
 CHOICES = {"compile": ("auto", "on", "off"), "expand_prompt": ("on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
+
+
+class Launch:
+    """Which copy of this program this is, of how many that a launcher has started.
+
+    environment: with what torchrun and torch.distributed.launch tell; where they don't, there is one copy.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.rank = int(environment.get("RANK", 0))
+        self.size = int(environment.get("WORLD_SIZE", 1))
+        self.local_rank = int(environment.get("LOCAL_RANK", 0))  # on this machine
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    @cached_property
+    def processes(self) -> Any:
+        """All copies, once they have met; None where there is one."""
+        if self.size == 1:
+            return None
+        from kandinsky.runtime.processes import Processes
+
+        return Processes.join(self.rank, self.size, self.local_rank)
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,7 +161,7 @@ def build_parser() -> Parser:
     )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
-        if flag in ("blocks_on_gpu", "preview"):
+        if flag in ("blocks_on_gpu", "cfg_parallel", "preview"):
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
@@ -165,36 +197,52 @@ def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def download(args: argparse.Namespace, config: Config) -> None:
-    """With --download, the weights that are missing."""
-    if args.download:
-        from kandinsky import hub
+def download(args: argparse.Namespace, config: Config, launch: Launch) -> None:
+    """With --download, the weights that are missing.
 
+    Of several processes the first one fetches them, then the first one of each other machine, if that has its own disk.
+    """
+    if not args.download:
+        return
+    from kandinsky import hub
+
+    def fetch() -> None:
         hub.download(hub.sources(config, args.cache_dir, only_missing=True), args.cache_dir, args.hf_token)
 
+    if launch.is_first:
+        fetch()
+    if launch.processes is not None:
+        launch.processes.wait_for_all("the first download")
+        if launch.local_rank == 0 and not launch.is_first:
+            fetch()
+        launch.processes.wait_for_all("downloads")
 
-def run(args: argparse.Namespace) -> Path:
+
+def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
     from kandinsky import latents_file, lora_file, media
-    from kandinsky.config import load_config
+    from kandinsky.config import check_processes, load_config
     from kandinsky.request import resolve_request
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
     config = load_config(args.config, overrides_of(args))
+    check_processes(config, launch.size)
     images = [] if args.image is None else [media.load_image(args.image)]
     sizes = [image.size for image in images]
     request = resolve_request(config, args.prompt, image_sizes=sizes, **wishes_of(args))
-    suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
-    seed, folder = request.samples[0].seed, args.output_dir or "outputs"
-    output = args.output_filename or media.default_output_path(folder, args.prompt, seed, suffix)
-    media.check_writable(output, suffix)
+    output = None
+    if launch.is_first:
+        suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
+        seed, folder = request.samples[0].seed, args.output_dir or "outputs"
+        output = args.output_filename or media.default_output_path(folder, args.prompt, seed, suffix)
+        media.check_writable(output, suffix)
+        for path in latents_file.unfinished(output.parent):
+            logging.info(
+                "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
+            )
     lora_file.configured_loras(config, args.cache_dir)
-    for path in latents_file.unfinished(output.parent):
-        logging.info(
-            "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
-        )
 
-    download(args, config)
+    download(args, config, launch)
     from kandinsky.loading import load_pipeline
     from kandinsky.pipelines.base import Inputs
 
@@ -204,6 +252,7 @@ def run(args: argparse.Namespace) -> Path:
         cache_dir=args.cache_dir,
         attention_engine=args.attention_engine,
         dtype=args.dtype,
+        processes=launch.processes,
     )
     with stop_after_step(pipeline):
         inputs = Inputs(images, [str(args.image)] if images else [])
@@ -220,7 +269,8 @@ def stop_after_step(pipeline: Pipeline) -> Iterator[None]:
         if not pipeline.is_denoising:
             raise KeyboardInterrupt
         pipeline.interrupt = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+        if pipeline.team.is_first:
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -229,17 +279,20 @@ def stop_after_step(pipeline: Pipeline) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def resume(args: argparse.Namespace) -> Path:
+def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Go on with a run that was stopped while denoising; return the path of the result."""
     from kandinsky import media
     from kandinsky import resume as stopped
-    from kandinsky.config import config_from_dict
+    from kandinsky.config import check_processes, config_from_dict
 
     record = stopped.read_record(args.resume_from)
     config = config_from_dict(record["config"], overrides_of(args))
-    suffix = media.IMAGE_SUFFIX if record["request"]["num_frames"] == 1 else media.VIDEO_SUFFIX
-    output = args.output_filename or stopped.output_path(args.resume_from, suffix)
-    media.check_writable(output, suffix)
+    check_processes(config, launch.size)
+    output = None
+    if launch.is_first:
+        suffix = media.IMAGE_SUFFIX if record["request"]["num_frames"] == 1 else media.VIDEO_SUFFIX
+        output = args.output_filename or stopped.output_path(args.resume_from, suffix)
+        media.check_writable(output, suffix)
 
     from kandinsky.loading import load_pipeline
 
@@ -250,10 +303,12 @@ def resume(args: argparse.Namespace) -> Path:
         attention_engine=args.attention_engine,
         dtype=args.dtype or record["dtype"],
         read_text_encoders=False,
+        processes=launch.processes,
     )
     with stop_after_step(pipeline):
         pipeline.resume(stopped.load_run(args.resume_from), output)
-    args.resume_from.unlink()
+    if launch.is_first:
+        args.resume_from.unlink()
     return output
 
 
@@ -277,7 +332,7 @@ def run_many(args: argparse.Namespace) -> int:
 
     failed = []
     if jobs:
-        download(args, config)
+        download(args, config, Launch({}))  # by every process for itself
         from kandinsky.loading import device_of_rank, load_pipeline
 
         is_local = args.data_parallel and args.device in (None, "cuda")
@@ -317,29 +372,34 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
     return rank, world_size
 
 
-def finish(args: argparse.Namespace) -> Path:
+def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Decode and write what a run that died had denoised; return the path of the result."""
     from kandinsky import latents_file, media
     from kandinsky.config import config_from_dict
 
     record = latents_file.read_records(args.decode_latents)[0]
     config = config_from_dict(record["config"], overrides_of(args))
-    suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
-    output = args.output_filename or latents_file.output_path(args.decode_latents, suffix)
-    media.check_writable(output, suffix)
-
+    output = None
+    if launch.is_first:
+        suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
+        output = args.output_filename or latents_file.output_path(args.decode_latents, suffix)
+        media.check_writable(output, suffix)
     from kandinsky.loading import load_for_decoding
 
-    pipeline = load_for_decoding(config, args.device, cache_dir=args.cache_dir, dtype=args.dtype)
+    pipeline = load_for_decoding(
+        config, args.device, cache_dir=args.cache_dir, dtype=args.dtype, processes=launch.processes
+    )
     pipeline.finish(latents_file.load_latents(args.decode_latents), output)
-    if not config.runtime.save_latents:
+    if launch.is_first and not config.runtime.save_latents:
         args.decode_latents.unlink()
     return output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_intermixed_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    # torch.distributed.launch adds the number that it also has in the environment, with a name like no flag of ours.
+    args = parser.parse_intermixed_args([word for word in words if not word.startswith("--local-rank=")])
     if all(given is None for given in (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)):
         parser.error("the following arguments are required: --prompt")
     work = finish if args.decode_latents is not None else resume if args.resume_from is not None else run
@@ -354,35 +414,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Processes that share a file of prompts have nothing to do with each other.
+    launch = Launch(os.environ if args.prompts_file is None else {})
     who = f"rank {os.environ.get('RANK')}: " if args.data_parallel else ""
-    logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s", stream=sys.stderr)
+    level = logging.INFO if launch.is_first else logging.ERROR
+    logging.basicConfig(level=level, format=f"{who}%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         if args.prompts_file is not None:
             return 1 if run_many(args) else 0
-        print(work(args))
+        output = work(args, launch)
+        if launch.is_first:
+            print(output, flush=True)
+        if launch.processes is not None:
+            launch.processes.leave()
     except (ValueError, OSError) as error:
-        return fail(*getattr(error, "mistakes", [error]))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
-            raise
-        return fail("out of GPU memory: try a smaller --width and --height or a shorter --video_duration")
+        return fail(launch, *getattr(error, "mistakes", [error]))
     except KeyboardInterrupt as stop:
         path = getattr(stop, "path", None)
+        if path is not None and launch.processes is not None:  # all of them have stopped
+            launch.processes.leave()
         if args.prompts_file is not None:
             how = "--resume goes on"
         elif path is None:
             how = "nothing was written"
         else:
             how = f"{stop}; go on with: python test.py --resume_from {quote(str(path))}"
-        print(f"interrupted; {how}", file=sys.stderr)
+        if launch.is_first:
+            print(f"interrupted; {how}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
+            memory = "out of GPU memory: try a smaller --width and --height or a shorter --video_duration"
+            return fail(launch, memory)
+        if launch.size == 1:
+            raise
+        launch.processes.fail(error)
     return 0
 
 
-def fail(*mistakes: object) -> int:
+def fail(launch: Launch, *mistakes: object) -> int:
+    if launch.size > 1:
+        launch.processes.fail("; ".join(map(str, mistakes)), 2)
     for what in mistakes:
         print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
     return 2

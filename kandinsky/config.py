@@ -176,6 +176,8 @@ class RuntimeConfig:
     qwen_quantization: bool = False  # NF4
     preview: int | None = None  # write a small preview beside the output after every n-th step
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
+    cfg_parallel: int = 1  # 2: of several processes, one half evaluates the prompt, the other the negative prompt
+    shard_weights: bool = False  # each process keeps a part of the DiT's weights, and gathers a block when it runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +273,28 @@ def split_lora(text: str) -> tuple[str, float]:
     if not path.strip() or not math.isfinite(scale):
         raise ValueError(f"{text!r} is not an adapter: give PATH or PATH:scale, like loras/dolly_in:0.8")
     return path, scale
+
+
+def check_processes(config: Config, count: int) -> None:
+    """Raise ValueError unless `count` processes can make one output together.
+
+    Each of them computes attention for some of the heads; with cfg_parallel 2, for one of guidance's two branches.
+    """
+    heads, branches = config.model.dit_params.num_heads, config.runtime.cfg_parallel
+    possible = [branches * n for n in range(1, heads + 1) if heads % n == 0]
+    if count == 1 and (branches > 1 or config.runtime.shard_weights):
+        key = f"cfg_parallel = {branches}" if branches > 1 else "shard_weights = true"
+        raise ValueError(
+            f"runtime.{key} divides the work among processes, and this is the only one: leave it out, or start "
+            f"several, like torchrun --nproc-per-node {possible[min(1, len(possible) - 1)]} test.py ..."
+        )
+    if count not in possible:
+        *most, last = map(str, possible)
+        halves = "in two halves " if branches > 1 else ""
+        raise ValueError(
+            f"{count} processes cannot share this model's {heads} attention heads {halves}evenly: "
+            f"start {', '.join(most)}{' or ' if most else ''}{last}"
+        )
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -612,6 +636,17 @@ def _check(config: Config) -> None:
     require(preview is None or preview >= 1, "runtime.preview", preview, "at least 1 step, or left out")
     blocks = config.runtime.blocks_on_gpu
     require(blocks is None or blocks >= 1, "runtime.blocks_on_gpu", blocks, "at least 1, or left out")
+    runtime = config.runtime
+    require(runtime.cfg_parallel in (1, 2), "runtime.cfg_parallel", runtime.cfg_parallel, "1 or 2")
+    for key, is_used in (
+        ("offload = on", runtime.offload == "on"),
+        (f"blocks_on_gpu = {blocks}", blocks is not None),
+        (f"dit_quantization = {runtime.dit_quantization}", runtime.dit_quantization is not None),
+    ):
+        ok = not (runtime.shard_weights and is_used)
+        require(ok, "runtime.shard_weights", True, f"false with runtime.{key}: take one of the two")
+    ok = not (runtime.shard_weights and config.model.loras)
+    require(ok, "runtime.shard_weights", True, "false with model.loras: adapters are merged into whole weights")
 
     vae_name = "flux" if config.task in ("t2i", "i2i") else "hunyuan"
     require(vae.name == vae_name, "model.vae.name", vae.name, f"{vae_name} for task {config.task}")

@@ -38,7 +38,7 @@ from kandinsky.checkpoints import (
     resolve_path,
     strip_prefix,
 )
-from kandinsky.config import Config, DiTConfig, load_config, with_settings
+from kandinsky.config import Config, DiTConfig, check_processes, load_config, with_settings
 from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import (
@@ -61,9 +61,12 @@ from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
+from kandinsky.runtime.parallel import FirstProcessEncodes, Team
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
+from kandinsky.runtime.processes import Processes
 from kandinsky.runtime.prompt_cache import PromptCache, default_folder, fingerprint
 from kandinsky.runtime.quantization import Convert, quantize_dit, quantize_qwen, require_scheme
+from kandinsky.runtime.sharding import load_shards, shard
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +100,16 @@ def load_pipeline(
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
     read_text_encoders: bool = True,
+    processes: Processes | None = None,
 ) -> Pipeline:
     """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
 
     read_text_encoders: False for `Pipeline.resume`, which needs none.
     """
-    devices = parse_device_map(device_map)
+    check_processes(config, processes.size if processes else 1)
+    devices = parse_device_map(device_map, processes.local_rank if processes else 0)
+    if processes and devices["dit"].type == "cuda" and devices["dit"].index != processes.local_rank:
+        raise ValueError(f"every process has a GPU of its own, and not all can have {devices['dit']}: give cuda")
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     model, encoders = config.model, config.model.text_embedder
@@ -131,24 +138,35 @@ def load_pipeline(
     if resident is not None and resident >= model.dit_params.num_visual_blocks:
         resident = None  # all of them: nothing streams
 
+    team = connect(processes, config, devices["dit"]) if processes else None
+    is_first = team is None or team.is_first
+    is_sharded = team is not None and config.runtime.shard_weights and team.sequence.size > 1
+
     # The DiT first: its header says at once whether it is the variant that the config means. What gets its weights
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
     originals = reread(dit_path)
     on_host: dict[str, Tensor] | None = None
-    if not offload and resident is None:
+    if team is not None and is_sharded:
+        dit = load_sharded_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, team)
+    elif not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
         dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
+    if team is not None:
+        team.sequence.apply(dit)
+        vae.map_tiles = team.tiles
 
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
-    text_embedder: PromptEncoder
+    text_embedder: PromptEncoder | None
     if not read_text_encoders:
         text_embedder = on_demand = TextEncodersOnDemand(no_text_encoders)
         parts["text_embedder"] = [on_demand]
+    elif not is_first:
+        text_embedder = None
     elif offload or config.runtime.cache_prompts:
         load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
         text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
@@ -156,23 +174,26 @@ def load_pipeline(
     else:
         text_embedder = load_encoders(device=devices["text_embedder"])
     expander = None
-    if read_text_encoders:
-        wanted = config.generation.expand_prompts
+    if read_text_encoders and text_embedder is not None:
+        wanted, device = config.generation.expand_prompts, devices["text_embedder"]
         if wanted and not can_generate(qwen_path):
             raise ValueError(
                 f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write"
             )
         if wanted is not False and can_generate(qwen_path):
-            expander = prompt_expander(text_embedder, config, qwen_path, devices["text_embedder"], resolved_dtype)
-        text_embedder = cache_prompts(
-            text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
-        )
+            expander = prompt_expander(text_embedder, config, qwen_path, device, resolved_dtype)
+        text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, device, resolved_dtype)
+    if read_text_encoders and processes is not None:
+        text_embedder = FirstProcessEncodes(text_embedder, processes, devices["text_embedder"])
+    assert text_embedder is not None
 
-    adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
-    for name, (file, _) in loras.items():
-        adapters.add(name, file)
-    # Last, because it may read a model of 77 GB.
-    parts["dit"] = [adapters] if on_host is None else dit_parts(dit, on_host, resident, devices["dit"], adapters)
+    adapters = None
+    if not is_sharded:
+        adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
+        for name, (file, _) in loras.items():
+            adapters.add(name, file)
+        # Last, because it may read a model of 77 GB.
+        parts["dit"] = [adapters] if on_host is None else dit_parts(dit, on_host, resident, devices["dit"], adapters)
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
@@ -181,7 +202,8 @@ def load_pipeline(
         for part in itertools.chain(*parts.values()):
             part.begin()  # and stay
         placement = FixedPlacement(devices)
-    adapters.activate({name: scale for name, (_, scale) in loras.items()})
+    if adapters is not None:
+        adapters.activate({name: scale for name, (_, scale) in loras.items()})
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
     latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
     return PIPELINES[config.task](
@@ -191,10 +213,17 @@ def load_pipeline(
         vae,
         placement,
         make_cache=make_cache,
+        team=team,
         latent_rgb=latent_rgb,
         expander=expander,
         adapters=adapters,
     )
+
+
+def connect(processes: Processes, config: Config, device: torch.device) -> Team:
+    """The processes as a group that works together as the config says, once they all are here."""
+    processes.connect(device)
+    return Team(processes, config.runtime.cfg_parallel, device.type)
 
 
 def no_text_encoders() -> TextEmbedder:
@@ -214,15 +243,19 @@ def load_for_decoding(
     *,
     vae_path: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
+    processes: Processes | None = None,
 ) -> Pipeline:
     """A pipeline of which the VAE alone has weights, for `Pipeline.finish`. Errors are those of `load_pipeline`."""
-    devices = parse_device_map(device_map)
+    devices = parse_device_map(device_map, processes.local_rank if processes else 0)
     vae_path = locate_weights("vae", vae_path, config.model.vae.checkpoint_path, config, cache_dir)
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
-    encoders = TextEncodersOnDemand(no_text_encoders)
-    return PIPELINES[config.task](config, dit, encoders, vae, FixedPlacement(devices))
+    encoders, placement = TextEncodersOnDemand(no_text_encoders), FixedPlacement(devices)
+    team = connect(processes, with_settings(config, runtime={"cfg_parallel": 1}), devices["vae"]) if processes else None
+    if team is not None:
+        vae.map_tiles = team.tiles
+    return PIPELINES[config.task](config, dit, encoders, vae, placement, team=team)
 
 
 def locate_weights(
@@ -258,6 +291,7 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
         dtype: str | torch.dtype | None = None,
         overrides: Sequence[str] = (),
         config: Config | None = None,
+        processes: Processes | None = None,
         **runtime: Any,
     ) -> AnyPipeline:
         """Load a pipeline.
@@ -276,6 +310,8 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 on a GPU and float32 on a CPU.
             overrides: "key.key=value" over the YAML.
             config: an already loaded config instead of `conf_path` and `overrides`.
+            processes: those that make one output together, from `Processes.join`, each of which calls this with the
+                same arguments. Without a device_map each takes the GPU of its number on its machine.
             runtime: any key of the YAML's section `runtime`, such as compile="off" or blocks_on_gpu=8.
 
         Raises:
@@ -300,6 +336,7 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             vae_path=vae_path,
             attention_engine=attention_engine,
             dtype=dtype,
+            processes=processes,
         )
         assert isinstance(loaded, pipeline)
         return loaded
@@ -350,6 +387,30 @@ def load_dit(
         return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
 
     load_weights(dit, files, device, dtype_of, COMFY_PREFIX, convert)
+    return dit
+
+
+def load_sharded_dit(
+    path: str | Path, params: DiTConfig, device: torch.device, dtype: torch.dtype, team: Team
+) -> DiffusionTransformer3D:
+    """A DiT of which each process of a sequence has a part of the weights. Errors are those of `load_dit`."""
+    files = find_weights(path)
+    header = {name: entry for file in files for name, entry in read_header(file).items()}
+    try:
+        check_dit_header(header, params)
+        if quantization_from_header(strip_prefix(header)) is not None:
+            raise ValueError("runtime.shard_weights = true takes checkpoints that are not quantised: leave it out")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        dit = DiffusionTransformer3D(**dataclasses.asdict(params))
+    mesh = team.mesh["sequence"]
+    shard(dit, mesh)
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
+
+    load_shards(dit, files, mesh, device, dtype_of, COMFY_PREFIX)
     return dit
 
 

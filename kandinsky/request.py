@@ -106,7 +106,7 @@ def resolve_request(
         for i in range(count)
     )
     width, height = _size(config, width, height, image_sizes, len(texts))
-    return Request(
+    request = Request(
         samples=samples,
         width=width,
         height=height,
@@ -129,6 +129,12 @@ def resolve_request(
         max_sequence_length=_checked_text_length(max_sequence_length),
         expand_prompts=_checked_expansion(generation.expand_prompts if expand_prompts is None else expand_prompts),
     )
+    if config.runtime.cfg_parallel > 1 and abs(request.guidance_weight - 1) < 1e-6:
+        raise ValueError(
+            "runtime.cfg_parallel = 2 gives the negative prompt to half of the processes, and guidance_weight 1 does "
+            "not evaluate it: leave one of the two out"
+        )
+    return request
 
 
 def warn_about_size(config: Config, request: Request) -> None:

@@ -1,8 +1,8 @@
 """Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
 
 `forward` is embed -> run_blocks -> head. What wraps `run_blocks` (a cache) is handed to `forward`; block swapping is
-set as `dit.stream_blocks`, attention engines and sequence parallelism as `dit.attention`, NABLA's kernel as
-`dit.block_sparse`. The module knows no devices, files or schedules, and keeps no state
+set as `dit.stream_blocks`, sequence parallelism as `dit.run_blocks`, attention engines as `dit.attention`, NABLA's
+kernel as `dit.block_sparse`. The module knows no devices, files or schedules, and keeps no state
 between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
 handed in.
 
@@ -45,6 +45,7 @@ class BlockInputs:
     text_mask: Tensor | None  # (B, 1, 1, L)
     time_embed: Tensor  # (B, E)
     tables: RequestTables
+    attention: Attention  # visual self-attention, dense or NABLA's
 
 
 # Visual tokens (B, N, D) before the visual blocks -> after them.
@@ -84,6 +85,7 @@ class DiffusionTransformer3D(nn.Module):
         self.patch_size = (pt, ph, pw)
         self.axes_dims = tuple(axes_dims)
         self.head_dim = head_dim
+        self.num_heads = model_dim // head_dim
         self.attention: Attention = sdpa
         self.block_sparse: BlockSparseAttention = sdpa_block_sparse
         # The visual blocks one after the other, each ready to run when it is handed out.
@@ -141,17 +143,17 @@ class DiffusionTransformer3D(nn.Module):
         for block in self.text_transformer_blocks:
             text = block(text, time_embed, tables.text_rope, mask)
         hidden = self.visual_embeddings(latents.to(text.dtype)).flatten(1, 3)  # (B, N, D)
+        attention = self.attention
         if tables.nabla is not None:
             hidden = hidden.index_select(1, tables.nabla.order)
-        return hidden, BlockInputs(text, mask, time_embed, tables)
+            attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=self.block_sparse)
+        return hidden, BlockInputs(text, mask, time_embed, tables, attention)
 
     def run_blocks(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """All visual blocks, (B, N, D) -> (B, N, D)."""
-        tables, attention = inputs.tables, self.attention
-        if tables.nabla is not None:
-            attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=self.block_sparse)
+        rope = inputs.tables.visual_rope
         for block in self.stream_blocks(self.visual_transformer_blocks):
-            hidden = block(hidden, inputs.text, inputs.time_embed, tables.visual_rope, inputs.text_mask, attention)
+            hidden = block(hidden, inputs.text, inputs.time_embed, rope, inputs.text_mask, inputs.attention)
         return hidden
 
     def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kandinsky.models.numerics import upcast
 from kandinsky.models.vae_hunyuan import FrameCausalAttention, layers_of
-from kandinsky.models.vae_tiling import DiagonalGaussian, VAETiling, apply_tiled
+from kandinsky.models.vae_tiling import DiagonalGaussian, MapTiles, VAETiling, apply_tiled
 
 GROUP_NORM_EPS = 1e-6
 
@@ -193,6 +193,7 @@ class AutoencoderKL(nn.Module):
         shared = (latent_channels, block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention)
         self.encoder = Encoder(in_channels, *shared)
         self.decoder = Decoder(out_channels, *shared)
+        self.map_tiles: MapTiles = map  # who decodes which tile
 
     def encode(self, x: Tensor, tiling: VAETiling | None = None) -> DiagonalGaussian:
         """x (B, 3, H, W) in [-1, 1], sides in multiples of 8 -> distribution over latents (B, C, H / 8, W / 8)."""
@@ -205,4 +206,4 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor, tiling: VAETiling | None = None) -> Tensor:
         """z (B, C, h, w) unscaled latents -> pixels (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         axes = tiling.spatial_axes(self.spatial_compression_ratio, decoding=True) if tiling else []
-        return apply_tiled(self.decoder, z, axes)
+        return apply_tiled(self.decoder, z, axes, self.map_tiles)

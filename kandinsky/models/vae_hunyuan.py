@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky.models.numerics import upcast
-from kandinsky.models.vae_tiling import DiagonalGaussian, TiledAxis, VAETiling, apply_tiled
+from kandinsky.models.vae_tiling import DiagonalGaussian, MapTiles, TiledAxis, VAETiling, apply_tiled
 
 GROUP_NORM_EPS = 1e-6
 ELEMENTS_AT_ONCE = 2**21  # of a layer's input, as far as whole frames allow
@@ -429,6 +429,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         self.decoder = Decoder(out_channels, *shared, factors, mid_block_add_attention)
         self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1)
+        self.map_tiles: MapTiles = map  # who decodes which tile
 
     def encode(self, x: Tensor, tiling: VAETiling | None = None) -> DiagonalGaussian:
         """x (B, 3, T, H, W) in [-1, 1], T = 4n + 1 -> distribution over latents (B, C, n + 1, H / 8, W / 8)."""
@@ -443,7 +444,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
     def decode(self, z: Tensor, tiling: VAETiling | None = None) -> Tensor:
         """z (B, C, n + 1, h, w) unscaled latents -> pixels (B, 3, 4n + 1, 8h, 8w), about [-1, 1], not clamped."""
         axes = self._tiled_axes(tiling, decoding=True)
-        return apply_tiled(lambda tile: self.decoder(self.post_quant_conv(tile)), z, axes)
+        return apply_tiled(lambda tile: self.decoder(self.post_quant_conv(tile)), z, axes, self.map_tiles)
 
     def convolve_by_frame(self, enabled: bool = True) -> None:
         """For CPUs: channels-last memory, and 2-D convolutions (see `CausalConv3d`) wherever 3-D ones are slow there.

@@ -1,18 +1,23 @@
 """What the VAEs share: tiling, and the distribution that an encoder makes.
 
 `apply_tiled` applies a function to overlapping tiles of a tensor and blends the results, along any axes. It knows
-lengths, tiles and blends; it knows nothing about VAEs. The memory of a decode is bounded by the size of a tile, and a
-tile's size comes from the configuration alone, so the same settings give the same pixels on every machine.
+lengths, tiles and blends; it knows nothing about VAEs, nor who computes which tile (`MapTiles`). The memory of a decode
+is bounded by the size of a tile, and a tile's size comes from the configuration alone, so the same settings give the
+same pixels on every machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+# (function, tiles, which all have one shape) -> the results in the order of the tiles, each when it is asked for.
+# Python's own `map` computes them one after the other.
+MapTiles = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,23 +50,41 @@ class TiledAxis:
         return 1 + int(self.scale * (length - 1)) if self.causal else int(self.scale * length)
 
 
-def apply_tiled(function: Callable[[Tensor], Tensor], x: Tensor, axes: Sequence[TiledAxis]) -> Tensor:
+def apply_tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, axes: Sequence[TiledAxis], map_tiles: MapTiles = map
+) -> Tensor:
     """`function(x)`, computed tile by tile along `axes` (the first is the outermost loop) and blended linearly.
 
     Neighbouring tiles are blended over exactly the outputs that both made, from the earlier to the later one.
     """
+    return _blended(iter(map_tiles(function, list(tiles_of(x, axes)))), x.shape, axes)
+
+
+def tiles_of(x: Tensor, axes: Sequence[TiledAxis]) -> Iterator[Tensor]:
+    """Views of x: its tiles, the first axis being the outermost loop."""
     if not axes:
-        return function(x)
+        yield x
+        return
     axis, inner = axes[0], axes[1:]
-    length = x.shape[axis.dim]
+    starts = axis.starts(x.shape[axis.dim])
+    for start in starts:
+        yield from tiles_of(x if len(starts) == 1 else x.narrow(axis.dim, start, axis.tile), inner)
+
+
+def _blended(tiles: Iterator[Tensor], lengths: Sequence[int], axes: Sequence[TiledAxis]) -> Tensor:
+    """Results of `tiles_of` as one tensor; `lengths` are those of the input."""
+    if not axes:
+        return next(tiles)
+    axis, inner = axes[0], axes[1:]
+    length = lengths[axis.dim]
     starts = axis.starts(length)
     if len(starts) == 1:
-        return apply_tiled(function, x, inner)
+        return _blended(tiles, lengths, inner)
 
-    result = x.new_empty(0)
+    result = torch.empty(0)
     end = 0  # outputs of this axis that are written so far
     for start in starts:
-        tile = apply_tiled(function, x.narrow(axis.dim, start, axis.tile), inner)
+        tile = _blended(tiles, lengths, inner)
         if start == 0:
             shape = list(tile.shape)
             shape[axis.dim] = axis.output_length(length)

@@ -55,7 +55,9 @@ from kandinsky.resume import Stopped, StoppedRun, save_run, stopped_path
 from kandinsky.sampler import (
     NUM_TRAIN_TIMESTEPS,
     Branch,
+    Guidance,
     SamplerState,
+    Velocity,
     euler_sample,
     flow_timesteps,
     guidance_plan,
@@ -119,6 +121,51 @@ class BlockCache(Protocol):
 MakeCache = Callable[[Sequence[bool]], BlockCache]
 
 
+class Team(Protocol):
+    """The processes that make an output together, all of which run the same pipeline with the same arguments.
+
+    The first one writes and shows its progress; its seeds, noise and wish to stop are everybody's.
+    """
+
+    is_first: bool
+    size: int
+
+    def agree(self, value: Value) -> Value:
+        """The first process's value, in all of them."""
+        ...
+
+    def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
+        """The same velocity, maybe with its branches computed by different processes."""
+        ...
+
+    def over_branches(self, count: int) -> int:
+        """What all processes counted that computed different branches."""
+        ...
+
+    def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What all processes hold that computed different branches."""
+        ...
+
+
+class Alone:
+    """A team of one."""
+
+    is_first = True
+    size = 1
+
+    def agree(self, value: Value) -> Value:
+        return value
+
+    def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
+        return velocity
+
+    def over_branches(self, count: int) -> int:
+        return count
+
+    def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+
 @dataclass
 class Stopwatch:
     """Seconds per stage of one generation, and how many model evaluations an output asked for and was spared."""
@@ -168,19 +215,22 @@ class Pipeline:
         placement: Placement,
         *,
         make_cache: MakeCache | None = None,
+        team: Team | None = None,
         latent_rgb: LatentRGB | None = None,
         expander: PromptExpander | None = None,
         adapters: Adapters | None = None,
     ) -> None:
-        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks. latent_rgb: what
-        previews are made with; None: there are none. expander: writes prompts out; None: this model can't. adapters:
-        the DiT's; None: it can have none."""
+        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks. team: the
+        processes that this one works with; None: it works alone. latent_rgb: what previews are made with; None: there
+        are none. expander: writes prompts out; None: this model, or this process, can't. adapters: the DiT's; None: it
+        can have none."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
         self.make_cache = make_cache
+        self.team: Team = team or Alone()
         self.latent_rgb = latent_rgb
         self.expander = expander
         self.adapters = adapters
@@ -246,6 +296,9 @@ class Pipeline:
         `resume`, and Stopped is raised.
         """
         output_type = output_type or ("pil" if request.is_image else "uint8")
+        request = self.team.agree(request)  # its seeds may be random
+        if not self.team.is_first:
+            save_path, progress = None, False
         self.check_inputs(request, inputs, save_path, output_type)
         warn_about_size(self.config, request)
         self.interrupt = False
@@ -253,7 +306,7 @@ class Pipeline:
         images = [media.fit_image(image, *size) for image in inputs.images]
         watch = Stopwatch()
         with watch.stage("expand"):
-            request = self.expand_prompts(request, images)
+            request = self.team.agree(self.expand_prompts(request, images))
         with watch.stage("encode"):
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
@@ -263,7 +316,7 @@ class Pipeline:
 
     @torch.no_grad()
     def resume(
-        self, run: StoppedRun, save_path: str | Path, progress: bool = True, callback: StepCallback | None = None
+        self, run: StoppedRun, save_path: str | Path | None, progress: bool = True, callback: StepCallback | None = None
     ) -> Any:
         """Go on with a run that was stopped, as `generate` would have: to the same bits on the same device.
 
@@ -275,6 +328,8 @@ class Pipeline:
                 f"the run was stopped with the adapters {before or 'none'} active, and now there are {now or 'none'}: "
                 "go on with the same ones (model.loras, or load_adapter and set_adapter)"
             )
+        if not self.team.is_first:
+            save_path, progress = None, False
         self.interrupt = False
         device = self.placement.device("dit")
 
@@ -307,10 +362,11 @@ class Pipeline:
         previews = self._previews(request, save_path)
         with watch.stage("denoise"):
             latents = self.denoise(run, progress, callback, watch, previews)
-        if keep_stopped and save_path is not None and run.state.step < request.num_steps:
+        path = self.team.agree(None if save_path is None else stopped_path(save_path))
+        if keep_stopped and path is not None and run.state.step < request.num_steps:
             run.evaluations, run.seconds, run.adapters = watch.evaluations, watch.seconds, self.active_adapters()
-            path = stopped_path(save_path)
-            save_run(path, run, config_to_dict(self.config), self.dtype_name)
+            if self.team.is_first:
+                save_run(path, run, config_to_dict(self.config), self.dtype_name)
             raise Stopped(path, run.state.step, request.num_steps)
         if output_type == "latent":
             return latents
@@ -332,9 +388,10 @@ class Pipeline:
         return Previews(every, self.latent_rgb, media.output_paths(save_path, len(request.samples)))
 
     @torch.no_grad()
-    def finish(self, saved: SavedLatents, save_path: str | Path) -> Tensor:
+    def finish(self, saved: SavedLatents, save_path: str | Path | None) -> Tensor:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
         watch = Stopwatch(dict(saved.records[0]["seconds"]))
+        save_path = save_path if self.team.is_first else None
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
 
     # --- LoRA adapters ------------------------------------------------------------------------------------------------
@@ -384,7 +441,8 @@ class Pipeline:
     def _adapters(self) -> Adapters:
         if self.adapters is None:
             raise ValueError(
-                "this pipeline takes no adapters: make one with kandinsky.get_T2V_pipeline or its siblings"
+                "this pipeline takes no adapters: make one with kandinsky.get_T2V_pipeline or its siblings, "
+                "and without shard_weights"
             )
         return self.adapters
 
@@ -409,7 +467,7 @@ class Pipeline:
     ) -> None:
         """Raise ValueError for tensors, generators and output settings that don't go with the request."""
         samples = len(request.samples)
-        if request.expand_prompts and self.expander is None:
+        if request.expand_prompts and self.expander is None and self.team.is_first:
             raise ValueError("expand_prompts is on, but this checkpoint's Qwen can read and not write: leave it out")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
@@ -583,10 +641,10 @@ class Pipeline:
                 latents = posteriors[sample.prompt].sample(generator).float() * self.vae.scaling_factor
                 image_latents.append(latents.view(latents.shape[1], *latents.shape[-2:]).permute(1, 2, 0))  # (H, W, C)
         device = self.placement.device("dit")
-        start = torch.stack([one.to(device) for one in noise])
+        start = self.team.agree(torch.stack([one.to(device) for one in noise]))
         if not image_latents:
             return from_text(start, self.dit.in_channels)
-        pictures = torch.stack([one.to(device) for one in image_latents])
+        pictures = self.team.agree(torch.stack([one.to(device) for one in image_latents]))
         return from_first_frame(start, pictures) if self.config.task == "i2v" else from_source(start, pictures)
 
     def denoise(
@@ -622,10 +680,10 @@ class Pipeline:
         if block_cache is not None and state.step > 0:
             done: dict[Branch, int] = {"cond": state.step, "uncond": guidance[: state.step].count("new")}
             block_cache.restore(run.residuals, done, len(request.samples))
+        skipped_before = 0 if block_cache is None else block_cache.skipped
         record = watch or Stopwatch()
 
-        def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
-            record.evaluations += 1
+        def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
             model_input = conditioning.model_input(latents)
             out = torch.cat(
                 [
@@ -645,6 +703,12 @@ class Pipeline:
                 require_finite("the DiT", out, self.dit.named_weights)
             return out
 
+        divided = self.team.split_guidance(evaluate, guidance[state.step :])
+
+        def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
+            record.evaluations += 1
+            return divided(latents, timestep, branch)
+
         def until_interrupted(steps: range) -> Iterable[int]:
             bar = tqdm(
                 steps,
@@ -655,7 +719,7 @@ class Pipeline:
                 disable=not progress,
             )
             for step in bar:
-                if self.interrupt:
+                if self.team.agree(self.interrupt):
                     logger.warning("interrupted after %d of %d steps", step, request.num_steps)
                     return
                 yield step
@@ -702,8 +766,10 @@ class Pipeline:
         finally:
             self.is_denoising = False
         if block_cache is not None:
-            run.residuals = block_cache.saved()
-            record.skipped_evaluations = block_cache.skipped // len(request.samples)  # the same for all of them
+            if state.step < request.num_steps:
+                run.residuals = self.team.from_branches(block_cache.saved())
+            skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
+            record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
         if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
             return normalize_first_frames(latents)
         return latents
@@ -796,6 +862,7 @@ class Pipeline:
             "fps": FPS,
             "attention_engine": getattr(engine, "__name__", str(engine)),
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
+            "processes": self.team.size,
             "dtype": self.dtype_name,
             "adapters": self.active_adapters(),
             "config": config_to_dict(self.config),

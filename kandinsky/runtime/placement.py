@@ -29,13 +29,16 @@ class FixedPlacement:
 DeviceMap = str | torch.device | Mapping[str, str | torch.device] | None
 
 
-def parse_device_map(device_map: DeviceMap) -> dict[str, torch.device]:
+def parse_device_map(device_map: DeviceMap, local_rank: int = 0) -> dict[str, torch.device]:
     """A device for each component from what a user gives: one device for all, a mapping, or None for the best one.
 
+    local_rank: which process on this machine asks; its GPU is the one of that number.
     Raises ValueError for an unknown component, a missing one, or a device that this machine does not have.
     """
     if device_map is None:
-        device_map = "cuda:0" if torch.cuda.is_available() else "cpu"
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device_map) == "cuda":
+        device_map = f"cuda:{local_rank}"
     if not isinstance(device_map, Mapping):
         device_map = dict.fromkeys(COMPONENTS, device_map)
     unknown, missing = set(device_map) - set(COMPONENTS), set(COMPONENTS) - set(device_map)

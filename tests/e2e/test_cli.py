@@ -169,6 +169,8 @@ OTHER_FLAGS = {
     "guidance_every": "",
     "help": "",
     "image": "test_tasks",
+    "cfg_parallel": "test_launch",
+    "shard_weights": "test_launch",
     "decode_latents": "test_faults",
     "lora": "test_lora_cli",
     "resume_from": "test_faults",

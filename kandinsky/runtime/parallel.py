@@ -1,0 +1,235 @@
+"""One output over several processes: its tokens, guidance's two branches, and the VAE's tiles are divided.
+
+Tokens, in the manner of DeepSpeed-Ulysses (arXiv 2309.14509): every process holds the same request and the whole model,
+or its shards of the weights. The visual blocks see a slice of the tokens each. Around self-attention two all-to-all
+exchanges turn slices of tokens with all heads into all tokens of some heads, and back, so that every attention engine,
+and NABLA, works inside as it is; cross-attention and feed-forward need no exchange. After the blocks the slices are
+gathered, and everything else runs on every process alike.
+
+Branches: one half of the processes evaluates the prompt, the other the negative prompt, and they tell each other.
+
+All of it is put around the models from outside: they know nothing of it. Knows process groups; knows no files, requests
+or devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from kandinsky.attention.block_sparse import BLOCK_TOKENS
+from kandinsky.attention.engines import Attention
+from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D, RunBlocks
+from kandinsky.models.rope import RotaryTable
+from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
+from kandinsky.runtime.processes import Processes, Value
+from kandinsky.sampler import Branch, Guidance, Velocity
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """Shards tokens over a process group; `apply` puts it around a DiT's visual blocks."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def apply(self, dit: DiffusionTransformer3D) -> None:
+        """The group's size has to divide the number of heads (see `config.check_processes`)."""
+        assert dit.num_heads % self.size == 0
+        # An attribute of this one object: the class's method stays what it is.
+        dit.run_blocks = functools.partial(self.run_blocks, dit.run_blocks)  # type: ignore[method-assign]
+
+    def run_blocks(self, run_blocks: RunBlocks, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """`run_blocks` on this process's slice of the tokens (B, N, D); returns all of them, the same everywhere."""
+        length, tables = hidden.shape[1], inputs.tables
+        whole = 1 if tables.nabla is None else BLOCK_TOKENS  # a block of NABLA's is not split
+        cos, sin = (self.shard(x, 0, whole) for x in (tables.visual_rope.cos, tables.visual_rope.sin))
+        local = replace(
+            inputs,
+            tables=replace(tables, visual_rope=RotaryTable(cos, sin)),
+            attention=functools.partial(self.attend, inputs.attention, length),
+        )
+        return self.gather(run_blocks(self.shard(hidden, 1, whole), local), length)
+
+    def shard(self, x: Tensor, dim: int, whole: int = 1) -> Tensor:
+        """This process's slice of `x` along `dim`, padded with zeros so that all slices are equally long.
+
+        Their length is a multiple of `whole`.
+        """
+        length = x.shape[dim]
+        per_rank = -(-length // (self.size * whole)) * whole
+        begin = min(per_rank * self.group.rank(), length)
+        own = x.narrow(dim, begin, min(per_rank, length - begin))
+        padding = [0, 0] * (x.dim() - 1 - dim) + [0, per_rank - own.shape[dim]]
+        return F.pad(own, padding) if padding[-1] else own
+
+    def gather(self, x: Tensor, length: int) -> Tensor:
+        """Slices (B, n, D) of all processes -> (B, length, D), the padding cut off."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), self.group)
+        return torch.cat(parts, dim=1)[:, :length]
+
+    def attend(self, attention: Attention, length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attention` over all `length` tokens. q, k, v and the result: (B, heads, n, d), this process's tokens."""
+        batch, heads, tokens, dim = q.shape
+        # (3, B, heads, n, d) -> (process, 3, B, heads of it, n, d): one exchange for all three.
+        qkv = torch.stack((q, k, v)).unflatten(2, (self.size, -1)).movedim(2, 0)
+        qkv = self.exchange(qkv)  # now the first axis is the process that the tokens come from
+        qkv = qkv.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)  # (3, B, heads / processes, all tokens, d)
+        out = attention(*qkv[..., :length, :].unbind())
+        out = F.pad(out, (0, 0, 0, tokens * self.size - length))
+        out = out.unflatten(2, (self.size, tokens)).movedim(2, 0)  # (process, B, heads / processes, n, d)
+        out = self.exchange(out)  # now the first axis is the process that the heads come from
+        return out.movedim(0, 1).reshape(batch, heads, tokens, dim)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """x (processes, ...): part i goes to process i; returns what came from each."""
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=self.group)
+        return received
+
+
+@dataclass(frozen=True)
+class GuidanceParallel:
+    """Gives the two branches of guidance to the two processes of a group."""
+
+    group: dist.ProcessGroup
+
+    def split(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
+        """`velocity` of which the group's first process computes the "cond" branch only, the second the "uncond".
+
+        The branches of one step are computed at once, when the first of them is asked for. So a cache that follows a
+        branch from step to step finds all of its evaluations in one process. In steps without an unconditional
+        evaluation the second process only waits.
+
+        plan: what guidance does in each of the steps, which have to come in their order.
+        """
+        mine = BRANCHES[self.group.rank()]
+        steps = iter(plan)
+        uncond: Tensor | None = None
+
+        def shared(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
+            nonlocal uncond
+            if branch == "uncond":
+                assert uncond is not None, "the conditional branch comes first in every step"
+                return uncond
+            is_guided = next(steps) == "new"
+            own = torch.zeros_like(latents)
+            if mine == "cond" or is_guided:
+                own = velocity(latents, timestep, mine).to(own.dtype).contiguous()
+            both = [torch.empty_like(own) for _ in BRANCHES]
+            dist.all_gather(both, own, self.group)
+            cond, uncond = both[0], both[1] if is_guided else None
+            return cond
+
+        return shared
+
+
+@dataclass(frozen=True)
+class TileParallel:
+    """Divides the VAE's tiles among all processes: what `vae.map_tiles` asks for."""
+
+    processes: Processes
+
+    def __call__(self, function: Callable[[Tensor], Tensor], tiles: Sequence[Tensor]) -> Iterator[Tensor]:
+        """function(tile) for all tiles in their order, each computed by one process; the same everywhere."""
+        rank, size = self.processes.rank, self.processes.size
+        if len(tiles) == 1:
+            yield function(tiles[0])
+            return
+        for begin in range(0, len(tiles), size):
+            # Who has none left computes the last one again: the others take as long for theirs.
+            own = function(tiles[min(begin + rank, len(tiles) - 1)]).contiguous()
+            results = [torch.empty_like(own) for _ in range(size)]
+            dist.all_gather(results, own)
+            yield from results[: len(tiles) - begin]
+
+
+@dataclass(frozen=True)
+class FirstProcessEncodes:
+    """A text embedder that only the first process has; the others get its embeddings."""
+
+    embedder: PromptEncoder | None  # None in all other processes
+    processes: Processes
+    device: torch.device  # where embeddings are handed out
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        content: str = "video",
+        images: Sequence[Image.Image] | None = None,
+        max_length: int | None = None,
+    ) -> TextEmbeddings:
+        """To be called in all processes at once. A ValueError is raised in all of them."""
+        result: TextEmbeddings | ValueError | None = None
+        if self.embedder is not None:
+            try:
+                result = self.embedder.encode(prompts, content, images, max_length).to(torch.device("cpu"))
+            except ValueError as error:
+                result = error
+        result = self.processes.agree(result)
+        if isinstance(result, ValueError):
+            raise result
+        assert result is not None
+        return result.to(self.device)
+
+
+class Team:
+    """All processes as a pipeline sees them: who writes, what they agree on, and how guidance is divided.
+
+    Args:
+        processes: connected.
+        cfg_parallel: 2 gives each branch of guidance to one half of them.
+        device_type: where the models are, "cpu" or "cuda".
+    """
+
+    def __init__(self, processes: Processes, cfg_parallel: int, device_type: str) -> None:
+        self.processes = processes
+        self.is_first, self.size = processes.is_first, processes.size
+        # Neighbours in the numbering share a sequence, which is what most is sent for: they are likely on one machine.
+        shape = (cfg_parallel, processes.size // cfg_parallel)
+        self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=("guidance", "sequence"))
+        self.sequence = SequenceParallel(self.mesh["sequence"].get_group())
+        self.guidance = GuidanceParallel(self.mesh["guidance"].get_group()) if cfg_parallel > 1 else None
+        self.tiles = TileParallel(processes)
+
+    def agree(self, value: Value) -> Value:
+        """The first process's value."""
+        return self.processes.agree(value)
+
+    def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
+        """The same velocity, its two branches computed side by side where there are two halves."""
+        return velocity if self.guidance is None else self.guidance.split(velocity, plan)
+
+    def over_branches(self, count: int) -> int:
+        """The sum of what was counted in the two halves."""
+        if self.guidance is None:
+            return count
+        counts = torch.tensor([count], device=self.mesh.device_type)
+        dist.all_reduce(counts, group=self.guidance.group)
+        return int(counts.item())
+
+    def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the two halves hold, on the CPU."""
+        if self.guidance is None:
+            return tensors
+        halves: list[dict[str, Tensor]] = [{}, {}]
+        dist.all_gather_object(halves, {k: v.cpu() for k, v in tensors.items()}, self.guidance.group)
+        return halves[0] | halves[1]

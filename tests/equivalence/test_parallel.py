@@ -1,0 +1,393 @@
+"""Pipelines over several processes (gloo, on the CPU) beside the same pipelines in one.
+
+All cases of a number of processes run in one group of them: starting it takes longer than all of its cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from benchmarks.memory import status, write_checkpoint
+from kandinsky.attention.nabla import NablaConfig
+from kandinsky.config import DiTConfig, MagCacheConfig
+from kandinsky.loading import load_dit, load_sharded_dit
+from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.request import resolve_request
+from kandinsky.resume import Stopped, load_run
+from kandinsky.runtime.magcache import cache_for_request
+from kandinsky.runtime.parallel import FirstProcessEncodes, SequenceParallel, Team
+from kandinsky.runtime.processes import Processes
+from tests.unit.small_pipelines import TASKS, WordsEmbedder, build, call, latents_of, randomised
+
+pytestmark = pytest.mark.distributed
+TOLERANCE = 1e-5
+STEPS = 6
+MAGCACHE = functools.partial(
+    cache_for_request, MagCacheConfig(mag_ratios=(0.98, 1.01) * (STEPS - 1), enabled=True, retention=0.3)
+)
+SPARSE = NablaConfig(P=0.5, wT=3, wH=1, wW=1)
+
+
+# --- the DiT ----------------------------------------------------------------------------------------------------------
+
+
+def peaked_dit() -> DiffusionTransformer3D:
+    """Four heads, random weights; queries and keys are large, so that NABLA's map is peaked as a trained model's is."""
+    dit = DiffusionTransformer3D(
+        in_text_dim=24, in_text_dim2=12, time_dim=32, model_dim=256, ff_dim=256, num_text_blocks=1, num_visual_blocks=2
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in dit.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(values / math.sqrt(parameter.shape[1]))
+            else:
+                parameter.copy_(0.2 * values + (2 if name.endswith("norm.weight") else 0))
+    return dit.eval()
+
+
+VELOCITIES: dict[str, tuple[int, tuple[int, int, int], NablaConfig | None]] = {
+    "odd": (1, (3, 10, 6), None),
+    "batch": (2, (1, 4, 14), None),
+    "fewer tokens than four processes need": (1, (1, 2, 10), None),
+    "nabla": (1, (3, 32, 48), SPARSE),
+    "nabla, five blocks, batch": (2, (5, 16, 16), SPARSE),
+}
+
+
+@torch.no_grad()
+def velocity(name: str, team: Team | None, folder: Path) -> Tensor:
+    """Of one request, with a masked text. Each process's blocks see its share of the tokens, in whole NABLA blocks."""
+    dit = peaked_dit()
+    batch, size, nabla = VELOCITIES[name]
+    if team is not None:
+        team.sequence.apply(dit)
+        tokens, whole = math.prod(size) // 4, 64 if nabla else 1
+        share = -(-tokens // (whole * team.sequence.size)) * whole
+
+        def check(block: Any, inputs: tuple[Tensor, ...]) -> None:
+            assert inputs[0].shape[1] == share
+
+        dit.visual_transformer_blocks[0].register_forward_pre_hook(check)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, *size, 16, generator=generator)
+    text, pooled = (torch.randn(batch, *shape, generator=generator) for shape in ((7, 24), (12,)))
+    mask = torch.ones(batch, 7, dtype=torch.bool)
+    mask[-1, 4:] = False
+    timesteps = torch.tensor([723.4567, 41.875])[:batch]
+    return dit(latents, text, pooled, timesteps, nabla=nabla, text_mask=mask)
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+
+def pipeline(task: str, team: Team | None, dit: Any = None, nabla: bool = False, **options: Any) -> Any:
+    """As `loading` puts one together, with four heads."""
+    pipe: Any = build(task, team=team, **options)
+    params = dataclasses.replace(pipe.config.model.dit_params, model_dim=64)
+    attention = dataclasses.replace(pipe.config.model.attention, type="nabla" if nabla else "full", P=0.5, wT=1)
+    vae = dataclasses.replace(pipe.config.model.vae, spatial_tile=64, spatial_overlap=16)
+    model = dataclasses.replace(pipe.config.model, dit_params=params, attention=attention, vae=vae)
+    pipe.config = dataclasses.replace(pipe.config, model=model)
+    pipe.dit = dit or randomised(DiffusionTransformer3D(**dataclasses.asdict(params)))
+    if team is not None:
+        team.sequence.apply(pipe.dit)
+        pipe.vae.map_tiles = team.tiles
+        pipe.text_embedder = FirstProcessEncodes(
+            WordsEmbedder() if team.is_first else None, team.processes, torch.device("cpu")
+        )
+    return pipe
+
+
+def task(name: str, team: Team | None, folder: Path) -> Tensor:
+    """Two prompts, a height that gives an odd number of rows of patches where a video may have one."""
+    odd = {"width": 80, "height": 48} if name.endswith("v") else {}
+    return latents_of(pipeline(name, team), ["a red cat", "one dog and two birds"], **odd)
+
+
+def nabla(team: Team | None, folder: Path) -> Tensor:
+    return latents_of(pipeline("t2v", team, nabla=True), width=256, height=128, num_frames=9)
+
+
+def magcache(team: Team | None, folder: Path) -> Tensor:
+    """Guidance in some steps only: the two branches skip different evaluations, and a half has those of its branch."""
+    pipe = pipeline("t2v", team, make_cache=MAGCACHE)
+    done: list[int] = []
+    pipe.dit.register_forward_hook(lambda *_: done.append(1))
+    latents = latents_of(pipe, num_steps=STEPS, guidance_interval=(0.1, 0.9))
+    guided = 5
+    if team is None or team.guidance is None:
+        assert len(done) == STEPS + guided
+    else:
+        assert len(done) == (STEPS, guided)[team.guidance.group.rank()]
+    return torch.cat((latents.flatten(), torch.tensor(evaluations(pipe))))
+
+
+def evaluations(pipe: Any) -> list[float]:
+    """All and skipped evaluations of a run."""
+    records = []
+    pipe.describe = lambda request, inputs, index, watch: records.append(watch)
+    call(pipe, num_steps=STEPS, guidance_interval=(0.1, 0.9), output_type="pt")
+    assert records[0].skipped_evaluations > 0
+    return [records[0].evaluations, records[0].skipped_evaluations]
+
+
+def sharded(kind: str, team: Team | None, folder: Path) -> Tensor:
+    """Weights from a file, of which each process has its rows; bfloat16 has float32 modulations in between."""
+    params = pipeline("t2v", None).config.model.dit_params
+    path, dtype = folder / f"{kind}.safetensors", torch.bfloat16 if kind == "bfloat16" else torch.float32
+    if team is None or team.sequence.size == 1:
+        dit = load_dit(path, params, "cpu", dtype)
+    else:
+        dit = load_sharded_dit(path, params, torch.device("cpu"), dtype, team)
+        own = 0
+        for name, parameter in dit.named_parameters():
+            assert isinstance(parameter, DTensor), name
+            is_precise = dtype == torch.float32 or "modulation" in name or "time_embeddings" in name
+            assert parameter.dtype == parameter.to_local().dtype == (torch.float32 if is_precise else dtype), name
+            own += parameter.to_local().numel()
+        assert own <= 1.02 * sum(p.numel() for p in dit.parameters()) / team.sequence.size
+    cache = {"make_cache": MAGCACHE} if kind == "magcache" else {}
+    return latents_of(pipeline("t2v", team, dit, nabla=kind == "nabla", **cache), num_steps=STEPS, **SHARDED[kind])
+
+
+def memory(team: Team | None, folder: Path) -> Tensor:
+    """Half a gigabyte in bfloat16: four processes take a quarter each, and hold no pages of the rest.
+
+    In benchmarks/parallel.py it is 4 GB.
+    """
+    if team is not None and team.size == 4:
+        before = status("VmRSS")
+        dit = load_sharded_dit(folder / "large.safetensors", LARGE, torch.device("cpu"), torch.bfloat16, team)
+        share = (folder / "large.safetensors").stat().st_size / team.size
+        assert sum(parameter.to_local().nbytes for parameter in dit.parameters()) <= 1.02 * share  # type: ignore[attr-defined]
+        assert status("VmHWM") - before <= 1.2 * share + 40e6, (before, status("VmHWM"), share)
+    return torch.zeros(1)
+
+
+LARGE = DiTConfig(visual_cond=True, num_text_blocks=1, num_visual_blocks=4)
+SHARDED: dict[str, dict[str, Any]] = {
+    "float32": {"width": 80, "height": 48},
+    "bfloat16": {},
+    "magcache": {"guidance_interval": (0.1, 0.9)},
+    "nabla": {"width": 256, "height": 128},
+}
+
+
+@torch.no_grad()
+def decoded(name: str, team: Team | None, folder: Path) -> Tensor:
+    """Windows of time and tiles of a picture, fewer and more than there are processes."""
+    pipe = pipeline(name, team)
+    size, tiles = ((8, 12, 8), 6) if name == "t2v" else ((1, 12, 8), 2)
+    done: list[int] = []
+    pipe.vae.decoder.register_forward_hook(lambda *_: done.append(1))
+    pixels = pipe.decode(torch.randn(1, *size, 16, generator=torch.Generator().manual_seed(2)), lambda pixels: pixels)
+    assert len(done) == -(-tiles // (team.size if team else 1))
+    return pixels
+
+
+def random_seed(team: Team | None, folder: Path) -> Tensor:
+    """The same in all processes, whatever it is; compared with nothing else."""
+    return latents_of(pipeline("i2v", team), seed=None)
+
+
+def interrupted(team: Team | None, folder: Path) -> Tensor:
+    """By the first process alone, after its second step of six."""
+
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
+        pipe.interrupt = step == 1 and (team is None or team.is_first)
+
+    return latents_of(pipeline("t2v", team), num_steps=STEPS, callback_on_step_end=callback)
+
+
+def resumed(team: Team | None, folder: Path) -> Tensor:
+    """Stopped by the first process where a cache holds residuals, and gone on with from the file, by all of them."""
+    name = f"resumed_{team.size}_{team.guidance is not None}" if team else "resumed"
+
+    def stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
+        pipe.interrupt = step == 1 and (team is None or team.is_first)
+
+    pipe = pipeline("t2v", team, make_cache=MAGCACHE)
+    request = resolve_request(pipe.config, "a red cat", seed=1, num_steps=STEPS)
+    with pytest.raises(Stopped) as stopped:
+        pipe.generate(request, save_path=folder / f"{name}.mp4", callback=stop, keep_stopped=True)
+    if team is not None:
+        dist.barrier()
+    run = load_run(stopped.value.path)
+    assert {key.split(".")[0] for key in run.residuals} == {"cond", "uncond"}
+    pipe = pipeline("t2v", team, make_cache=MAGCACHE)
+    watches = []
+    pipe.describe = lambda request, names, index, watch: watches.append(watch)
+    pipe.decode_and_write = lambda latents, *_: latents
+    latents = pipe.resume(run, folder / f"{name}.mp4")
+    counts = torch.tensor([float(watches[0].evaluations), watches[0].skipped_evaluations])
+    assert watches[0].skipped_evaluations > 0
+    return torch.cat((latents.flatten(), counts))
+
+
+def written(team: Team | None, folder: Path) -> Tensor:
+    """Pixels in all processes, files from one."""
+    name = "alone" if team is None else f"{team.size}_{team.processes.rank}"
+    call(pipeline("t2i", team), save_path=folder / "written" / name / "a.png")
+    files = sorted(path.name for path in (folder / "written").glob(f"{name}/*"))
+    assert files == (["a.json", "a.png"] if team is None or team.is_first else [])
+    return torch.zeros(1)
+
+
+def refused(team: Team | None, folder: Path) -> Tensor:
+    """A prompt that the first process can't encode is a ValueError everywhere, after which the others still work."""
+    pipe = pipeline("t2v", team)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no such words")
+
+    embedder = pipe.text_embedder if team is None else pipe.text_embedder.embedder
+    if embedder is not None:
+        embedder.encode = refuse
+    with pytest.raises(ValueError, match="no such words"):
+        call(pipe)
+    return torch.zeros(1)
+
+
+Case = Callable[[Team | None, Path], Tensor]
+CASES: dict[str, Case] = {
+    "memory": memory,  # the first, as a peak is one of all that has been
+    **{f"velocity: {name}": functools.partial(velocity, name) for name in VELOCITIES},
+    **{name: functools.partial(task, name) for name in TASKS},
+    "nabla": nabla,
+    "magcache": magcache,
+    **{f"sharded: {name}": functools.partial(sharded, name) for name in SHARDED},
+    "decode t2v": functools.partial(decoded, "t2v"),
+    "decode t2i": functools.partial(decoded, "t2i"),
+    "random seed": random_seed,
+    "interrupted": interrupted,
+    "resumed": resumed,
+    "written": written,
+    "refused": refused,
+}
+WITH_BRANCHES = ("t2v", "magcache", "sharded: magcache", "i2i", "resumed")
+TO_THE_BIT = ("decode t2v", "decode t2i")
+
+
+# --- in several processes ---------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def process(rank: int, size: int, port: int, folder: Path) -> None:
+    """Every case, with its results or its traceback in a file."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    processes = Processes.join(rank, size, rank)
+    processes.connect(torch.device("cpu"))
+    results: dict[str, Any] = {}
+    for branches in (1, 2):
+        team = Team(processes, branches, "cpu")
+        for name in CASES if branches == 1 else WITH_BRANCHES:
+            try:
+                results[f"{name}, cfg_parallel" if branches == 2 else name] = CASES[name](team, folder)
+            except Exception:
+                results[name] = traceback.format_exc()
+                torch.save(results, folder / f"{size}_{rank}.pt")
+                raise  # the others, who wait for this one, end as well
+    torch.save(results, folder / f"{size}_{rank}.pt")
+    processes.leave()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """With the weights that the cases read."""
+    folder = tmp_path_factory.mktemp("parallel")
+    state = pipeline("t2v", None).dit.state_dict()
+    wide = ("modulation", "time_embeddings")
+    narrow = {k: v if any(part in k for part in wide) else v.bfloat16() for k, v in state.items()}
+    for kind in SHARDED:
+        save_file(narrow if kind == "bfloat16" else state, folder / f"{kind}.safetensors")
+    write_checkpoint(folder / "large.safetensors", LARGE)
+    yield folder
+    (folder / "large.safetensors").unlink()
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, Tensor]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # how a sum is split moves its last bits
+    try:
+        return {name: case(None, folder) for name, case in CASES.items()}
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
+    """The results of all cases in each process."""
+    context = multiprocessing.get_context("forkserver")  # its processes begin with what is imported here, once for all
+    context.set_forkserver_preload(["torch.distributed.fsdp", "kandinsky.loading", "tests.unit.small_pipelines"])
+    size, port = request.param, free_port()
+    members = [context.Process(target=process, args=(rank, size, port, folder)) for rank in range(size)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(120)
+    for member in members:
+        member.kill()
+    files = [folder / f"{size}_{rank}.pt" for rank in range(size)]
+    results = [torch.load(file) for file in files if file.exists()]
+    failures = [value for result in results for value in result.values() if isinstance(value, str)]
+    assert not failures, failures[0]
+    assert len(results) == size, [member.exitcode for member in members]
+    assert [member.exitcode for member in members] == [0] * size
+    return results
+
+
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}, cfg_parallel" for name in WITH_BRANCHES)])
+def test_same_as_in_one_process(name: str, found: list[dict[str, Any]], expected: dict[str, Tensor]) -> None:
+    reference = expected[name.removesuffix(", cfg_parallel")]
+    if name == "random seed":
+        reference = found[0][name]
+        assert not torch.equal(reference, expected[name])
+    tolerance = 0.02 if "bfloat16" in name else 0.0 if name in TO_THE_BIT else TOLERANCE
+    for result in found:
+        difference = (result[name] - reference).abs().max().item()
+        assert difference <= tolerance * reference.abs().max().item(), difference
+        assert torch.equal(result[name], found[0][name])  # who would drift apart in the end wait for each other
+
+
+class Group:
+    """A process group on paper."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+@pytest.mark.parametrize(("length", "size", "whole"), [(5, 4, 1), (64 * 5, 4, 64), (64 * 7, 3, 64), (8, 2, 1)])
+def test_slices_are_whole_blocks_equally_long_and_hold_every_token(length: int, size: int, whole: int) -> None:
+    tokens = torch.arange(1.0, length + 1)[None, :, None]
+    slices = [SequenceParallel(Group(rank, size)).shard(tokens, 1, whole) for rank in range(size)]  # type: ignore[arg-type]
+    assert len({part.shape for part in slices}) == 1
+    assert slices[0].shape[1] % whole == 0
+    joined = torch.cat(slices, dim=1)
+    assert torch.equal(joined[:, :length], tokens)
+    assert not joined[:, length:].any()
+    assert not dist.is_initialized()
