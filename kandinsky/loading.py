@@ -39,6 +39,7 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.runtime.compile import compile_blocks, is_wanted, keep_compiled_code, model_evaluations
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,9 @@ def load_pipeline(
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     model, encoders = config.model, config.model.text_embedder
     resolved_dtype = resolve_dtype(dtype, devices["dit"])
+    compiled = is_wanted(config.runtime.compile, devices["dit"], model_evaluations(model))
+    if compiled:
+        keep_compiled_code()
 
     def locate(given: str | Path | None, from_config: str) -> Path:
         path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
@@ -103,6 +107,8 @@ def load_pipeline(
     # The DiT first: its header says at once whether it is the variant that the config means.
     dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
+    if compiled:
+        compile_blocks(dit)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name)
     text_embedder = load_text_encoders(config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
     return PIPELINES[config.task](config, dit, text_embedder, vae, FixedPlacement(devices))
