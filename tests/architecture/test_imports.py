@@ -20,19 +20,22 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
     ("pipelines", "runtime"),
+    ("latents_file",),  # writes as media does
     ("conditioning", "sampler", "media", "request", "prompt_expansion"),
     ("models",),
-    ("attention", "prompts"),  # prompts is words and token ids without torch, and models/text_embedder stands on it
+    # prompts is words and token ids without torch, and models/text_embedder stands on it
+    ("attention", "prompts", "hub"),
     ("checkpoints", "sizes"),  # request stands on sizes
     ("config",),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media")
+WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub")
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 MAY_READ_IT = (
     "runtime/compile.py",
+    "runtime/prompt_cache.py",
 )  # where this user's caches are, which is for the desktop to say and not for us
 
 
@@ -196,6 +199,7 @@ def test_checker_accepts_a_good_house(tmp_path: Path) -> None:
         ("loading.py", "import os\nx = os.getenv('HOME')", "loading.py:2: os.getenv"),
         ("loading.py", "from os import environ", "loading.py:1: os.environ"),
         ("runtime/compile.py", "import os\nprint(os.environ)", "compile.py:2: print("),
+        ("runtime/prompt_cache.py", "import os\nprint(os.environ)", "prompt_cache.py:2: print("),
     ],
 )
 def test_checker_refuses(tmp_path: Path, name: str, source: str, expected: str) -> None:
