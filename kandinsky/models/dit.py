@@ -1,9 +1,9 @@
 """Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
 
 `forward` is embed -> run_blocks -> head. What wraps `run_blocks` (a cache) is handed to `forward`; block swapping is
-set as `dit.stream_blocks`, attention engines and sequence parallelism as `dit.attention`, NABLA's kernel as
-`dit.block_sparse`. The module knows no devices, files or schedules, and keeps no state
-between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
+set as `dit.stream_blocks`, compilation as `dit.run_block`, attention engines and sequence parallelism as
+`dit.attention`, NABLA's kernel as `dit.block_sparse`. The module knows no devices, files or schedules, and keeps no
+state between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
 handed in.
 
 Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
@@ -88,6 +88,7 @@ class DiffusionTransformer3D(nn.Module):
         self.block_sparse: BlockSparseAttention = sdpa_block_sparse
         # The visual blocks one after the other, each ready to run when it is handed out.
         self.stream_blocks: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
+        self.run_block: Callable[..., Tensor] = VisualBlock.__call__  # a block and what its forward takes
 
         self.time_embeddings = TimeEmbeddings(model_dim, time_dim)
         self.text_embeddings = TextProjection(in_text_dim, model_dim)
@@ -150,8 +151,9 @@ class DiffusionTransformer3D(nn.Module):
         tables, attention = inputs.tables, self.attention
         if tables.nabla is not None:
             attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=self.block_sparse)
+        shared = (inputs.text, inputs.time_embed, tables.visual_rope, inputs.text_mask, attention)
         for block in self.stream_blocks(self.visual_transformer_blocks):
-            hidden = block(hidden, inputs.text, inputs.time_embed, tables.visual_rope, inputs.text_mask, attention)
+            hidden = self.run_block(block, hidden, *shared)
         return hidden
 
     def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:

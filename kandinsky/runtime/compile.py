@@ -82,8 +82,7 @@ def compile_blocks(dit: DiffusionTransformer3D, backend: str | Callable[..., Any
     dit.block_sparse = opaque(dit.block_sparse, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
     # The function of the class, with the block as an argument like the others: so all blocks share what is made of it.
     compiled = torch.compile(VisualBlock.forward, fullgraph=True, backend=backend)
-    for block in dit.visual_transformer_blocks:
-        block.forward = functools.partial(run_compiled, compiled, block)
+    dit.run_block = functools.partial(run_compiled, compiled)
     logger.info("the DiT's blocks are compiled when they first run: that evaluation takes longer")
 
 
@@ -117,6 +116,8 @@ def run_compiled(
         # attention to that token.
         text = torch.cat((text, text), dim=1)
         text_mask = None if text_mask is None else torch.cat((text_mask, text_mask), dim=-1)
+    if x._is_view():
+        x = x.clone()  # the first block's tokens; a view, whose base a graph asks for, and no other block's are one
     torch._dynamo.mark_dynamic(text, 1)
     if text_mask is not None:
         torch._dynamo.mark_dynamic(text_mask, 3)
@@ -126,8 +127,9 @@ def run_compiled(
     except Exception as error:
         if not type(error).__module__.startswith(COMPILERS):
             raise
+        reason = getattr(error, "inner_exception", error)  # of a compiler behind Dynamo, which wraps what it raises
         raise ValueError(
-            f"the DiT's blocks could not be compiled ({type(error).__name__}: {first_line(error)}): run with "
+            f"the DiT's blocks could not be compiled ({type(reason).__name__}: {first_line(reason)}): run with "
             "--compile off (runtime.compile=off), which computes the same, slower"
         ) from error
 
