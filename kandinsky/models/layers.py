@@ -158,7 +158,9 @@ class FeedForward(nn.Module):
         self.out_layer = nn.Linear(ff_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.in_layer(x)  # (B, N, ff_dim), the largest tensor there is: once in memory, unless autograd needs it
+        hidden = self.in_layer(
+            x
+        )  # (B, N, ff_dim), the largest tensor there is: once in memory, unless autograd needs it
         return self.out_layer(F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden))
 
 

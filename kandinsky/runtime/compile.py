@@ -4,12 +4,14 @@ Only the visual blocks: they are nearly all of the work, and their norms, rotati
 kernels. The text blocks see few tokens and would need a graph of their own. What wraps blocks knows nothing of it: a
 cache around `dit.run_blocks` and `dit.stream_blocks` go on calling blocks.
 
-One graph serves a whole run. Prompts differ in length, so the number of text tokens is left open; a mask over them makes
-a second graph. The first size that is asked for is built into the graph; from the second on the number of visual tokens
-is left open too, by PyTorch. Attention other than PyTorch's own is one opaque operation in the graph: kernels of other
-packages, NABLA's, which depend on data, and flex_attention, which is compiled by itself.
+One graph serves a whole run. Prompts differ in length, so the number of text tokens is left open; a mask over them
+makes a second graph. The first size that is asked for is built into the graph; from the second on the number of visual
+tokens is left open too, by PyTorch, which compiles once more for it. Attention other than PyTorch's own is one opaque
+operation in the graph: kernels of other packages, NABLA's, which depend on data, and flex_attention, which is compiled
+by itself.
 
-What was compiled is kept on disk, where the next process finds it. Knows nothing of configs' files, tasks or samplers.
+What was compiled is kept on disk, where the next process finds it; looking at the block's code, a few seconds, is done
+by every process. Knows nothing of configs' files, tasks or samplers.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from kandinsky.sampler import uses_guidance
 
 logger = logging.getLogger(__name__)
 
-# `auto` compiles from this many model evaluations on. An estimate that no GPU has confirmed: not compiled, a 5 s video of
-# the 2B model moves about 0.5 TB more through memory in every evaluation, which takes an H100 some 0.15 s; a process that
-# finds its kernels on disk still needs a few seconds to load them. 16 steps without guidance don't earn that, 50 do.
+# `auto` compiles from this many model evaluations on. An estimate that no GPU has confirmed: not compiled, a 5 s video
+# of the 2B model moves about 0.5 TB more through memory in every evaluation, which takes an H100 some 0.15 s; a process
+# that finds its kernels on disk still needs a few seconds to load them. 16 evaluations don't earn that, 50 do.
 BREAK_EVEN_EVALUATIONS = 32
-# Graphs that one process may make of one block's code: sizes, masks, models, dtypes. PyTorch gives up after 8 unless told.
+# Graphs that a process may make of a block's code: sizes, masks, models, dtypes. PyTorch gives up after 8 unless told.
 LARGEST_NUMBER_OF_GRAPHS = 64
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # Where the exceptions of a failed compilation are at home.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from kandinsky import get_T2I_pipeline, get_T2V_pipeline
-from kandinsky.attention.block_sparse import masked_dense, sdpa_block_sparse
+from kandinsky import get_T2V_pipeline
 from kandinsky.attention.engines import sdpa
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D
-from kandinsky.runtime.compile import compile_blocks
+from kandinsky.runtime.compile import CACHE_VARIABLE, compile_blocks
+from kandinsky.runtime.quantization import FP8Linear, Int8Linear, NF4Linear
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOLERANCE = 1e-4
@@ -103,7 +107,7 @@ def test_a_second_size_is_the_last_graph() -> None:
 
 
 def test_a_cache_around_the_blocks_and_streamed_weights() -> None:
-    """As block swapping does it: every block's parameters are views of one buffer, filled when it is the block's turn."""
+    """As block swapping does it: blocks' parameters are views of one buffer, filled when it is the block's turn."""
     dit, plain, graphs = build_dit(), build_dit(), CompileCounter()
     compile_blocks(dit, graphs)
     weights = [[parameter.clone() for parameter in block.parameters()] for block in dit.visual_transformer_blocks]
@@ -172,43 +176,119 @@ def test_a_failure_says_what_to_do() -> None:
     assert "\n" not in str(error.value)
 
 
-# --- compiled ---------------------------------------------------------------------------------------------------------
+# --- whole runs of the tiny models ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["t2v", "t2i"])
-def test_a_run_of_the_tiny_model(task: str) -> None:
-    """Through the pipeline: two prompts of different lengths and the empty negative prompt, which is a single token."""
-    get_pipeline = {"t2v": get_T2V_pipeline, "t2i": get_T2I_pipeline}[task]
-    results = {}
-    for setting in ("off", "on"):
-        pipe = get_pipeline("cpu", conf_path=CONFIGS / f"config_tiny_{task}.yaml", compile=setting)
-        prompts = ["a red circle moves left on a white background", "a blue square"]
-        options = {"num_frames": 5} if task == "t2v" else {}
-        results[setting] = pipe(prompts, num_steps=3, seed=1, output_type="latent", progress=False, **options)
-        assert counters["stats"]["unique_graphs"] == (setting == "on")
-    assert largest_difference(results["on"], results["off"]) <= TOLERANCE
-    assert not counters["graph_break"] and not counters["recompiles"]
+def generate(config: str, compiled: bool, spared: list[int] | None = None, **options: Any) -> Tensor:
+    """Latents of two prompts of different lengths. The empty negative prompt is a third length: a single token.
+
+    `spared` gets the number of evaluations that a cache spared.
+    """
+    options = {"compile": "on" if compiled else "off", "overrides": ["magcache.threshold=1"], **options}
+    pipe = get_T2V_pipeline("cpu", conf_path=CONFIGS / config, **options)
+    prompts = ["a red circle moves left on a white background", "a blue square"]
+    make_cache, caches = pipe.make_cache, []
+    if make_cache is not None:
+        pipe.make_cache = lambda guided: caches.append(make_cache(guided)) or caches[-1]
+    latents = pipe(prompts, num_steps=6, num_frames=5, seed=1, output_type="latent", progress=False)
+    if spared is not None:
+        spared.extend(block_cache.skipped for block_cache in caches)
+    return latents
 
 
-@pytest.mark.slow
-def test_nabla() -> None:
+def assert_one_graph() -> None:
+    """By the compiler's own counters, which count what is compiled again, too."""
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"magcache": True},
+        {"blocks_on_gpu": 2},
+        {"offload": "on"},
+        {"offload": "on", "blocks_on_gpu": 1, "magcache": True, "dit_quantization": "int8"},
+        {"dit_quantization": "fp8"},
+        {"dit_quantization": "nf4"},
+    ],
+    ids=lambda options: " ".join(options) + " " + str(options.get("dit_quantization", "")),
+)
+def test_with_what_else_is_switched_on(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The graph is run without being compiled further."""
+    spared: list[int] = []
+    monkeypatch.setattr("kandinsky.loading.compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    expected = generate("config_tiny_t2v.yaml", False, **options)
+    assert not counters["stats"]
+    with caplog.at_level("INFO", logger="kandinsky"):
+        latents = generate("config_tiny_t2v.yaml", True, spared, **options)
+    assert largest_difference(latents, expected) <= TOLERANCE
+    assert_one_graph()
+    assert ("visual blocks stream" in caplog.text) == ("blocks_on_gpu" in options)
+    assert any(spared) == ("magcache" in options)
+
+
+def test_with_nabla(monkeypatch: pytest.MonkeyPatch) -> None:
     """The map is part of the graph, the kernel one operation of it."""
-    maps = []
+    monkeypatch.setattr("kandinsky.loading.compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    expected = generate("config_tiny_t2v_10s.yaml", False)
+    latents = generate("config_tiny_t2v_10s.yaml", True)
+    assert largest_difference(latents, expected) <= TOLERANCE
+    assert_one_graph()
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor) -> Tensor:
-        maps.append(block_map)
-        return sdpa_block_sparse(q, k, v, block_map)
 
-    dit, plain = build_dit(), build_dit()
-    dit.block_sparse, plain.block_sparse = kernel, masked_dense
-    compile_blocks(dit)
-    for length in (7, 12):
-        inputs = make_inputs(length, (3, 32, 48))
-        with torch.no_grad():
-            result = dit(*inputs, nabla=SPARSE)
-            assert largest_difference(result, plain(*inputs, nabla=SPARSE)) <= TOLERANCE
-            assert (result - dit(*inputs)).abs().max() > 0.01  # sparse attention is something else than dense
-    sparse = [block_map.float().mean() for block_map in maps]
-    assert len(maps) == 2 * 3 and all(0.1 < density < 0.9 for density in sparse)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # with NABLA and without
+# What a second process does; the first one is the test's own.
+AGAIN = """
+import sys, torch
+from torch._dynamo.utils import counters
+from tests.equivalence.test_compiled_blocks import generate
+torch.set_num_threads(int(sys.argv[1]))
+latents = generate("config_tiny_t2v.yaml", True)
+torch.save((latents, dict(counters["inductor"])), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_now_and_found_by_the_next_process(tmp_path: Path) -> None:
+    expected = generate("config_tiny_t2v.yaml", False)
+    latents = generate("config_tiny_t2v.yaml", True)
+    assert largest_difference(latents, expected) <= TOLERANCE
+    assert_one_graph()
+    assert counters["inductor"]["fxgraph_cache_miss"] == 1 and not counters["inductor"]["fxgraph_cache_hit"]
+
+    command = [sys.executable, "-c", AGAIN, str(torch.get_num_threads()), str(tmp_path / "again.pt")]
+    environment = {name: value for name, value in os.environ.items() if name != CACHE_VARIABLE}  # what PyTorch set
+    subprocess.run(command, check=True, cwd=CONFIGS.parent, env=environment)
+    again, found = torch.load(tmp_path / "again.pt")
+    assert torch.equal(again, latents)
+    assert found["fxgraph_cache_hit"] == 1 and not found.get("fxgraph_cache_miss")
+
+
+@pytest.mark.slow
+def test_quantised_weights_compiled() -> None:
+    """Of as many inputs as the tiny models have, too, which whole groups of weights do not make up."""
+    layers, generator = nn.ModuleList(), torch.Generator().manual_seed(0)
+    for in_features in (192, 256):
+        for kind in (Int8Linear, FP8Linear, NF4Linear):
+            layer = kind(in_features, 40)
+            weight = torch.randn(40, in_features, generator=generator)
+            for (name, _), part in zip(list(layer.named_buffers()), kind.quantize(weight), strict=True):
+                setattr(layer, name, part)
+            layers.append(layer)
+
+    def weights() -> list[Tensor]:
+        return [layer.dequantize(torch.float32) for layer in layers]
+
+    with torch.no_grad():
+        for compiled, expected in zip(torch.compile(weights, fullgraph=True)(), weights(), strict=True):
+            assert largest_difference(compiled, expected) <= SAME
+
+
+@pytest.mark.slow
+def test_nabla_compiled_with_all_else() -> None:
+    options: dict[str, Any] = {"blocks_on_gpu": 2, "dit_quantization": "int8"}
+    expected = generate("config_tiny_t2v_10s.yaml", False, **options)
+    latents = generate("config_tiny_t2v_10s.yaml", True, **options)
+    assert largest_difference(latents, expected) <= TOLERANCE
+    assert_one_graph()

@@ -50,7 +50,7 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     with caplog.at_level("INFO"):
         assert not is_wanted("auto", GPU, ENOUGH)
     assert "not compiled: no Triton" in caplog.text
-    with pytest.raises(ValueError, match="no Triton .* run with --compile off"):
+    with pytest.raises(ValueError, match=r"no Triton .* run with --compile off"):
         is_wanted("on", GPU, ENOUGH)
     assert is_wanted("on", CPU, ENOUGH)  # which has a compiler of its own
 
