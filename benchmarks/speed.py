@@ -163,6 +163,7 @@ def vae_part(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -
     ours.to(device, dtype).eval().requires_grad_(False)
     theirs.to(device, dtype)
     ours.convolve_by_frame(small)
+    ours.to(memory_format=torch.channels_last_3d)  # as it is loaded
     theirs.use_framewise_decoding = False
     latents = torch.randn(1, 16, 5, height, width).to(device, dtype)
     runs: dict[str, Callable[[], object]] = {
@@ -243,6 +244,7 @@ def generation_part(names: tuple[str, ...], device: torch.device, dtype: torch.d
     else:
         our_vae, their_vae = AutoencoderKLHunyuanVideo().to(device, dtype), TheirVAE()
         randomise(our_vae)
+        our_vae.to(memory_format=torch.channels_last_3d)
         theirs = Kandinsky5T2VPipeline(
             None, None, None, None, None, None, OurSchedule(shift=config.metrics.scheduler_scale)
         )

@@ -79,9 +79,11 @@ def compile_blocks(dit: DiffusionTransformer3D, backend: str | Callable[..., Any
 
     Compilation itself happens when a block is first called, and so does its failure: a ValueError that says what to do.
     """
-    if dit.attention is not sdpa:
-        dit.attention = opaque(dit.attention, "(Tensor q, Tensor k, Tensor v) -> Tensor")
-    dit.block_sparse = opaque(dit.block_sparse, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
+    dense: Callable[..., Tensor] = dit.attention
+    block_sparse: Callable[..., Tensor] = dit.block_sparse
+    if dense is not sdpa:
+        dit.attention = opaque(dense, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    dit.block_sparse = opaque(block_sparse, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
     # The function of the class, with the block as an argument like the others: so all blocks share what is made of it.
     compiled = torch.compile(VisualBlock.forward, fullgraph=True, backend=backend)
     dit.run_block = functools.partial(run_compiled, compiled)
