@@ -173,6 +173,7 @@ class RuntimeConfig:
     blocks_on_gpu: int | None = None  # visual blocks that stay there, the others stream in; None: as many as fit
     dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
     qwen_quantization: bool = False  # NF4
+    preview: int | None = None  # write a small preview beside the output after every n-th step
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
 
 
@@ -189,6 +190,7 @@ class GenerationConfig:
     negative_caption: str
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"
+    expand_prompts: bool | None = None  # have Qwen write the prompt out; None: where this Qwen can write
     first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
 
 
@@ -583,6 +585,8 @@ def _check(config: Config) -> None:
     require(magcache.max_skips >= 0, "magcache.max_skips", magcache.max_skips, "0 or more")
     require(0 <= magcache.retention <= 1, "magcache.retention", magcache.retention, "0 to 1")
 
+    preview = config.runtime.preview
+    require(preview is None or preview >= 1, "runtime.preview", preview, "at least 1 step, or left out")
     blocks = config.runtime.blocks_on_gpu
     require(blocks is None or blocks >= 1, "runtime.blocks_on_gpu", blocks, "at least 1, or left out")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
@@ -36,7 +37,14 @@ from kandinsky.checkpoints import (
 )
 from kandinsky.config import Config, DiTConfig, load_config, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbedder, load_text_embedder, text_encoder_files
+from kandinsky.models.text_embedder import (
+    PromptEncoder,
+    TextEmbedder,
+    load_text_embedder,
+    text_encoder_files,
+    weight_files,
+)
+from kandinsky.models.text_generator import TextGenerator, can_generate, load_text_generator
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline, Placement
@@ -44,6 +52,8 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.preview import load_latent_rgb
+from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.compile import compile_blocks, is_wanted, keep_compiled_code, model_evaluations
 from kandinsky.runtime.magcache import cache_for_request
@@ -83,8 +93,12 @@ def load_pipeline(
     vae_path: str | Path | None = None,
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
+    read_text_encoders: bool = True,
 ) -> Pipeline:
-    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`."""
+    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
+
+    read_text_encoders: False for `Pipeline.resume`, which needs none.
+    """
     devices = parse_device_map(device_map)
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
@@ -120,11 +134,11 @@ def load_pipeline(
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
+    on_host: dict[str, Tensor] | None = None
     if not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
-        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
+        dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     if compiled:
         compile_blocks(dit)
@@ -132,14 +146,30 @@ def load_pipeline(
 
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
     text_embedder: PromptEncoder
-    if offload or config.runtime.cache_prompts:
+    if not read_text_encoders:
+        text_embedder = on_demand = TextEncodersOnDemand(no_text_encoders)
+        parts["text_embedder"] = [on_demand]
+    elif offload or config.runtime.cache_prompts:
         load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
         text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
         parts["text_embedder"] = [on_demand]
     else:
         text_embedder = load_encoders(device=devices["text_embedder"])
-    text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
+    expander = None
+    if read_text_encoders:
+        wanted = config.generation.expand_prompts
+        if wanted and not can_generate(qwen_path):
+            raise ValueError(
+                f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write"
+            )
+        if wanted is not False and can_generate(qwen_path):
+            expander = prompt_expander(text_embedder, config, qwen_path, devices["text_embedder"], resolved_dtype)
+        text_embedder = cache_prompts(
+            text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
+        )
 
+    if on_host is not None:
+        parts["dit"] = dit_parts(dit, on_host, resident, devices["dit"])
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
@@ -149,7 +179,20 @@ def load_pipeline(
             part.begin()  # and stay
         placement = FixedPlacement(devices)
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
-    return PIPELINES[config.task](config, dit, text_embedder, vae, placement, make_cache=make_cache)
+    latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
+    return PIPELINES[config.task](
+        config, dit, text_embedder, vae, placement, make_cache=make_cache, latent_rgb=latent_rgb, expander=expander
+    )
+
+
+def no_text_encoders() -> TextEmbedder:
+    """Stands where a pipeline was loaded for what comes after the text."""
+    raise RuntimeError("this pipeline was loaded without text encoders")
+
+
+def device_of_rank(local_rank: int) -> str:
+    """Where the process of that number on this machine runs: on the GPU of that number, or the CPU without GPUs."""
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
 
 
 def load_for_decoding(
@@ -166,11 +209,8 @@ def load_for_decoding(
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
-
-    def no_encoders() -> TextEmbedder:
-        raise RuntimeError("this pipeline was loaded for decoding only")
-
-    return PIPELINES[config.task](config, dit, TextEncodersOnDemand(no_encoders), vae, FixedPlacement(devices))
+    encoders = TextEncodersOnDemand(no_text_encoders)
+    return PIPELINES[config.task](config, dit, encoders, vae, FixedPlacement(devices))
 
 
 def locate_weights(given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path) -> Path:
@@ -366,6 +406,33 @@ def load_text_encoders(
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
         quantize=quantize_qwen if quantized else None,
     )
+
+
+def prompt_expander(
+    embedder: PromptEncoder, config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype
+) -> PromptExpander:
+    """Writes prompts out with the embedder's Qwen; keeps what it wrote on disk with `runtime.cache_prompts`."""
+
+    def generator() -> TextGenerator:
+        encoders = embedder.loaded() if isinstance(embedder, TextEncodersOnDemand) else embedder
+        assert isinstance(encoders, TextEmbedder)
+        return load_text_generator(encoders, qwen_path, vision=config.task in ("i2v", "i2i"))
+
+    if not config.runtime.cache_prompts:
+        return PromptExpander(generator)
+    identity = encoder_identity(config, qwen_path, device, dtype)
+    return PromptExpander(generator, identity, default_folder().with_name("captions"))
+
+
+def encoder_identity(config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What Qwen's answers depend on besides what it is given."""
+    return {
+        "files": fingerprint(weight_files(qwen_path)),
+        "dtype": str(dtype),
+        "quantization": config.runtime.qwen_quantization,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": [torch.__version__, transformers.__version__],
+    }
 
 
 def cache_prompts(

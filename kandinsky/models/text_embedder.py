@@ -348,7 +348,7 @@ def load_text_embedder(
     qwen_tokenizer = _load_tokenizer(qwen_path, "tokenizer")
     clip_tokenizer = _load_tokenizer(clip_path, "tokenizer_2")
     check_prefix(qwen_tokenizer, get_template(content), crop)
-    image_processor = _load_image_processor(qwen_path) if vision else None
+    image_processor = load_image_processor(qwen_path) if vision else None
 
     qwen = _load_qwen(qwen_path, vision, device, dtype, quantize)
 
@@ -356,7 +356,7 @@ def load_text_embedder(
     clip_config._attn_implementation = "sdpa"
     with torch.device("meta"):
         clip = CLIPTextModel(clip_config)
-    _assign_weights(clip, clip_path, _CLIP_PREFIXES, device, torch.float32)
+    assign_weights(clip, clip_path, _CLIP_PREFIXES, device, torch.float32)
     for module in clip.modules():
         if isinstance(module, CLIPTextEmbeddings):
             positions = torch.arange(clip_config.max_position_embeddings, device=device)[None]
@@ -383,7 +383,7 @@ def text_encoder_files(qwen_path: str | Path, clip_path: str | Path) -> list[Pat
     """
     files: list[Path] = []
     for folder, sibling in ((Path(qwen_path), "tokenizer"), (Path(clip_path), "tokenizer_2")):
-        files += _weight_files(folder)
+        files += weight_files(folder)
         for place in (folder, folder.parent / sibling):
             if place.is_dir():
                 files += sorted(file for file in place.iterdir() if file.suffix in (".json", ".txt", ".jinja"))
@@ -400,7 +400,7 @@ def _load_qwen(
         section._attn_implementation = "sdpa"
     with torch.device("meta"):
         qwen = Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config)
-    _assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype, quantize)
+    assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype, quantize)
 
     # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
     language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
@@ -409,13 +409,21 @@ def _load_qwen(
         if hasattr(module, "rotary_emb"):  # transformers 4 has one in every layer too, which nothing uses
             module.rotary_emb = rotary_emb
     if isinstance(qwen, Qwen2_5_VLModel):
-        # Half of a head's channels turn with the row of a patch, half with its column. No published config names the
-        # base, and what the module wants to be built from depends on the transformers version: so the numbers are set.
-        channels = vision_config.hidden_size // vision_config.num_heads // 2
-        frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
-        for name, _ in list(qwen.visual.rotary_pos_emb.named_buffers()):
-            qwen.visual.rotary_pos_emb.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
+        set_vision_frequencies(qwen.visual, vision_config, device)
     return qwen
+
+
+def set_vision_frequencies(visual: nn.Module, config: Qwen2_5_VLVisionConfig, device: torch.device) -> None:
+    """Give a vision tower its rotary frequencies, which are no part of a checkpoint.
+
+    Half of a head's channels turn with the row of a patch, half with its column. No published config names the base,
+    and what the module wants to be built from depends on the transformers version: so the numbers are set.
+    """
+    channels = config.hidden_size // config.num_heads // 2
+    frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    rotary: Any = visual.rotary_pos_emb
+    for name, _ in list(rotary.named_buffers()):
+        rotary.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -456,7 +464,7 @@ def _check_length(attention_mask: list[list[int]], image_tokens: list[int], crop
             )
 
 
-def _load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     """How Qwen cuts pictures into patches. Not its whole processor: that needs torchvision, for videos."""
     for candidate in (folder, folder.parent / "tokenizer"):
         if (candidate / "preprocessor_config.json").is_file():
@@ -492,7 +500,7 @@ def _load_tokenizer(folder: Path, sibling: str) -> PreTrainedTokenizerBase:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: the shards that the index names, or the one file."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
@@ -524,7 +532,7 @@ def _own_name(key: str, prefixes: Sequence[str]) -> str:
     return key
 
 
-def _assign_weights(
+def assign_weights(
     model: nn.Module,
     folder: Path,
     prefixes: Sequence[str],
@@ -538,7 +546,7 @@ def _assign_weights(
     convert = quantize(model) if quantize else None  # after it the model's names are other ones
     read: set[str] = set()
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors_in_file:
                 for key in tensors_in_file.keys():  # noqa: SIM118 (safe_open is no mapping)

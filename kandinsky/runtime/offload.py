@@ -111,9 +111,13 @@ class TextEncodersOnDemand:
         images: Sequence[Image.Image] | None = None,
         max_length: int | None = None,
     ) -> TextEmbeddings:
+        return self.loaded().encode(prompts, content, images, max_length)
+
+    def loaded(self) -> TextEmbedder:
+        """The encoders themselves, until the stage ends."""
         if self._loaded is None:
             self._loaded = self._load()
-        return self._loaded.encode(prompts, content, images, max_length)
+        return self._loaded
 
     def begin(self) -> None:
         """Nothing yet: all prompts of the stage may be in a cache."""
