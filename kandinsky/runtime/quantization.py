@@ -96,8 +96,8 @@ class Int8Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         weight, scales = self.weight_int8, self.weight_scales
-        whole = self.in_features // INT8_GROUP  # groups; what is left is multiplied by itself, because PyTorch 2.13's
-        end = whole * INT8_GROUP  # compiler takes the wrong scales on a CPU where they are repeated and then cut off
+        whole = self.in_features // INT8_GROUP  # groups; what is left is multiplied apart from them, because PyTorch
+        end = whole * INT8_GROUP  # 2.13's compiler for CPUs goes wrong where scales are repeated and then cut off
         in_groups = (weight[:, :end].unflatten(1, (whole, INT8_GROUP)) * scales[:, :whole, None]).flatten(1)
         if end < self.in_features:
             in_groups = torch.cat((in_groups, weight[:, end:] * scales[:, whole:]), dim=1)
