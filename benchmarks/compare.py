@@ -153,6 +153,7 @@ def vae_case(sizes: Sizes, device: torch.device, dtype: torch.dtype, latent_fram
     ours.to(device, dtype).eval().requires_grad_(False)
     theirs.to(device, dtype)
     ours.convolve_by_frame(device.type == "cpu")
+    ours.to(memory_format=torch.channels_last_3d)  # as it is loaded
     windowed = latent_frames > 5
     theirs.use_framewise_decoding = windowed
     theirs.tile_sample_min_num_frames, theirs.tile_sample_stride_num_frames = 16, 8

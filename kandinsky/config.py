@@ -288,6 +288,11 @@ def check_processes(config: Config, count: int) -> None:
             f"runtime.{key} divides the work among processes, and this is the only one: leave it out, or start "
             f"several, like torchrun --nproc-per-node {possible[min(1, len(possible) - 1)]} test.py ..."
         )
+    if count > 1 and config.runtime.compile == "on":
+        raise ValueError(
+            "runtime.compile is on, and blocks whose attention goes over several processes are not compiled: "
+            "leave it out"
+        )
     if count not in possible:
         *most, last = map(str, possible)
         halves = "in two halves " if branches > 1 else ""

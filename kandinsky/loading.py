@@ -58,6 +58,7 @@ from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.preview import load_latent_rgb
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.compile import compile_blocks, is_wanted, keep_compiled_code, model_evaluations
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
@@ -114,6 +115,9 @@ def load_pipeline(
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     model, encoders = config.model, config.model.text_embedder
     resolved_dtype = resolve_dtype(dtype, devices["dit"])
+    compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], model_evaluations(model))
+    if compiled:
+        keep_compiled_code()
     if config.runtime.qwen_quantization:
         require_scheme("nf4")
 
@@ -155,6 +159,8 @@ def load_pipeline(
     else:
         dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
+    if compiled:
+        compile_blocks(dit)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
     if team is not None:
         team.sequence.apply(dit)
@@ -489,11 +495,11 @@ def load_vae(
             **known_arguments(model, folder_of(path) / "config.json")
         )
     load_weights(vae, files, device if read else "meta", lambda name, tensor: dtype)
-    on_cpu = torch.device(device).type == "cpu"
-    if isinstance(vae, AutoencoderKLHunyuanVideo):
-        vae.convolve_by_frame(on_cpu)  # CPUs have fast kernels for 2-D convolutions only, GPUs for both
-    elif on_cpu:
-        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # The layout that convolutions are fastest in: measured on CPUs, by cuDNN's documentation on GPUs with tensor cores.
+    memory_format = torch.channels_last if name == "flux" else torch.channels_last_3d
+    vae.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if isinstance(vae, AutoencoderKLHunyuanVideo) and torch.device(device).type == "cpu":
+        vae.convolve_by_frame()  # CPUs have fast kernels for 2-D convolutions only, GPUs for both
     return vae
 
 

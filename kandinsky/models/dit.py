@@ -1,9 +1,9 @@
 """Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
 
 `forward` is embed -> run_blocks -> head. What wraps `run_blocks` (a cache) is handed to `forward`; block swapping is
-set as `dit.stream_blocks`, sequence parallelism as `dit.run_blocks`, attention engines as `dit.attention`, NABLA's
-kernel as `dit.block_sparse`. The module knows no devices, files or schedules, and keeps no state
-between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
+set as `dit.stream_blocks`, compilation as `dit.run_block`, sequence parallelism as `dit.run_blocks`, attention engines
+as `dit.attention`, NABLA's kernel as `dit.block_sparse`. The module knows no devices, files or schedules, and keeps no
+state between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
 handed in.
 
 Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
@@ -90,6 +90,7 @@ class DiffusionTransformer3D(nn.Module):
         self.block_sparse: BlockSparseAttention = sdpa_block_sparse
         # The visual blocks one after the other, each ready to run when it is handed out.
         self.stream_blocks: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
+        self.run_block: Callable[..., Tensor] = VisualBlock.__call__  # a block and what its forward takes
 
         self.time_embeddings = TimeEmbeddings(model_dim, time_dim)
         self.text_embeddings = TextProjection(in_text_dim, model_dim)
@@ -151,9 +152,9 @@ class DiffusionTransformer3D(nn.Module):
 
     def run_blocks(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """All visual blocks, (B, N, D) -> (B, N, D)."""
-        rope = inputs.tables.visual_rope
+        shared = (inputs.text, inputs.time_embed, inputs.tables.visual_rope, inputs.text_mask, inputs.attention)
         for block in self.stream_blocks(self.visual_transformer_blocks):
-            hidden = block(hidden, inputs.text, inputs.time_embed, rope, inputs.text_mask, inputs.attention)
+            hidden = self.run_block(block, hidden, *shared)
         return hidden
 
     def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:

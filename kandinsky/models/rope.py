@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class RotaryTable:
     def reordered(self, order: Tensor) -> RotaryTable:
         """The table of the same tokens in another order: row i is that of token order[i]."""
         return RotaryTable(self.cos[order], self.sin[order])
+
+    @cached_property
+    def rotations(self) -> Tensor:
+        """The same as complex numbers of length 1, made once."""
+        return torch.complex(self.cos, self.sin)
 
 
 def axis_angles(length: int, dim: int, device: torch.device | str, scale: float = 1.0) -> Tensor:
@@ -75,5 +81,5 @@ def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     else:
         # The same as one product of complex numbers: one pass over memory. The compiler makes one of the lines above
         # by itself, and makes nothing of complex numbers.
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(table.cos, table.sin))
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * table.rotations)
     return rotated.flatten(-2).to(x.dtype)

@@ -26,6 +26,8 @@ from kandinsky.models.vae_tiling import DiagonalGaussian, MapTiles, TiledAxis, V
 
 GROUP_NORM_EPS = 1e-6
 ELEMENTS_AT_ONCE = 2**21  # of a layer's input, as far as whole frames allow
+# A 3-D convolution on a CPU is not given to oneDNN up to this size of its input: batch x channels x frames x rows.
+SMALLEST_FOR_ONEDNN = 20480
 LEAST_FRAMES_AT_ONCE = 2  # fewer, and copying the history costs more than the frame itself
 
 FrameOperation = Callable[[Tensor], Tensor]  # of any stretch of a video's frames (B, C, T', H, W)
@@ -135,7 +137,7 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.border = kernel // 2
         self.by_frame = False
-        self.gradients_by_frame = False
+        self.for_cpu = False
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
 
     def forward(self, x: Tensor, prepare: FrameOperation = unchanged, out: Tensor | None = None) -> Tensor:
@@ -149,8 +151,7 @@ class CausalConv3d(nn.Module):
             weight = upcast(weight).sum(2, keepdim=True).to(weight.dtype)
         frames_out = (x.shape[2] - 1) // stride[0] + 1
         for begin, end, window in padded_windows(x, prepare, self.border, weight.shape[2], stride[0]):
-            by_frame = self.gradients_by_frame if torch.is_grad_enabled() else self.by_frame
-            part = convolve(window, weight, bias, stride, by_frame)
+            part = convolve(window, weight, bias, stride, self.is_by_frame(window))
             del window
             if part.shape[2] == frames_out:
                 return part
@@ -159,6 +160,11 @@ class CausalConv3d(nn.Module):
             out[:, :, begin:end] = part
         assert out is not None
         return out
+
+    def is_by_frame(self, window: Tensor) -> bool:
+        if torch.is_grad_enabled():
+            return self.for_cpu
+        return self.by_frame or (self.for_cpu and window.shape[:4].numel() <= SMALLEST_FOR_ONEDNN)
 
 
 class ResnetBlock(nn.Module):
@@ -282,7 +288,8 @@ class Upsample(nn.Module):
         for begin, end, window in padded_windows(x, unchanged, border=1, taps=taps):
             for (i, j), kernel in kernels.items():
                 view = window[..., i : i + rows + kernel.shape[3] - 1, j : j + columns + kernel.shape[4] - 1]
-                own, *earlier = convolve(view, kernel, bias, conv.stride, self.conv.by_frame).chunk(time, dim=1)
+                phases = convolve(view, kernel, bias, conv.stride, self.conv.is_by_frame(view))
+                own, *earlier = phases.chunk(time, dim=1)
                 if out is None:
                     out = new_video(own, (batch, channels, time * (frames - 1) + 1, height * rows, width * columns))
                 pixels = out[..., i::height, j::width]
@@ -450,14 +457,15 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         """For CPUs: channels-last memory, and 2-D convolutions (see `CausalConv3d`) wherever 3-D ones are slow there.
 
         oneDNN's 3-D kernels are as fast as its 2-D ones for input channels in multiples of 32, several times slower
-        for others; for 1x1x1 there are none at all. Their gradients in bfloat16 take minutes, so training is 2-D.
+        for others; for 1x1x1 there are none at all, and small inputs PyTorch doesn't hand to it in 3-D. Their gradients
+        in bfloat16 take minutes, so training is 2-D.
         """
         self.to(memory_format=torch.channels_last_3d if enabled else torch.contiguous_format)  # type: ignore[call-overload]
         for module in self.modules():
             if isinstance(module, CausalConv3d):
                 narrow = module.conv.in_channels % 32 != 0
                 module.by_frame = enabled and (narrow or module.conv.kernel_size == (1, 1, 1))
-                module.gradients_by_frame = enabled
+                module.for_cpu = enabled
 
     def _tiled_axes(self, tiling: VAETiling | None, decoding: bool) -> list[TiledAxis]:
         if tiling is None:

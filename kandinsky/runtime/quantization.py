@@ -114,10 +114,13 @@ class Int8Linear(QuantizedLinear):
         return integers.flatten(1)[:, : weight.shape[1]].contiguous(), scales
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        weight, scales = self.weight_int8, self.weight_scales[..., None]
-        if self.in_features % INT8_GROUP == 0:
-            return (weight.unflatten(1, (-1, INT8_GROUP)) * scales).flatten(1).to(dtype)
-        return (weight * scales.expand(-1, -1, INT8_GROUP).flatten(1)[:, : self.in_features]).to(dtype)
+        weight, scales = self.weight_int8, self.weight_scales
+        whole = self.in_features // INT8_GROUP  # groups; what is left is multiplied apart from them, because PyTorch
+        end = whole * INT8_GROUP  # 2.13's compiler for CPUs goes wrong where scales are repeated and then cut off
+        in_groups = (weight[:, :end].unflatten(1, (whole, INT8_GROUP)) * scales[:, :whole, None]).flatten(1)
+        if end < self.in_features:
+            in_groups = torch.cat((in_groups, weight[:, end:] * scales[:, whole:]), dim=1)
+        return in_groups.to(dtype)
 
 
 class FP8Linear(QuantizedLinear):

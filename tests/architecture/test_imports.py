@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 MAY_READ_IT = (
+    "runtime/compile.py",
     "runtime/prompt_cache.py",
 )  # where this user's caches are, which is for the desktop to say and not for us
 
@@ -200,6 +201,7 @@ def test_checker_accepts_a_good_house(tmp_path: Path) -> None:
         ("loading.py", "import os\nx = os.environ['HOME']", "loading.py:2: os.environ"),
         ("loading.py", "import os\nx = os.getenv('HOME')", "loading.py:2: os.getenv"),
         ("loading.py", "from os import environ", "loading.py:1: os.environ"),
+        ("runtime/compile.py", "import os\nprint(os.environ)", "compile.py:2: print("),
         ("runtime/prompt_cache.py", "import os\nprint(os.environ)", "prompt_cache.py:2: print("),
     ],
 )

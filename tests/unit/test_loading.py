@@ -278,6 +278,19 @@ def test_vae(vae_state: State, tmp_path: Path, dtype: torch.dtype) -> None:
     assert all(conv.by_frame for conv in vae.modules() if isinstance(conv, CausalConv3d))
     pixels = vae.decode(torch.zeros(1, 16, 2, 2, 2, dtype=dtype))
     assert pixels.shape == (1, 3, 5, 16, 16) and pixels.dtype == dtype
+    assert is_channels_last(vae)
+
+
+def is_channels_last(vae: AutoencoderKLHunyuanVideo) -> bool:
+    weights = [weight for weight in vae.parameters() if weight.dim() == 5]
+    return all(weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights)
+
+
+def test_vae_that_a_gpu_gets_later(vae_state: State, tmp_path: Path) -> None:
+    """Three-dimensional convolutions in channels-last memory, which offloading keeps."""
+    vae = load_vae(write_vae(vae_state, tmp_path / "vae", VAE_CONFIG), "cuda", torch.bfloat16, read=False)
+    assert is_channels_last(vae) and next(vae.parameters()).is_meta
+    assert not any(conv.by_frame or conv.for_cpu for conv in vae.modules() if isinstance(conv, CausalConv3d))
 
 
 def test_vae_of_another_config(vae_state: State, tmp_path: Path) -> None:

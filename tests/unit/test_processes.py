@@ -57,6 +57,17 @@ def test_what_takes_several_processes_is_refused_to_one(key: str) -> None:
         check_processes(with_heads(28, **dict([key.split("=")])), 1)
 
 
+def test_several_processes_compile_nothing() -> None:
+    check_processes(with_heads(4, compile="auto"), 2)
+    with pytest.raises(ValueError, match=r"runtime.compile is on, .* several processes are not compiled: leave it out"):
+        check_processes(with_heads(4, compile="on"), 2)
+
+
+def test_shards_do_not_go_with_adapters() -> None:
+    with pytest.raises(ValueError, match=r"shard_weights .* false with model.loras"):
+        load_config(LITE, ["runtime.shard_weights=true", "model.loras=[a.safetensors]"])
+
+
 @pytest.mark.parametrize("other", ["offload=on", "blocks_on_gpu=4", "dit_quantization=int8"])
 def test_shards_go_with_nothing_else_that_moves_weights(other: str) -> None:
     with pytest.raises(ValueError, match=rf"shard_weights .* false with runtime.{other.replace('=', ' = ')}"):

@@ -1,0 +1,164 @@
+"""Compiles the DiT's visual blocks, from this one place: one graph, made once, run with the weights of every block.
+
+Only the visual blocks: they are nearly all of the work, and their norms, rotations, modulations and gates become a few
+kernels. The text blocks see few tokens and would need a graph of their own. What wraps blocks knows nothing of it: a
+cache around `dit.run_blocks` and `dit.stream_blocks` go on calling blocks.
+
+One graph serves a whole run. Prompts differ in length, so the number of text tokens is left open; a mask over them
+makes a second graph. The first size that is asked for is built into the graph; from the second on the number of visual
+tokens is left open too, by PyTorch, which compiles once more for it. Attention other than PyTorch's own is one opaque
+operation in the graph: kernels of other packages, NABLA's, which depend on data, and flex_attention, which is compiled
+by itself.
+
+What was compiled is kept on disk, where the next process finds it; looking at the block's code, a few seconds, is done
+by every process. Knows nothing of configs' files, tasks or samplers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kandinsky.attention.engines import Attention, first_line, sdpa
+from kandinsky.config import ModelConfig
+from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.layers import VisualBlock
+from kandinsky.models.rope import RotaryTable
+from kandinsky.sampler import uses_guidance
+
+logger = logging.getLogger(__name__)
+
+# `auto` compiles from this many model evaluations on. An estimate that no GPU has confirmed: not compiled, a 5 s video
+# of the 2B model moves about 0.5 TB more through memory in every evaluation, which takes an H100 some 0.15 s; a process
+# that finds its kernels on disk still needs a few seconds to load them. 16 evaluations don't earn that, 50 do.
+BREAK_EVEN_EVALUATIONS = 32
+# Graphs that a process may make of a block's code: sizes, masks, models, dtypes. PyTorch gives up after 8 unless told.
+LARGEST_NUMBER_OF_GRAPHS = 64
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# Where the exceptions of a failed compilation are at home.
+COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
+
+
+def model_evaluations(model: ModelConfig) -> int:
+    """How many times a run with this config's own settings evaluates the model."""
+    if not uses_guidance(model.guidance_weight):
+        return model.num_steps
+    begin, end = model.guidance_interval
+    return model.num_steps + round(model.num_steps * (end - begin) / model.guidance_every)
+
+
+def is_wanted(setting: str, device: torch.device, evaluations: int) -> bool:
+    """Whether `runtime.compile` (auto, on or off) means that a run of this many evaluations on this device compiles.
+
+    Raises ValueError where it was asked for and the device has no compiler.
+    """
+    if setting == "off" or (setting == "auto" and (device.type == "cpu" or evaluations < BREAK_EVEN_EVALUATIONS)):
+        return False
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            missing = f"no Triton that compiles for {device} (pip install triton, or triton-windows on Windows)"
+            if setting == "on":
+                raise ValueError(f"runtime.compile is on, but there is {missing}: run with --compile off")
+            logger.info("not compiled: %s", missing)
+            return False
+    return True
+
+
+def compile_blocks(dit: DiffusionTransformer3D, backend: str | Callable[..., Any] = "inductor") -> None:
+    """From now on the visual blocks run compiled, with the attention that `dit` has; their weights stay where they are.
+
+    Compilation itself happens when a block is first called, and so does its failure: a ValueError that says what to do.
+    """
+    dense: Callable[..., Tensor] = dit.attention
+    block_sparse: Callable[..., Tensor] = dit.block_sparse
+    if dense is not sdpa:
+        dit.attention = opaque(dense, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    dit.block_sparse = opaque(block_sparse, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
+    # The function of the class, with the block as an argument like the others: so all blocks share what is made of it.
+    compiled = torch.compile(VisualBlock.forward, fullgraph=True, backend=backend)
+    dit.run_block = functools.partial(run_compiled, compiled)
+    logger.info("the DiT's blocks are compiled when they first run: that evaluation takes longer")
+
+
+def keep_compiled_code() -> None:
+    """Compiled code goes into the user's cache folder, where later processes find it, unless the user named another.
+
+    PyTorch's own choice is a folder for temporary files, which may be empty after a restart.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # PyTorch knows only this variable, and sets it itself to that choice of its when it is loaded.
+    if os.environ.get(CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():
+        caches = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(caches) if caches else Path.home() / ".cache") / "kandinsky5" / "compiled"
+        os.environ[CACHE_VARIABLE] = str(folder)
+
+
+def run_compiled(
+    compiled: Callable[..., Tensor],
+    block: VisualBlock,
+    x: Tensor,
+    text: Tensor,
+    time_embed: Tensor,
+    rope: RotaryTable,
+    text_mask: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """`VisualBlock.forward`, compiled for any number of text tokens."""
+    if text.shape[1] == 1:
+        # A dimension of size 1 would be built into a graph of its own. Attention to a token that is there twice is
+        # attention to that token.
+        text = torch.cat((text, text), dim=1)
+        text_mask = None if text_mask is None else torch.cat((text_mask, text_mask), dim=-1)
+    if x._is_view():
+        x = x.clone()  # the first block's tokens; a view, whose base a graph asks for, and no other block's are one
+    torch._dynamo.mark_dynamic(text, 1)
+    if text_mask is not None:
+        torch._dynamo.mark_dynamic(text_mask, 3)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=LARGEST_NUMBER_OF_GRAPHS):
+            return compiled(block, x, text, time_embed, rope, text_mask, attention)
+    except Exception as error:
+        if not type(error).__module__.startswith(COMPILERS):
+            raise
+        reason = getattr(error, "inner_exception", error)  # of a compiler behind Dynamo, which wraps what it raises
+        raise ValueError(
+            f"the DiT's blocks could not be compiled ({type(reason).__name__}: {first_line(reason)}): run with "
+            "--compile off (runtime.compile=off), which computes the same, slower"
+        ) from error
+
+
+_numbers = itertools.count()
+
+
+@functools.cache
+def opaque(kernel: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
+    """`kernel` as one operation that a compiler neither looks into nor runs before the graph does.
+
+    Its result has the shape of its first argument q (B, heads, N, d), and the tokens before the heads in memory: most
+    kernels leave it so, and what comes next reads it so.
+    """
+    name = getattr(kernel, "__name__", "attention")
+
+    def run(*tensors: Tensor) -> Tensor:
+        return kernel(*tensors).transpose(1, 2).contiguous().transpose(1, 2)
+
+    # Numbered, because names are for good; in order, because compiled code on disk is found by them.
+    operation = torch.library.custom_op(f"kandinsky::{name}_{next(_numbers)}", run, mutates_args=(), schema=schema)
+    operation.register_fake(lambda q, *others: torch.empty_like(q.transpose(1, 2).contiguous()).transpose(1, 2))
+
+    @functools.wraps(kernel)
+    def call(*tensors: Tensor) -> Tensor:
+        return operation(*tensors)
+
+    return call

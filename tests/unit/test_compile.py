@@ -1,0 +1,100 @@
+"""When blocks are compiled, and where what was compiled is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from kandinsky.config import load_config
+from kandinsky.runtime.compile import (
+    BREAK_EVEN_EVALUATIONS,
+    CACHE_VARIABLE,
+    is_wanted,
+    keep_compiled_code,
+    model_evaluations,
+)
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ENOUGH = BREAK_EVEN_EVALUATIONS
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "evaluations", "expected"),
+    [
+        ("auto", GPU, ENOUGH, True),
+        ("auto", GPU, ENOUGH - 1, False),
+        ("auto", CPU, 1000, False),
+        ("on", CPU, 1, True),
+        ("on", GPU, 1, True),
+        ("off", GPU, 1000, False),
+        ("off", CPU, 1000, False),
+    ],
+)
+@pytest.mark.usefixtures("triton")
+def test_is_wanted(setting: str, device: torch.device, evaluations: int, expected: bool) -> None:
+    assert is_wanted(setting, device, evaluations) == expected
+
+
+def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """By itself it runs without and says so; asked for it is an error."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    with caplog.at_level("INFO"):
+        assert not is_wanted("auto", GPU, ENOUGH)
+    assert "not compiled: no Triton" in caplog.text
+    with pytest.raises(ValueError, match=r"no Triton .* run with --compile off"):
+        is_wanted("on", GPU, ENOUGH)
+    assert is_wanted("on", CPU, ENOUGH)  # which has a compiler of its own
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "expected"),
+    [
+        ("config_5s_sft", [], 100),
+        ("config_5s_nocfg", [], 50),
+        ("config_5s_distil", [], 16),
+        ("config_5s_sft", ["model.guidance_interval=[0.25,0.75]"], 75),
+        ("config_5s_sft", ["model.guidance_every=2"], 75),
+        ("config_5s_nocfg", ["model.guidance_every=2"], 50),
+        ("config_t2i", ["model.num_steps=10"], 20),
+    ],
+)
+def test_evaluations(config: str, overrides: list[str], expected: int) -> None:
+    assert model_evaluations(load_config(CONFIGS / f"{config}.yaml", overrides).model) == expected
+
+
+@pytest.mark.usefixtures("triton")
+def test_which_variants_are_compiled_by_themselves() -> None:
+    compiled = {
+        path.stem: is_wanted("auto", GPU, model_evaluations(load_config(path).model)) for path in CONFIGS.glob("*.yaml")
+    }
+    assert {name for name, wanted in compiled.items() if not wanted} == {"config_5s_distil", "config_10s_distil"}
+
+
+def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    kept = tmp_path / "kandinsky5" / "compiled"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, default_cache_dir())  # what PyTorch sets when it is loaded
+    keep_compiled_code()
+    assert cache_dir() == str(kept) and kept.is_dir()  # PyTorch's own answer
+    monkeypatch.delenv(CACHE_VARIABLE)
+    keep_compiled_code()
+    assert os.environ[CACHE_VARIABLE] == str(kept)
+    monkeypatch.setenv(CACHE_VARIABLE, "/somewhere/else")  # what a user set
+    keep_compiled_code()
+    assert os.environ[CACHE_VARIABLE] == "/somewhere/else"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
+    monkeypatch.delenv(CACHE_VARIABLE)
+    keep_compiled_code()
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "me" / ".cache" / "kandinsky5" / "compiled")
