@@ -9,12 +9,17 @@ happens in the `kandinsky` package. A flag that is not given leaves what the YAM
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from kandinsky.config import Config
+    from kandinsky.request import Request
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
 # Flags that stand for a value of the YAML: flag -> (key, help).
@@ -44,7 +49,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="the variant's YAML file")
-    parser.add_argument("--prompt", required=True, help="what to show, what happens, or what to change")
+    parser.add_argument("--prompt", help="what to show, what happens, or what to change; needed, but for --plan")
     parser.add_argument("--image", type=Path, help="the picture that a video begins with, or that is edited")
     parser.add_argument("--negative_prompt", help="what not to show; used where guidance is on")
     parser.add_argument(
@@ -66,6 +71,14 @@ def build_parser() -> Parser:
         if flag == "blocks_on_gpu":
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
+    parser.add_argument(
+        "--device_preset", metavar="NAME", help="settings for 8gb, 12gb, 16gb, 24gb, 48gb, 80gb or a cpu"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what it would take, and load nothing")
+    parser.add_argument(
+        "--memory_gb", type=float, metavar="GB", help="for --plan: a GPU of that size, not the one here"
+    )
+    parser.add_argument("--host_memory_gb", type=float, metavar="GB", help="for --plan: likewise the host's memory")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
@@ -73,20 +86,20 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
-    from kandinsky import media
-    from kandinsky.config import load_config
+def wishes(args: argparse.Namespace, image_sizes: Sequence[tuple[int, int]]) -> tuple[Config, Request]:
+    """What the flags come to, checked: the variant's config and the request."""
+    from kandinsky.config import load_config, preset_file
     from kandinsky.request import resolve_request
 
-    # From cheap to expensive: config, request and output path are known to be good before torch is imported.
     flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
-    config = load_config(args.config, [*args.overrides, *flags])
-    images = [] if args.image is None else [media.load_image(args.image)]
+    presets = [] if args.device_preset is None else [preset_file(args.device_preset)]
+    config = load_config(args.config, [*args.overrides, *flags], presets)
+    if args.plan and not image_sizes and config.task in ("i2v", "i2i"):
+        image_sizes = [(config.generation.width, config.generation.height)]
     request = resolve_request(
         config,
-        args.prompt,
-        image_sizes=[image.size for image in images],
+        "a prompt" if args.plan and args.prompt is None else args.prompt,
+        image_sizes=image_sizes,
         time_length=args.video_duration,
         width=args.width,
         height=args.height,
@@ -96,6 +109,43 @@ def run(args: argparse.Namespace) -> Path:
         scheduler_scale=args.scheduler_scale,
         negative_caption=args.negative_prompt,
     )
+    return config, request
+
+
+def plan(args: argparse.Namespace) -> str:
+    """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
+    from kandinsky import media
+    from kandinsky.plan import GB, Machine, host_memory, make_plan, report, weight_files
+
+    config, request = wishes(args, [] if args.image is None else [media.load_image(args.image).size])
+    for flag in ("memory_gb", "host_memory_gb"):
+        if (size := getattr(args, flag)) is not None and not size > 0:
+            raise ValueError(f"--{flag} is {size:g}; it must be more than 0 (GB of 2^30 bytes)")
+    host = host_memory() if args.host_memory_gb is None else args.host_memory_gb * GB
+    if args.device == "cpu":
+        machine = Machine(host)
+    elif args.memory_gb is not None:
+        machine = Machine(host, args.memory_gb * GB)
+    else:
+        from kandinsky.loading import machine_memory
+        from kandinsky.runtime.placement import parse_device_map
+
+        machine = dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
+    dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
+    made = make_plan(config, request, machine, weight_files(config, args.cache_dir), dtype)
+    if made.refusal is not None:
+        print(report(made))
+        raise ValueError(made.refusal)
+    return report(made)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
+    from kandinsky import media
+
+    # From cheap to expensive: config, request and output path are known to be good before torch is imported.
+    images = [] if args.image is None else [media.load_image(args.image)]
+    config, request = wishes(args, [image.size for image in images])
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
     output = args.output_filename or media.default_output_path("outputs", args.prompt, request.samples[0].seed, suffix)
     media.check_writable(output, suffix)
@@ -109,13 +159,17 @@ def run(args: argparse.Namespace) -> Path:
         cache_dir=args.cache_dir,
         attention_engine=args.attention_engine,
         dtype=args.dtype,
+        request=request,
     )
     pipeline.generate(request, Inputs(images, [str(args.image)] if images else []), save_path=output)
     return output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_intermixed_args(arguments)
+    parser = build_parser()
+    args = parser.parse_intermixed_args(arguments)
+    if args.prompt is None and not args.plan:
+        parser.error("the following arguments are required: --prompt")
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -123,13 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Libraries report every file they open at this level; their warnings stay.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        print(run(args))
+        print(plan(args) if args.plan else run(args))
     except (ValueError, OSError) as error:
         return fail(error)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
             raise
-        return fail("out of GPU memory: try a smaller --width and --height or a shorter --video_duration")
+        return fail("out of GPU memory: --plan says what fits; or try a smaller --width and --height, or less duration")
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

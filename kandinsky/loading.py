@@ -29,7 +29,7 @@ from kandinsky.checkpoints import (
     read_header,
     resolve_path,
 )
-from kandinsky.config import Config, DiTConfig, load_config, with_settings
+from kandinsky.config import Config, DiTConfig, load_config, preset_file, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
 from kandinsky.models.vae_flux import AutoencoderKL
@@ -39,6 +39,8 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.plan import CUDA_CONTEXT, Machine, host_memory, resolve_runtime
+from kandinsky.request import Request
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
 
 logger = logging.getLogger(__name__)
@@ -72,8 +74,12 @@ def load_pipeline(
     vae_path: str | Path | None = None,
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
+    request: Request | None = None,
 ) -> Pipeline:
-    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`."""
+    """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
+
+    request: what it is loaded for, if that is known: settings that are left open are decided so that this fits.
+    """
     devices = parse_device_map(device_map)
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
@@ -90,6 +96,9 @@ def load_pipeline(
     vae_path = locate(vae_path, model.vae.checkpoint_path)
     qwen_path = locate(text_encoder_path, encoders.qwen.checkpoint_path)
     clip_path = locate(text_encoder2_path, encoders.clip.checkpoint_path)
+    files = {"dit": dit_path, "vae": vae_path, "qwen": qwen_path, "clip": clip_path}
+    if len(set(devices.values())) == 1:  # whoever spreads the models over devices has a plan
+        config = resolve_runtime(config, request, machine_memory(devices["dit"]), files, dtype_name(resolved_dtype))
 
     # What visual self-attention is computed with, dense or block by block.
     is_nabla = model.attention.type == "nabla"
@@ -127,6 +136,7 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
         *,
         dtype: str | torch.dtype | None = None,
         overrides: Sequence[str] = (),
+        device_preset: str | None = None,
         config: Config | None = None,
         **runtime: Any,
     ) -> AnyPipeline:
@@ -143,15 +153,17 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             text_token_padding: padding never reaches the model here, which is exact; accepted for compatibility.
             attention_engine: instead of the config's `model.attention.engine`.
             dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 on a GPU and float32 on a CPU.
-            overrides: "key.key=value" over the YAML.
-            config: an already loaded config instead of `conf_path` and `overrides`.
+            overrides: "key.key=value" over the YAML and the preset.
+            device_preset: a file of configs/devices/, over the YAML: "8gb" to "80gb", or "cpu".
+            config: an already loaded config instead of `conf_path`, `device_preset` and `overrides`.
             runtime: any key of the YAML's section `runtime`, such as compile="off" or blocks_on_gpu=8.
 
         Raises:
-            ValueError: a file is missing, damaged or of another variant, or an argument is wrong; before weights are
-                read.
+            ValueError: a file is missing, damaged or of another variant, an argument is wrong, or what the config makes
+                does not fit this machine; before weights are read.
         """
-        config = config or load_config(conf_path or DEFAULT_CONFIGS[task], overrides)
+        presets = [] if device_preset is None else [preset_file(device_preset)]
+        config = config or load_config(conf_path or DEFAULT_CONFIGS[task], overrides, presets)
         wishes = {**runtime, **({"offload": True} if offload else {})}
         wishes |= {"qwen_quantization": True} if quantized_qwen else {}
         config = with_settings(config, runtime=wishes, magcache={"enabled": True} if magcache else {})
@@ -187,10 +199,23 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     """The dtype to compute in. Raises ValueError for one that models can't run in."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16 and its other spellings."""
+    return str(dtype).removeprefix("torch.")
+
+
+def machine_memory(device: torch.device) -> Machine:
+    """What there is to fit into: the host's memory, and what is free on the GPU if `device` is one."""
+    if device.type == "cpu":
+        return Machine(host_memory())
+    free, total = torch.cuda.mem_get_info(device)  # makes the context, if there was none
+    return Machine(host_memory(), min(free + CUDA_CONTEXT, total))
 
 
 def load_dit(

@@ -19,8 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
-    ("pipelines", "runtime"),
-    ("conditioning", "sampler", "media", "request", "prompt_expansion"),
+    ("pipelines", "runtime", "plan"),
+    ("conditioning", "sampler", "media", "request", "memory", "prompt_expansion"),
     ("models",),
     ("attention", "prompts"),  # prompts is words and token ids without torch, and models/text_embedder stands on it
     ("checkpoints", "sizes"),  # request stands on sizes
@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media")
+WITHOUT_TORCH = ("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media", "memory", "plan")
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 
