@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ SETTINGS = {
     "blocks_on_gpu": ("runtime.blocks_on_gpu", "visual blocks that stay there; the others stream in"),
     "dit_quantization": ("runtime.dit_quantization", "keep the DiT's weights in fewer bits"),
     "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
+    "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
 }
 CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
 
@@ -49,7 +51,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="the variant's YAML file")
-    parser.add_argument("--prompt", help="what to show, what happens, or what to change; needed, but for --plan")
+    parser.add_argument("--prompt", help="what to show, what happens, or what to change")
     parser.add_argument("--image", type=Path, help="the picture that a video begins with, or that is edited")
     parser.add_argument("--negative_prompt", help="what not to show; used where guidance is on")
     parser.add_argument(
@@ -59,9 +61,25 @@ def build_parser() -> Parser:
     parser.add_argument("--video_duration", type=float, help="seconds at 24 frames a second; 0 makes a picture")
     parser.add_argument("--sample_steps", type=int, help="Euler steps")
     parser.add_argument("--guidance_weight", type=float, help="classifier-free guidance; 1 switches it off")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("BEGIN", "END"),
+        help="shares of the steps, 0 to 1, between which there is guidance; the other steps take half the time",
+    )
+    parser.add_argument(
+        "--guidance_every", type=int, metavar="N", help="of these steps, each N-th evaluates the negative prompt"
+    )
     parser.add_argument("--scheduler_scale", type=float, help="shift of the schedule towards noise")
     parser.add_argument("--seed", type=int, help="the same seed gives the same video; not given: a new one every time")
     parser.add_argument("--output_filename", type=Path, help="default: a new name in outputs/ that replaces nothing")
+    parser.add_argument(
+        "--decode_latents",
+        type=Path,
+        metavar="FILE",
+        help="instead of a prompt: the .latents.safetensors of a run that died while decoding, to be finished",
+    )
     parser.add_argument(
         "--attention_engine",
         help="auto, sdpa, sdpa_cudnn, flash_attention_2, flash_attention_3, sage; for NABLA configs auto, flex, sdpa",
@@ -82,8 +100,16 @@ def build_parser() -> Parser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
+    parser.add_argument("--download", action="store_true", help="first fetch the weights that are missing there")
+    parser.add_argument("--hf_token", help="Hugging Face token for --download; default: the variable HF_TOKEN")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML")
     return parser
+
+
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """What stands over the YAML: key=value as given, and the flags that stand for one."""
+    flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
+    return [*args.overrides, *flags]
 
 
 def wishes(args: argparse.Namespace, image_sizes: Sequence[tuple[int, int]]) -> tuple[Config, Request]:
@@ -91,9 +117,8 @@ def wishes(args: argparse.Namespace, image_sizes: Sequence[tuple[int, int]]) -> 
     from kandinsky.config import load_config, preset_file
     from kandinsky.request import resolve_request
 
-    flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
     presets = [] if args.device_preset is None else [preset_file(args.device_preset)]
-    config = load_config(args.config, [*args.overrides, *flags], presets)
+    config = load_config(args.config, overrides_of(args), presets)
     if args.plan and not image_sizes and config.task in ("i2v", "i2i"):
         image_sizes = [(config.generation.width, config.generation.height)]
     request = resolve_request(
@@ -107,6 +132,8 @@ def wishes(args: argparse.Namespace, image_sizes: Sequence[tuple[int, int]]) -> 
         num_steps=args.sample_steps,
         guidance_weight=args.guidance_weight,
         scheduler_scale=args.scheduler_scale,
+        guidance_interval=args.guidance_interval,
+        guidance_every=args.guidance_every,
         negative_caption=args.negative_prompt,
     )
     return config, request
@@ -141,7 +168,7 @@ def plan(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> Path:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
-    from kandinsky import media
+    from kandinsky import latents_file, media
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
     images = [] if args.image is None else [media.load_image(args.image)]
@@ -149,6 +176,15 @@ def run(args: argparse.Namespace) -> Path:
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
     output = args.output_filename or media.default_output_path("outputs", args.prompt, request.samples[0].seed, suffix)
     media.check_writable(output, suffix)
+    for path in latents_file.unfinished(output.parent):
+        logging.info(
+            "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
+        )
+
+    if args.download:
+        from kandinsky import hub
+
+        hub.download(hub.sources(config, args.cache_dir, only_missing=True), args.cache_dir, args.hf_token)
 
     from kandinsky.loading import load_pipeline
     from kandinsky.pipelines.base import Inputs
@@ -165,19 +201,42 @@ def run(args: argparse.Namespace) -> Path:
     return output
 
 
+def finish(args: argparse.Namespace) -> Path:
+    """Decode and write what a run that died had denoised; return the path of the result."""
+    from kandinsky import latents_file, media
+    from kandinsky.config import config_from_dict
+
+    if args.prompt is not None or args.image is not None:
+        raise ValueError("--decode_latents goes on from a file that has its prompt and its picture: leave them out")
+    record = latents_file.read_records(args.decode_latents)[0]
+    config = config_from_dict(record["config"], overrides_of(args))
+    suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
+    output = args.output_filename or latents_file.output_path(args.decode_latents, suffix)
+    media.check_writable(output, suffix)
+
+    from kandinsky.loading import load_for_decoding
+
+    pipeline = load_for_decoding(config, args.device, cache_dir=args.cache_dir, dtype=args.dtype)
+    pipeline.finish(latents_file.load_latents(args.decode_latents), output)
+    if not config.runtime.save_latents:
+        args.decode_latents.unlink()
+    return output
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_intermixed_args(arguments)
-    if args.prompt is None and not args.plan:
+    if args.prompt is None and args.decode_latents is None and not args.plan:
         parser.error("the following arguments are required: --prompt")
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        print(plan(args) if args.plan else run(args))
+        print(plan(args) if args.plan else run(args) if args.decode_latents is None else finish(args))
     except (ValueError, OSError) as error:
         return fail(error)
     except RuntimeError as error:

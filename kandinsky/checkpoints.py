@@ -32,10 +32,20 @@ BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+FLOATS = ("F32", "F16", "BF16")
 
 COMFY_PREFIX = "model.diffusion_model."
 # head_dim -> its split over time, height and width. A checkpoint says the sum only; these are the published splits.
 AXES_DIMS = {64: (16, 24, 24), 128: (32, 48, 48)}
+
+# Inputs of a linear layer that share a scale.
+INT8_GROUP = 128
+NF4_GROUP = 64
+_TRANSFORMER_LINEAR = re.compile(
+    r"(text|visual)_transformer_blocks\.\d+\."
+    r"((self|cross)_attention\.(to_query|to_key|to_value|out_layer)|feed_forward\.(in_layer|out_layer))"
+)
+_QUANTIZED_WEIGHT = re.compile(r"(?P<layer>.+)\.weight_(?P<scheme>int8|fp8|nf4)")
 
 TINY_COMMAND = "python test.py --config configs/config_tiny_t2v.yaml"
 
@@ -194,13 +204,55 @@ def missing_weights_message(path: str | Path, config: Config) -> str:
     name = model_name(config.source) if known and config.source is not None else "list"
     return (
         f"weights not found: {path}. Get them with: python download_models.py --models {name}. "
-        f"Without any download: {TINY_COMMAND}"
+        f"test.py --download does it too. Without any download: {TINY_COMMAND}"
     )
 
 
 def model_name(config_path: str | Path) -> str:
     """The name that download_models.py has for a config: configs/config_5s_sft.yaml -> 5s_sft."""
     return Path(config_path).stem.removeprefix("config_")
+
+
+# --- quantised layers -------------------------------------------------------------------------------------------------
+
+
+def quantized_parts(scheme: str, outputs: int, inputs: int) -> Header:
+    """What a quantised checkpoint has in the place of a linear layer's `weight` (outputs, inputs).
+
+    int8 and fp8 are laid out as in the files that others have published, but for one thing: our fp8 has a scale for
+    every row, theirs one for the whole weight, of shape () or (1,). nf4, two values to a byte, is our own layout; rows
+    are filled up with zeros to whole groups.
+    """
+    if scheme == "int8":
+        groups = -(-inputs // INT8_GROUP)
+        return {"weight_int8": ("I8", (outputs, inputs)), "weight_scales": ("F32", (outputs, groups))}
+    if scheme == "fp8":
+        return {"weight_fp8": ("F8_E4M3", (outputs, inputs)), "weight_scale": ("F32", (outputs, 1))}
+    assert scheme == "nf4", scheme
+    groups = -(-inputs // NF4_GROUP)
+    return {"weight_nf4": ("U8", (outputs, groups * NF4_GROUP // 2)), "weight_scales": ("F32", (outputs, groups))}
+
+
+def is_quantizable(layer: str) -> bool:
+    """Whether a module of the DiT is one of those that are quantised: the linear layers of attention and feed-forward.
+
+    Embeddings, norms, modulation and the output layer are few of the weights and much of the precision.
+    """
+    return _TRANSFORMER_LINEAR.fullmatch(layer) is not None
+
+
+def quantized_layers(header: Header) -> dict[str, str]:
+    """Layer -> scheme (int8, fp8, nf4) of the DiT's linear layers that a checkpoint holds quantised."""
+    found = (_QUANTIZED_WEIGHT.fullmatch(name) for name in strip_prefix(header))
+    return {match["layer"]: match["scheme"] for match in found if match and is_quantizable(match["layer"])}
+
+
+def quantization_from_header(header: Header) -> str | None:
+    """The scheme that a DiT checkpoint is quantised with, None for none. Raises ValueError where there are several."""
+    schemes = sorted(set(quantized_layers(header).values()))
+    if len(schemes) > 1:
+        raise ValueError(f"the checkpoint mixes layers in {' and '.join(schemes)}: use one that has a single scheme")
+    return schemes[0] if schemes else None
 
 
 # --- which DiT is it? -------------------------------------------------------------------------------------------------
@@ -217,9 +269,10 @@ def dit_params_from_header(header: Header) -> dict[str, Any]:
     In place of visual_cond and instruct_type, which look alike in the weights, there is `extra_channels`, true where
     the model takes a condition and a mask beside the latents. axes_dims is absent, and head_dim there, where the size
     of a head is none of the published ones. patch_size is known in its product only, and taken as (1, 2, 2).
+    A quantised checkpoint says the same; `quantization_from_header` tells its scheme.
     Raises ValueError where the file is not a Kandinsky 5 DiT.
     """
-    shapes = {name: shape for name, (_, shape) in strip_prefix(header).items()}
+    shapes = {_QUANTIZED_WEIGHT.sub(r"\1.weight", name): shape for name, (_, shape) in strip_prefix(header).items()}
 
     def size(name: str, axis: int = 0) -> int:
         try:
@@ -306,43 +359,58 @@ FAMILIES = {
 
 
 def check_dit_header(header: Header, dit: DiTConfig) -> None:
-    """Raise one ValueError unless a checkpoint has exactly the parameters that a config asks for."""
+    """Raise one ValueError unless a checkpoint has exactly the parameters that a config asks for.
+
+    Linear layers may be quantised, as `quantized_parts` has it, all of them or some.
+    """
     header = strip_prefix(header)
     found = dit_params_from_header(header)
+    scheme = quantization_from_header(header)
     wanted = {name: getattr(dit, name) for name in found if name not in ("extra_channels", "axes_dims")}
     wanted["extra_channels"] = dit.visual_cond or dit.instruct_type == "channel"
     different = [name for name, value in wanted.items() if value != found[name]]
     if different:
         details = ", ".join(f"{name} {found[name]} (config: {wanted[name]})" for name in different)
-        raise ValueError(f"{_describe_variants(found, wanted)}. Different: {details}")
+        raise ValueError(f"{_describe_variants(found, wanted, scheme)}. Different: {details}")
 
     shapes = expected_dit_shapes(dit)
+    dtypes: dict[str, tuple[str, ...]] = {}  # allowed; any where nothing is said
+    for layer in [layer for layer in quantized_layers(header) if f"{layer}.weight" in shapes]:
+        assert scheme is not None
+        for part, (dtype, shape) in quantized_parts(scheme, *shapes.pop(f"{layer}.weight")).items():
+            name = f"{layer}.{part}"
+            one_scale = part == "weight_scale" and header.get(name, ("", shape))[1] in ((), (1,))
+            shapes[name] = header[name][1] if one_scale else shape
+            dtypes[name] = FLOATS if dtype == "F32" else (dtype,)
     problems = []
     for what, names in (
         ("missing", [name for name in shapes if name not in header]),
         ("unexpected", [name for name in header if name not in shapes]),
         ("of another shape", [name for name, shape in shapes.items() if name in header and header[name][1] != shape]),
+        ("of another dtype", [name for name, ok in dtypes.items() if name in header and header[name][0] not in ok]),
     ):
         if names:
             problems.append(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     if problems:
+        model = "model" if scheme is None else f"model, quantised to {scheme}"
         raise ValueError(
-            f"the checkpoint does not have the {len(shapes)} parameters of this config's model: {'; '.join(problems)}"
+            f"the checkpoint does not have the {len(shapes)} parameters of this config's {model}: {'; '.join(problems)}"
         )
 
 
-def _describe_variants(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _describe_variants(found: Mapping[str, Any], wanted: Mapping[str, Any], scheme: str | None) -> str:
     """ "this file is Pro (60 visual blocks, dim 4096); the config says Lite (32 visual blocks, dim 1792): use ..." """
 
     def family(params: Mapping[str, Any]) -> tuple[str, str]:
         return FAMILIES.get((params["model_dim"], params["extra_channels"]), ("a model of its own", ""))
 
-    def name(params: Mapping[str, Any]) -> str:
-        return f"{family(params)[0]} ({params['num_visual_blocks']} visual blocks, dim {params['model_dim']})"
+    def name(params: Mapping[str, Any], scheme: str | None = None) -> str:
+        size = f"{params['num_visual_blocks']} visual blocks, dim {params['model_dim']}"
+        return f"{family(params)[0]} ({size}, quantised to {scheme})" if scheme else f"{family(params)[0]} ({size})"
 
     config = family(found)[1]
     if not config or family(found) == family(wanted):  # within a family it is some other number that is wrong
         advice = "the config of that checkpoint"
     else:
         advice = f"a config like {config}"
-    return f"this file is {name(found)}; the config says {name(wanted)}: use {advice}, or another checkpoint"
+    return f"this file is {name(found, scheme)}; the config says {name(wanted)}: use {advice}, or another checkpoint"

@@ -177,6 +177,7 @@ class RuntimeConfig:
     dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
     qwen_quantization: bool = False  # NF4
     chunk_tokens: int | None = None  # feed-forward and QKV run over as many tokens at a time; None: over all at once
+    save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,15 +216,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Sequen
     """
     path = Path(path)
     try:
-        raw = _read_yaml(path, overrides, [Path(preset) for preset in presets])
-        _drop_ignored_keys(raw, path)
-        values = _parse_section(Config, raw, "")
-        _fill_defaults(values)
-        values["source"] = path
-        config = _construct(Config, values, "")
-        _check(config)
+        return _from_raw(_read_yaml(path, overrides, [Path(preset) for preset in presets]), path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def config_from_dict(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The config that `config_to_dict` made `values` of, overrides applied. Errors are those of `load_config`."""
+    from omegaconf import OmegaConf
+
+    raw = dict(values)
+    source = Path(raw.pop("source") or "a recorded config")
+    _check_overrides(overrides)
+    config = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+    return _from_raw(cast("dict[str, Any]", OmegaConf.to_container(config)), source)
+
+
+def _from_raw(raw: dict[str, Any], source: Path) -> Config:
+    _drop_ignored_keys(raw, source)
+    values = _parse_section(Config, raw, "")
+    _fill_defaults(values)
+    values["source"] = source
+    config = _construct(Config, values, "")
+    _check(config)
+    assert isinstance(config, Config)
     return config
 
 
@@ -236,7 +252,10 @@ def with_settings(config: Config, **sections: Mapping[str, Any]) -> Config:
         section = getattr(config, name)
         values = _parse_section(type(section), dict(given), name)
         config = dataclasses.replace(config, **{name: dataclasses.replace(section, **values)})
-    _check(config)
+    try:
+        _check(config)
+    except ValueError as error:
+        raise ValueError(f"{config.source}: {error}") from None
     return config
 
 
@@ -261,7 +280,7 @@ def preset_file(name: str) -> Path:
     path = DEVICE_PRESETS / f"{name}.yaml"
     if not path.is_file():
         names = sorted(
-            (file.stem for file in DEVICE_PRESETS.glob("*.yaml")), key=lambda stem: (stem.isalpha(), len(stem))
+            (file.stem for file in DEVICE_PRESETS.glob("*.yaml")), key=lambda stem: (stem.isalpha(), len(stem), stem)
         )
         raise ValueError(f"there is no device preset {name!r}: choose one of {', '.join(names)}")
     return path
@@ -276,9 +295,7 @@ def _read_yaml(path: Path, overrides: Sequence[str], presets: Sequence[Path]) ->
         names = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=3)
         raise ValueError("no such config file" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    for override in overrides:
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.*", override, flags=re.DOTALL):
-            raise ValueError(f"override {override!r} is not of the form key.key=value, like model.num_steps=20")
+    _check_overrides(overrides)
     try:
         layers = [OmegaConf.load(file) for file in (path, *presets)]
         config = layers[0]
@@ -289,6 +306,12 @@ def _read_yaml(path: Path, overrides: Sequence[str], presets: Sequence[Path]) ->
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from None
     return cast("dict[str, Any]", raw)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.*", override, flags=re.DOTALL):
+            raise ValueError(f"override {override!r} is not of the form key.key=value, like model.num_steps=20")
 
 
 def _drop_ignored_keys(raw: dict[str, Any], path: Path) -> None:
@@ -569,6 +592,13 @@ def _check(config: Config) -> None:
         require(len(ratios) % 2 == 0, "the length of magcache.mag_ratios", len(ratios), "even: pairs of cond, uncond")
         require(min(ratios) >= 0, "the smallest of magcache.mag_ratios", min(ratios), "0 or more")
     magcache = config.magcache
+    require(
+        ratios is not None or not magcache.enabled,
+        "magcache.enabled",
+        True,
+        "false, as there are no magcache.mag_ratios to go by; measure them, and write them into the file, with: "
+        f"python tools/calibrate_magcache.py --config {config.source} --prompt '...' --write",
+    )
     require(magcache.threshold >= 0, "magcache.threshold", magcache.threshold, "0 or more")
     require(magcache.max_skips >= 0, "magcache.max_skips", magcache.max_skips, "0 or more")
     require(0 <= magcache.retention <= 1, "magcache.retention", magcache.retention, "0 to 1")

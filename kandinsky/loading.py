@@ -2,13 +2,16 @@
 
 Models are built on the meta device and take over tensors that are read one at a time from memory-mapped safetensors
 files, cast on the way: no second copy of the weights ever exists. What a file is, is read from its header before
-anything is allocated.
+anything is allocated. What is offloaded stays on the meta device and gets its weights when its stage begins, from the
+same memory-mapped files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -26,22 +29,29 @@ from kandinsky.checkpoints import (
     check_dit_header,
     find_weights,
     missing_weights_message,
+    quantization_from_header,
     read_header,
     resolve_path,
+    strip_prefix,
 )
 from kandinsky.config import Config, DiTConfig, load_config, preset_file, with_settings
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import TextEmbedder, load_text_embedder
+from kandinsky.models.text_embedder import PromptEncoder, TextEmbedder, load_text_embedder, text_encoder_files
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
-from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.base import Pipeline, Placement
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.plan import CUDA_CONTEXT, Machine, host_memory, resolve_runtime
 from kandinsky.request import Request
+from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.magcache import cache_for_request
+from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
+from kandinsky.runtime.prompt_cache import PromptCache, default_folder, fingerprint
+from kandinsky.runtime.quantization import Convert, quantize_dit, quantize_qwen, require_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +95,10 @@ def load_pipeline(
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     model, encoders = config.model, config.model.text_embedder
     resolved_dtype = resolve_dtype(dtype, devices["dit"])
+    if config.runtime.qwen_quantization:
+        require_scheme("nf4")
 
-    def locate(given: str | Path | None, from_config: str) -> Path:
-        path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
-        if not path.exists():
-            raise ValueError(missing_weights_message(path, config))
-        return path
-
+    locate = functools.partial(locate_weights, config=config, cache_dir=cache_dir)
     dit_path = locate(dit_path, model.checkpoint_path)
     vae_path = locate(vae_path, model.vae.checkpoint_path)
     qwen_path = locate(text_encoder_path, encoders.qwen.checkpoint_path)
@@ -109,12 +116,72 @@ def load_pipeline(
     except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead
         raise ValueError(str(error)) from error
 
-    # The DiT first: its header says at once whether it is the variant that the config means.
-    dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype)
+    offload = config.runtime.offload == "on"  # "auto" is off
+    resident = config.runtime.blocks_on_gpu
+    if resident is not None and resident >= model.dit_params.num_visual_blocks:
+        resident = None  # all of them: nothing streams
+
+    # The DiT first: its header says at once whether it is the variant that the config means. What gets its weights
+    # later is only checked now.
+    parts: dict[str, list[Part]] = {}
+    quantization = config.runtime.dit_quantization
+    if not offload and resident is None:
+        dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
+    else:
+        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
+        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
-    vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name)
-    text_embedder = load_text_encoders(config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
-    return PIPELINES[config.task](config, dit, text_embedder, vae, FixedPlacement(devices))
+    vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
+
+    load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
+    text_embedder: PromptEncoder
+    if offload or config.runtime.cache_prompts:
+        load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
+        text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
+        parts["text_embedder"] = [on_demand]
+    else:
+        text_embedder = load_encoders(device=devices["text_embedder"])
+    text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
+
+    placement: Placement
+    if offload:
+        parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
+        placement = OffloadPlacement(devices, parts)
+    else:
+        for part in itertools.chain(*parts.values()):
+            part.begin()  # and stay
+        placement = FixedPlacement(devices)
+    make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
+    return PIPELINES[config.task](config, dit, text_embedder, vae, placement, make_cache=make_cache)
+
+
+def load_for_decoding(
+    config: Config,
+    device_map: DeviceMap = None,
+    cache_dir: str | Path = "./weights/",
+    *,
+    vae_path: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Pipeline:
+    """A pipeline of which the VAE alone has weights, for `Pipeline.finish`. Errors are those of `load_pipeline`."""
+    devices = parse_device_map(device_map)
+    vae_path = locate_weights(vae_path, config.model.vae.checkpoint_path, config, cache_dir)
+    with torch.device("meta"):
+        dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
+    vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
+
+    def no_encoders() -> TextEmbedder:
+        raise RuntimeError("this pipeline was loaded for decoding only")
+
+    return PIPELINES[config.task](config, dit, TextEncodersOnDemand(no_encoders), vae, FixedPlacement(devices))
+
+
+def locate_weights(given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path) -> Path:
+    """The path that was given, or else the config's, on this machine. Raises ValueError where there is nothing."""
+    path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
+    if not path.exists():
+        raise ValueError(missing_weights_message(path, config))
+    return path
 
 
 def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline]:
@@ -219,29 +286,70 @@ def machine_memory(device: torch.device) -> Machine:
 
 
 def load_dit(
-    path: str | Path, params: DiTConfig, device: torch.device | str, dtype: torch.dtype
+    path: str | Path,
+    params: DiTConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quantization: str | None = None,
 ) -> DiffusionTransformer3D:
-    """The DiT from a safetensors file or folder. Raises ValueError for damaged files and for other variants' files."""
+    """The DiT from a safetensors file or folder. Raises ValueError for damaged files and for other variants' files.
+
+    quantization: "int8", "fp8" or "nf4", which weights are brought to as they are read. None leaves them as they are in
+        the file, which may be quantised itself; a file that is quantised otherwise is a ValueError.
+    """
     files = find_weights(path)
     header = {name: entry for file in files for name, entry in read_header(file).items()}
     try:
         check_dit_header(header, params)
+        with torch.device("meta"):
+            dit = DiffusionTransformer3D(**dataclasses.asdict(params))
+        convert = quantize_dit(dit, strip_prefix(header), quantization)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        dit = DiffusionTransformer3D(**dataclasses.asdict(params))
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
 
-    load_weights(dit, files, device, dtype_of, COMFY_PREFIX)
+    load_weights(dit, files, device, dtype_of, COMFY_PREFIX, convert)
     return dit
 
 
+def load_dit_on_host(
+    path: Path, params: DiTConfig, dtype: torch.dtype, quantization: str | None
+) -> tuple[DiffusionTransformer3D, dict[str, Tensor]]:
+    """A DiT on the meta device, and its weights by name on the host. Arguments and errors are those of `load_dit`.
+
+    The weights stay in their files, but for those that are quantised as they are read: these lie in memory.
+    """
+    header = {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
+    if quantization is None and quantization_from_header(strip_prefix(header)) is None:
+        return load_dit(path, params, "meta", dtype), host_weights(path, COMFY_PREFIX)
+    dit = load_dit(path, params, "cpu", dtype, quantization)
+    return dit, take_weights(dit)
+
+
+def dit_parts(
+    dit: DiffusionTransformer3D, weights: dict[str, Tensor], resident: int | None, device: torch.device
+) -> list[Part]:
+    """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all).
+
+    `weights` are its tensors on the host by name. Those of blocks that stream are taken out.
+    """
+    if resident is None:
+        return [Offloaded(dit, weights, device)]
+    swap = BlockSwap(dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device)
+    dit.stream_blocks = swap
+    blocks = len(dit.visual_transformer_blocks)
+    logger.info("%d of %d visual blocks stream from %.1f GB of host memory", len(swap.streamed), blocks, swap.host_gb)
+    return [Offloaded(dit, weights, device), swap]
+
+
 def load_vae(
-    path: str | Path, device: torch.device | str, dtype: torch.dtype, name: str = "hunyuan"
+    path: str | Path, device: torch.device | str, dtype: torch.dtype, name: str = "hunyuan", read: bool = True
 ) -> AutoencoderKLHunyuanVideo | AutoencoderKL:
     """A VAE from a folder with config.json and a safetensors file: the video VAE ("hunyuan") or the image one ("flux").
+
+    read: False leaves the weights in the checked file and the VAE on the meta device, made for `device` in all else.
 
     Raises ValueError for damaged files and for the other VAE's.
     """
@@ -250,7 +358,7 @@ def load_vae(
     model = AutoencoderKL if name == "flux" else AutoencoderKLHunyuanVideo
     with torch.device("meta"):
         vae: AutoencoderKLHunyuanVideo | AutoencoderKL = model(**known_arguments(model, path / "config.json"))
-    load_weights(vae, files, device, lambda name, tensor: dtype)
+    load_weights(vae, files, device if read else "meta", lambda name, tensor: dtype)
     on_cpu = torch.device(device).type == "cpu"
     if isinstance(vae, AutoencoderKLHunyuanVideo):
         vae.convolve_by_frame(on_cpu)  # CPUs have fast kernels for 2-D convolutions only, GPUs for both
@@ -264,6 +372,7 @@ def load_text_encoders(
 ) -> TextEmbedder:
     """Both text encoders as the config's task uses them. Errors are those of `load_text_embedder`."""
     encoders = config.model.text_embedder
+    quantized = config.runtime.qwen_quantization and torch.device(device).type != "meta"  # there only checked
     return load_text_embedder(
         qwen_path,
         clip_path,
@@ -274,6 +383,29 @@ def load_text_encoders(
         dtype=dtype,
         content={"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"),
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
+        quantize=quantize_qwen if quantized else None,
+    )
+
+
+def cache_prompts(
+    embedder: PromptEncoder, config: Config, qwen_path: Path, clip_path: Path, device: torch.device, dtype: torch.dtype
+) -> PromptCache:
+    """The embedder behind a cache on disk, of the default negative prompt or, with `runtime.cache_prompts`, of all."""
+    encoders = config.model.text_embedder
+    identity = {
+        "files": fingerprint(text_encoder_files(qwen_path, clip_path)),
+        "limits": [encoders.qwen.max_length, encoders.qwen.crop, encoders.clip.max_length],
+        "dtype": str(dtype),
+        "quantization": config.runtime.qwen_quantization,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+    return PromptCache(
+        embedder,
+        default_folder(),
+        identity,
+        device,
+        always=[config.generation.negative_caption],
+        everything=config.runtime.cache_prompts,
     )
 
 
@@ -294,16 +426,21 @@ def load_weights(
     device: torch.device | str,
     dtype_of: Callable[[str, Tensor], torch.dtype],
     prefix: str = "",
+    convert: Convert | None = None,
 ) -> None:
     """Give a model on the meta device the tensors of `files`, one at a time; ready for inference afterwards.
 
-    dtype_of(name, tensor) says what a tensor is cast to; `prefix` is dropped from names that have it. Raises
-    ValueError where names or shapes are not exactly the model's.
+    dtype_of(name, tensor) says what a tensor is cast to; `prefix` is dropped from names that have it; `convert` makes
+    tensors into quantised ones. Raises ValueError where names or shapes are not exactly the model's.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in read_tensors(files):
         name = name.removeprefix(prefix)
-        state[name] = tensor.to(device=device, dtype=dtype_of(name, tensor))
+        try:
+            parts = convert(name, tensor.to(device)) if convert else {}
+        except ValueError as error:
+            raise ValueError(f"{files[0]}: {error}") from None
+        state |= parts or {name: tensor.to(device=device, dtype=dtype_of(name, tensor))}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [name for name in {*expected, *state} if name not in state or expected.get(name) != state[name].shape]
     if wrong:
@@ -313,6 +450,11 @@ def load_weights(
         )
     model.load_state_dict(state, strict=True, assign=True)
     model.eval().requires_grad_(False)
+
+
+def host_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a file or folder by name, without `prefix`: memory-mapped, so nothing is read yet."""
+    return {name.removeprefix(prefix): tensor for name, tensor in read_tensors(find_weights(path))}
 
 
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 Weights are counted from the headers of the files where those are there, else from the published shapes. Activations are
 counted from the tensors that exist at once in the eager code of models/ at its peak; a compiled model needs less. On a
-CPU that is within 15 % of the measured peak (tests/unit/test_memory.py). On a GPU nothing of it has been measured: the
+CPU that is within 15 % of the measured peak (tests/unit/test_memory_model.py). On a GPU it has not been measured: the
 count is the same there, but kernels may want memory of their own, and PyTorch keeps some that nobody uses.
 
 Bytes everywhere. Knows shapes and numbers; knows no tensors and no torch.

@@ -43,6 +43,8 @@ class Request:
     num_steps: int
     guidance_weight: float
     scheduler_scale: float
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which there is guidance
+    guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
     max_sequence_length: int | None = None  # tokens of a prompt; None: as the YAML says
 
     @property
@@ -76,6 +78,8 @@ def resolve_request(
     num_steps: int | None = None,
     guidance_weight: float | None = None,
     scheduler_scale: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_every: int | None = None,
     negative_caption: str | Sequence[str] | None = None,
     max_sequence_length: int | None = None,
 ) -> Request:
@@ -115,6 +119,10 @@ def resolve_request(
             config.metrics.scheduler_scale if scheduler_scale is None else scheduler_scale,
             lowest=0.01,
         ),
+        guidance_interval=_checked_interval(
+            config.model.guidance_interval if guidance_interval is None else guidance_interval
+        ),
+        guidance_every=_checked_every(config.model.guidance_every if guidance_every is None else guidance_every),
         max_sequence_length=_checked_text_length(max_sequence_length),
     )
 
@@ -293,3 +301,19 @@ def _checked_number(name: str, value: float, lowest: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= 100:
         raise ValueError(f"{name} is {value}; it must be a number from {lowest:g} to 100")
     return float(value)
+
+
+def _checked_interval(interval: Sequence[float]) -> tuple[float, float]:
+    numbers = interval if isinstance(interval, list | tuple) else ()
+    ok = len(numbers) == 2 and all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+    if not ok or not 0 <= numbers[0] <= numbers[1] <= 1:
+        raise ValueError(
+            f"guidance_interval is {interval!r}; it must be two shares of the steps from 0 to 1, like (0.2, 0.8)"
+        )
+    return float(numbers[0]), float(numbers[1])
+
+
+def _checked_every(every: int) -> int:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"guidance_every is {every!r}; it must be a whole number from 1 (every step)")
+    return every

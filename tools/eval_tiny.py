@@ -3,6 +3,7 @@
     python tools/eval_tiny.py --config configs/config_tiny_t2v.yaml --num 100 --output report.json --sheet sheet.png
     python tools/eval_tiny.py --config configs/config_tiny_i2i.yaml --split train --guidance_weight 3
     python tools/eval_tiny.py --config configs/config_tiny_t2v.yaml --vae 32
+    python tools/eval_tiny.py --config configs/config_tiny_t2v.yaml --against magcache.enabled=true
 
 What is asked depends on the config's `task`; what cannot be recognised counts as wrong.
 
@@ -12,10 +13,11 @@ What is asked depends on the config's `task`; what cannot be recognised counts a
 - i2i: a picture and an instruction, a pair that is held out. `edit`: what the instruction names has changed to what it
   says. `rest`: all else is as it was, the object's centre within 6 % of the picture's side and its size within 20 %.
 
-With `--split train` the same on what was trained, to choose settings without looking at the held-out cases. The last
+With `--split train` the same on what was trained, to choose settings without looking at the held-out cases. The third
 command sends unseen clips or pictures through the VAE's encode and decode and reports PSNR, and what the measurement
-still reads from them: nothing generated can be expected to score better than that. Knows the pipelines by their public
-call only.
+still reads from them: nothing generated can be expected to score better than that. The last one generates every case
+with other values of the YAML too, and also reports how far apart the pixels are and how many model evaluations ran.
+Knows the pipelines by their public call and the JSON that they write beside an output only.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -227,6 +230,37 @@ def summarise(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def compare(
+    results: Sequence[Result],
+    others: Sequence[Result],
+    records: Sequence[dict[str, Any]],
+    other_records: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """How far a run is from another over the same cases, and what each took; records are the pipelines' JSON.
+
+    `psnr` in dB; `evaluations` and `seconds` (of denoising) are means of one output, first of the one run, then of the
+    other.
+    """
+    distances = [psnr(a.frames, b.frames) for a, b in zip(results, others, strict=True)]
+    runs = records, other_records
+    evaluations = [np.mean([one["evaluations"]["all"] - one["evaluations"]["skipped"] for one in run]) for run in runs]
+    return {
+        "psnr": {"mean": float(np.mean(distances)), "worst": float(np.min(distances))},
+        "evaluations": [float(mean) for mean in evaluations],
+        "seconds": [float(np.mean([one["seconds"]["denoise"] for one in run])) for run in runs],
+    }
+
+
+def format_comparison(comparison: dict[str, Any]) -> str:
+    (all_of_them, fewer), (slow, fast) = comparison["evaluations"], comparison["seconds"]
+    distance = comparison["psnr"]
+    return (
+        f"PSNR between the two: mean {distance['mean']:.2f} dB, worst {distance['worst']:.2f} dB\n"
+        f"model evaluations: {fewer:g} instead of {all_of_them:g}, {100 * (1 - fewer / all_of_them):.1f} % saved\n"
+        f"seconds of denoising: {fast:.2f} instead of {slow:.2f}"
+    )
+
+
 def format_table(report: dict[str, Any]) -> str:
     num = report["num"]
     counts = report["right"] | {"all of these": report["all_right"]}
@@ -295,19 +329,28 @@ def evaluate_vae(
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(config: str | Path, device: str = "cpu") -> tuple[Any, str, int]:
+def load_pipeline(config: str | Path, device: str = "cpu", overrides: Sequence[str] = ()) -> tuple[Any, str, int]:
     """The pipeline of the config's task, the task, and pixels a side of what it makes."""
     import kandinsky
 
-    loaded = kandinsky.load_config(config)
+    loaded = kandinsky.load_config(config, overrides)
     getter = getattr(kandinsky, f"get_{loaded.task.upper()}_pipeline")
-    return getter(device_map=device, conf_path=config), loaded.task, loaded.generation.width
+    return getter(device_map=device, config=loaded), loaded.task, loaded.generation.width
 
 
-def pipeline_caller(pipe: Any, **options: Any) -> Generate:
+def pipeline_caller(pipe: Any, records: list[dict[str, Any]] | None = None, **options: Any) -> Generate:
+    """Calls the pipeline; what it writes beside its outputs goes into ``records``."""
+
     def generate(text: str, seed: int, *picture: Any) -> Any:
         given = {"image": picture[0]} if picture else {}
-        return pipe(text=text, seed=seed, progress=False, **given, **options)[0]
+        arguments = {"text": text, "seed": seed, "progress": False, **given, **options}
+        if records is None:
+            return pipe(**arguments)[0]
+        with tempfile.TemporaryDirectory() as folder:
+            suffix = ".mp4" if pipe.config.task in ("t2v", "i2v") else ".png"
+            output = pipe(save_path=Path(folder, "output" + suffix), **arguments)[0]
+            records.append(json.loads(Path(folder, "output.json").read_text()))
+        return output
 
     return generate
 
@@ -322,46 +365,71 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, help="sampling steps (default: as the YAML says)")
     parser.add_argument("--guidance_weight", type=float, help="classifier-free guidance (default: as the YAML says)")
     parser.add_argument("--scheduler_scale", type=float, help="shift of the schedule (default: as the YAML says)")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="generate every case with these values of the YAML too, and compare; may be given several times",
+    )
     parser.add_argument("--vae", type=int, metavar="N", help="measure the VAE alone, on N unseen clips or pictures")
     parser.add_argument("--vae_frames", type=int, default=25, help="frames of these clips (default: %(default)s)")
     parser.add_argument("--vae_size", type=int, default=128, help="pixels a side of them (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the whole report there as JSON")
     parser.add_argument("--sheet", type=Path, help=f"write a picture of the first {SHEET_CASES} cases there")
-    args = parser.parse_args(argv)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML")
+    args = parser.parse_intermixed_args(argv)
     for name in ("num", "vae", "vae_frames"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     return args
 
 
+def evaluate_settings(
+    args: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[Result], list[dict[str, Any]]]:
+    """The command line's cases with these overrides of the YAML: report, results and, for ``compare``, records."""
+    pipe, task, size = load_pipeline(args.config, args.device, overrides)
+    options = {name: getattr(args, name) for name in ("num_steps", "guidance_weight", "scheduler_scale")}
+    given = {name: value for name, value in options.items() if value is not None}
+    records: list[dict[str, Any]] = []
+    generate = pipeline_caller(pipe, records if args.against else None, **given)
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report, results = evaluate(generate, args.num, args.seed, progress, task=task, split=args.split, size=size)
+    return report | {"options": given, "overrides": list(overrides)}, results, records
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    pipe, task, size = load_pipeline(args.config, args.device)
-    columns = SHEET_COLUMNS[task]
     if args.vae is not None:
+        pipe, task, _ = load_pipeline(args.config, args.device, args.overrides)
         video = task in ("t2v", "i2v")
         report, pairs = evaluate_vae(pipe.vae, args.vae, args.seed, args.vae_frames, args.vae_size, video=video)
         blocks: list[Block] = [
             (sample["text"], frames_shown(pair)) for sample, pair in zip(report["samples"], pairs, strict=True)
         ]
+        print(format_table(report))
     else:
-        options = {name: getattr(args, name) for name in ("num_steps", "guidance_weight", "scheduler_scale")}
-        given = {name: value for name, value in options.items() if value is not None}
-
-        def progress(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
-
-        generate = pipeline_caller(pipe, **given)
-        report, results = evaluate(generate, args.num, args.seed, progress, task=task, split=args.split, size=size)
-        report["options"] = given
+        report, results, records = evaluate_settings(args, args.overrides)
+        task = report["task"]
         blocks = [sheet_block(result, with_wanted=True) for result in results]
-    print(format_table(report))
+        print(format_table(report), flush=True)
+        report["against"] = []
+        for more in args.against:
+            other, others, other_records = evaluate_settings(args, [*args.overrides, *more])
+            other["comparison"] = compare(results, others, records, other_records)
+            report["against"].append(other)
+            print(f"\nwith {' '.join(more)}:", format_table(other), format_comparison(other["comparison"]), sep="\n")
     if args.output is not None:
         args.output.write_text(json.dumps({"config": args.config, **report}, indent=1) + "\n")
     if args.sheet is not None:
         from PIL import Image
 
-        Image.fromarray(captioned_sheet(blocks[:SHEET_CASES], columns)).save(args.sheet)
+        Image.fromarray(captioned_sheet(blocks[:SHEET_CASES], SHEET_COLUMNS[task])).save(args.sheet)
 
 
 if __name__ == "__main__":

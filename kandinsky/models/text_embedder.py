@@ -17,20 +17,23 @@ This module does not know which device there is, where files come from, or what 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -54,6 +57,9 @@ if TYPE_CHECKING:
 # What may stand before a tensor's own name in a file; the longest match wins. Names of the vision tower keep `visual.`.
 _QWEN_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _CLIP_PREFIXES = ("text_model.",)
+# A model -> (name, tensor as read) -> tensors in its place by name, none where it is to stay as it is.
+Quantize = Callable[[nn.Module], Callable[[str, Tensor], dict[str, Tensor]]]
+_CHECKSUM = "sha256"  # metadata of saved embeddings
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,6 @@ class TextEmbeddings:
     pooled_embeds: Tensor  # (B, in_text_dim2)
     text_mask: Tensor | None  # (B, L) bool, True for a real token; None: all are real
 
-    def split(self, n: int) -> tuple[TextEmbeddings, TextEmbeddings]:
-        """The first n prompts and the others, each without the padding that only the other half needed."""
-        if not 0 < n < len(self.text_embeds):
-            raise ValueError(f"cannot split {len(self.text_embeds)} prompts after the first {n}")
-        return self._rows(slice(None, n)), self._rows(slice(n, None))
-
     def unbind(self) -> list[TextEmbeddings]:
         """Every prompt by itself (batch 1), without padding and so without a mask."""
         masks = [slice(None)] * len(self.text_embeds) if self.text_mask is None else self.text_mask
@@ -78,14 +78,24 @@ class TextEmbeddings:
             for text_embeds, pooled_embeds, mask in zip(self.text_embeds, self.pooled_embeds, masks, strict=True)
         ]
 
+    @classmethod
+    def join(cls, parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+        """All prompts of `parts` as one batch, padded with zeros to the longest; `unbind` takes it apart again."""
+        rows = [row for part in parts for row in part.unbind()]
+        text_embeds = pad_sequence([row.text_embeds[0] for row in rows], batch_first=True)  # (B, L, in_text_dim)
+        lengths = torch.tensor([row.text_embeds.shape[1] for row in rows], device=text_embeds.device)
+        mask = torch.arange(text_embeds.shape[1], device=text_embeds.device) < lengths[:, None]  # (B, L)
+        pooled_embeds = torch.cat([row.pooled_embeds for row in rows])
+        return cls(text_embeds, pooled_embeds, None if mask.all() else mask)
+
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that `load` reads. It appears whole or not at all."""
+        """Write a safetensors file that `load` reads, with a checksum. It appears whole or not at all."""
         path = Path(path)
         named = {"text_embeds": self.text_embeds, "pooled_embeds": self.pooled_embeds, "text_mask": self.text_mask}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata={_CHECKSUM: _checksum(tensors)})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -95,10 +105,12 @@ class TextEmbeddings:
         """What `save` wrote, on the CPU.
 
         Raises:
-            ValueError: there is no such file, or it holds something else.
+            ValueError: there is no such file, it is damaged, or it holds something else.
         """
         try:
-            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is no file of saved text embeddings ({error})") from None
         if not {"text_embeds", "pooled_embeds"} <= set(tensors) <= {"text_embeds", "pooled_embeds", "text_mask"}:
@@ -116,6 +128,8 @@ class TextEmbeddings:
                 f"{path} has {shapes}, but text embeddings have text_embeds (B, L, D), pooled_embeds (B, D2) and at "
                 "most a bool text_mask (B, L); give a file that TextEmbeddings.save wrote"
             )
+        if checksum not in (None, _checksum(tensors)):  # none: of a file that somebody else wrote
+            raise ValueError(f"{path} is damaged: its text embeddings are not those that were saved; encode them again")
         return cls(text_embeds, pooled_embeds, mask)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
@@ -126,13 +140,25 @@ class TextEmbeddings:
             None if self.text_mask is None else self.text_mask.to(device=device),
         )
 
-    def _rows(self, rows: slice) -> TextEmbeddings:
-        text_embeds, mask = self.text_embeds[rows], self.text_mask
-        if mask is not None:
-            mask = mask[rows]
-            longest = int(mask.sum(dim=1).max())
-            text_embeds, mask = text_embeds[:, :longest], mask[:, :longest]
-        return TextEmbeddings(text_embeds, self.pooled_embeds[rows], None if mask is None or mask.all() else mask)
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class PromptEncoder(Protocol):
+    """Words in, embeddings out: a `TextEmbedder`, or what stands in front of one (a cache, one that loads late)."""
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        content: str = "video",
+        images: Sequence[Image.Image] | None = None,
+        max_length: int | None = None,
+    ) -> TextEmbeddings: ...
 
 
 class TextEmbedder(nn.Module):
@@ -210,7 +236,7 @@ class TextEmbedder(nn.Module):
         images: Sequence[Image.Image] | None = None,
         max_length: int | None = None,
     ) -> TextEmbeddings:
-        """Embed prompts in one batch; negative prompts belong into the same call (see `TextEmbeddings.unbind`).
+        """Embed prompts in one batch. To the last bits a prompt's embeddings depend on what else is in its batch.
 
         Embeddings come in each encoder's own dtype (CLIP: float32). Padded positions of `text_embeds` hold states that
         mean nothing; `text_mask` says which ones. CLIP cuts what does not fit into its positions.
@@ -299,12 +325,15 @@ def load_text_embedder(
     dtype: torch.dtype = torch.bfloat16,
     content: str = "video",
     vision: bool = False,
+    quantize: Quantize | None = None,
 ) -> TextEmbedder:
     """Build both encoders from their folders, frozen and in evaluation mode.
 
     The models are built without memory and every tensor is read, cast and assigned by itself: there is never a float32
     copy of Qwen. `dtype` is Qwen's; CLIP is always float32, the precision it is published in, because it is small.
-    `vision` adds Qwen's vision tower, which content "image_edit" needs.
+    `vision` adds Qwen's vision tower, which content "image_edit" needs. `quantize` is given Qwen without memory, and
+    returns what makes each tensor that is read into those that the model then takes. On the device "meta" everything is
+    checked, from the tokenizers to the name and shape of every tensor, but no weights are read.
 
     Raises:
         ValueError: a folder, weights, tensors or a tokenizer are missing or do not belong together; only pickle files.
@@ -321,7 +350,7 @@ def load_text_embedder(
     check_prefix(qwen_tokenizer, get_template(content), crop)
     image_processor = _load_image_processor(qwen_path) if vision else None
 
-    qwen = _load_qwen(qwen_path, vision, device, dtype)
+    qwen = _load_qwen(qwen_path, vision, device, dtype, quantize)
 
     clip_config = CLIPTextConfig.from_pretrained(clip_path, local_files_only=True)
     clip_config._attn_implementation = "sdpa"
@@ -347,8 +376,22 @@ def load_text_embedder(
     return embedder.eval().requires_grad_(False)
 
 
+def text_encoder_files(qwen_path: str | Path, clip_path: str | Path) -> list[Path]:
+    """Every file that decides what the two encoders make of a prompt: weights, configs and tokenizers.
+
+    Raises ValueError where there are no weights.
+    """
+    files: list[Path] = []
+    for folder, sibling in ((Path(qwen_path), "tokenizer"), (Path(clip_path), "tokenizer_2")):
+        files += _weight_files(folder)
+        for place in (folder, folder.parent / sibling):
+            if place.is_dir():
+                files += sorted(file for file in place.iterdir() if file.suffix in (".json", ".txt", ".jinja"))
+    return files
+
+
 def _load_qwen(
-    folder: Path, vision: bool, device: torch.device, dtype: torch.dtype
+    folder: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None
 ) -> Qwen2_5_VLTextModel | Qwen2_5_VLModel:
     config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
     text_config, vision_config = config.text_config, config.vision_config
@@ -357,7 +400,7 @@ def _load_qwen(
         section._attn_implementation = "sdpa"
     with torch.device("meta"):
         qwen = Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config)
-    _assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype)
+    _assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype, quantize)
 
     # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
     language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
@@ -482,11 +525,18 @@ def _own_name(key: str, prefixes: Sequence[str]) -> str:
 
 
 def _assign_weights(
-    model: nn.Module, folder: Path, prefixes: Sequence[str], device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    folder: Path,
+    prefixes: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: Quantize | None = None,
 ) -> None:
     """Give a model on the meta device its tensors from the folder, reading none that it does not have."""
     # Whether the model's own names carry a prefix depends on the transformers version, so both sides lose it.
     wanted = {_own_name(name, prefixes): (name, parameter.shape) for name, parameter in model.named_parameters()}
+    convert = quantize(model) if quantize else None  # after it the model's names are other ones
+    read: set[str] = set()
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         try:
@@ -501,10 +551,12 @@ def _assign_weights(
                             f"{key} in {file} has shape {found}, but config.json beside it makes it {tuple(shape)}; "
                             "the two do not belong together"
                         )
-                    tensors[name] = tensors_in_file.get_tensor(key).to(device=device, dtype=dtype)
+                    tensor = tensors_in_file.get_tensor(key).to(device)
+                    tensors |= (convert(name, tensor) if convert else {}) or {name: tensor.to(dtype)}
+                    read.add(name)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or not complete ({error}); download it again") from error
-    missing = [name for name, _ in wanted.values() if name not in tensors]
+    missing = [name for name, _ in wanted.values() if name not in read]
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise ValueError(

@@ -5,7 +5,8 @@ generation lives in its `Request`, its `Inputs` and in local variables. Knows ho
 files of weights, no kernels, and nothing of what makes a run fast or small.
 
 The samples of a call (several prompts, or several outputs of one) go through every step together but through the
-models one by one: a video fills a device by itself, and so no sample can depend on its neighbours, to the last bit.
+models one by one, their prompts included: a video fills a device by itself, and so no sample can depend on its
+neighbours, to the last bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -35,15 +36,25 @@ from kandinsky.conditioning import (
     normalize_first_frames,
 )
 from kandinsky.config import Config, config_to_dict
-from kandinsky.models.dit import DiffusionTransformer3D, RequestTables
+from kandinsky.latents_file import SavedLatents
+from kandinsky.latents_file import on_disk as latents_on_disk
+from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
 from kandinsky.models.rope import text_rotary_table
-from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
+from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.prompts import check_prompts
 from kandinsky.request import FPS, FRAMES_PER_LATENT, Request, resolve_request, warn_about_size
-from kandinsky.sampler import NUM_TRAIN_TIMESTEPS, Branch, euler_sample, flow_timesteps, uses_guidance
+from kandinsky.sampler import (
+    NUM_TRAIN_TIMESTEPS,
+    Branch,
+    euler_sample,
+    flow_timesteps,
+    guidance_plan,
+    uses_guidance,
+)
 from kandinsky.sizes import check_picture, size_for_image
 
 if TYPE_CHECKING:
@@ -68,11 +79,27 @@ class Placement(Protocol):
     def use(self, component: str) -> AbstractContextManager[Any]: ...
 
 
+class BlockCache(Protocol):
+    """What spares one request some of its passes through the DiT's blocks; `skipped` counts them, of all samples."""
+
+    skipped: int
+
+    def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
+        """What to run in place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""
+        ...
+
+
+# For each step of a request, whether it has an unconditional evaluation -> the request's own cache.
+MakeCache = Callable[[Sequence[bool]], BlockCache]
+
+
 @dataclass
 class Stopwatch:
-    """Seconds per stage of one generation."""
+    """Seconds per stage of one generation, and how many model evaluations an output asked for and was spared."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    evaluations: int = 0
+    skipped_evaluations: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -109,15 +136,19 @@ class Pipeline:
         self,
         config: Config,
         dit: DiffusionTransformer3D,
-        text_embedder: TextEmbedder,
+        text_embedder: PromptEncoder,
         vae: AutoencoderKLHunyuanVideo | AutoencoderKL,
         placement: Placement,
+        *,
+        make_cache: MakeCache | None = None,
     ) -> None:
+        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
+        self.make_cache = make_cache
         self.interrupt = False
 
     def run(
@@ -189,15 +220,23 @@ class Pipeline:
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
         with watch.stage("denoise"):
-            latents = self.denoise(request, conditioning, branches, progress, callback)
+            latents = self.denoise(request, conditioning, branches, progress, callback, watch)
         if output_type == "latent":
             return latents
-        with watch.stage("decode"):
-            pixels = self.decode(latents, to_unit if output_type in ("np", "pt") else to_uint8)
-        logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))
-        if save_path is not None:
-            self.write(request, inputs, pixels, Path(save_path), watch)
+        if watch.skipped_evaluations:
+            logger.info("skipped %d of %d model evaluations", watch.skipped_evaluations, watch.evaluations)
+        records = [self.describe(request, inputs, i, watch) for i in range(len(request.samples))]
+        finish = to_unit if output_type in ("np", "pt") else to_uint8
+        keep = self.config.runtime.save_latents
+        with nullcontext() if save_path is None else latents_on_disk(save_path, latents, records, keep):
+            pixels = self.decode_and_write(latents, finish, records, save_path, watch)
         return convert(pixels, output_type, request.is_image)
+
+    @torch.no_grad()
+    def finish(self, saved: SavedLatents, save_path: str | Path) -> Tensor:
+        """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
+        watch = Stopwatch(dict(saved.records[0]["seconds"]))
+        return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
 
     @property
     def uses_nabla(self) -> bool:
@@ -271,12 +310,15 @@ class Pipeline:
             if image is None:
                 raise ValueError("an image-to-image model reads the picture together with the prompt: give image=")
             images = [media.load_image(one) for one in as_images(image)]
+            if len(images) not in (1, len(texts)):
+                raise ValueError(f"{len(images)} pictures for {len(texts)} prompts: give one for all, or one for each")
             for picture in images:
                 check_picture(picture.size)
             images = [media.fit_image(picture, *size_for_image(picture.size, self.config)) for picture in images]
         elif image is not None:
             raise ValueError(f"a model for {self.config.task} reads no picture together with the prompt: leave it out")
-        return self._embed(texts, images, content or self._content(self.config.task != "t2v"), max_sequence_length)
+        content = content or self._content(self.config.task != "t2v")
+        return TextEmbeddings.join(self._embed(texts, images, content, max_sequence_length))
 
     def _content(self, is_image: bool) -> str:
         """Which prompt template the model was trained with."""
@@ -285,16 +327,20 @@ class Pipeline:
 
     def _embed(
         self, texts: Sequence[str], images: Sequence[Image.Image] | None, content: str, max_length: int | None
-    ) -> TextEmbeddings:
-        if images is not None:
-            images = [media.halve_image(image) for image in one_each(images, len(texts))]
+    ) -> list[TextEmbeddings]:
+        """The embeddings of each prompt, encoded by itself."""
+        check_prompts(texts)
+        pictures = [None] * len(texts) if images is None else [[media.halve_image(image)] for image in images]
         with self.placement.use("text_embedder"):
-            return self.text_embedder.encode(texts, content=content, images=images, max_length=max_length)
+            return [
+                self.text_embedder.encode([text], content=content, images=picture, max_length=max_length)
+                for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
+            ]
 
     def encode_prompts(
         self, request: Request, inputs: Inputs, images: Sequence[Image.Image]
     ) -> dict[Branch, list[TextEmbeddings]]:
-        """For each branch of guidance the embeddings of each sample, from one pass over whatever has to be encoded."""
+        """For each branch of guidance the embeddings of each sample. No prompt is encoded twice."""
         first_samples = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
         given: dict[Branch, TextEmbeddings | None] = {"cond": inputs.prompt_embeds}
         words: dict[Branch, list[str | None]] = {"cond": [sample.text for sample in first_samples]}
@@ -315,7 +361,7 @@ class Pipeline:
                 self._content(request.is_image),
                 request.max_sequence_length,
             )
-            encoded = dict(zip(todo, embeddings.unbind(), strict=True))
+            encoded = dict(zip(todo, embeddings, strict=True))
 
         device = self.placement.device("dit")
         branches: dict[Branch, list[TextEmbeddings]] = {}
@@ -364,8 +410,9 @@ class Pipeline:
         branches: dict[Branch, list[TextEmbeddings]],
         progress: bool = True,
         callback: StepCallback | None = None,
+        watch: Stopwatch | None = None,
     ) -> Tensor:
-        """Latents (samples, T, H, W, C), scaled, float32."""
+        """Latents (samples, T, H, W, C), scaled, float32. The evaluations it took are written into `watch`."""
         device = self.placement.device("dit")
         sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
         attention = self.config.model.attention
@@ -379,7 +426,13 @@ class Pipeline:
         def tables(text_length: int) -> RequestTables:
             return replace(shared, text_rope=text_rotary_table(text_length, self.dit.head_dim, device))
 
+        interval, every = request.guidance_interval, request.guidance_every
+        guidance = guidance_plan(request.num_steps, request.guidance_weight, interval, every)
+        block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
+        record = watch or Stopwatch()
+
         def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
+            record.evaluations += 1
             model_input = conditioning.model_input(latents)
             return torch.cat(
                 [
@@ -390,8 +443,9 @@ class Pipeline:
                         timestep.expand(1),
                         text_mask=text.text_mask,
                         tables=tables(text.text_embeds.shape[1]),
+                        run_blocks=block_cache and block_cache.run_blocks(branch, i, self.dit.run_blocks),
                     )
-                    for sample, text in zip(model_input.split(1), branches[branch], strict=True)
+                    for i, (sample, text) in enumerate(zip(model_input.split(1), branches[branch], strict=True))
                 ]
             )
 
@@ -424,7 +478,18 @@ class Pipeline:
 
         with self.placement.use("dit"):
             start = conditioning.hold(conditioning.noise)
-            latents = euler_sample(velocity, start, sigmas, request.guidance_weight, until_interrupted, on_step_end)
+            latents = euler_sample(
+                velocity,
+                start,
+                sigmas,
+                request.guidance_weight,
+                until_interrupted,
+                on_step_end,
+                guidance_interval=interval,
+                guidance_every=every,
+            )
+        if block_cache is not None:
+            record.skipped_evaluations = block_cache.skipped // len(request.samples)  # the same for all of them
         if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
             return normalize_first_frames(latents)
         return latents
@@ -491,20 +556,36 @@ class Pipeline:
         # A few frames at a time: all of them in float32 would be as much memory as the video once or twice more.
         return torch.cat([finish(frames).cpu() for frames in pixels.split(FINISHED_AT_ONCE, dim=2)], dim=2)
 
+    def decode_and_write(
+        self,
+        latents: Tensor,
+        finish: Callable[[Tensor], Tensor],
+        records: Sequence[dict[str, Any]],
+        path: str | Path | None,
+        watch: Stopwatch,
+    ) -> Tensor:
+        """`decode`, and where there is a path `write`."""
+        with watch.stage("decode"):
+            pixels = self.decode(latents, finish)
+        logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))
+        if path is not None:
+            self.write(pixels, records, Path(path), watch)
+        return pixels
+
     # --- write --------------------------------------------------------------------------------------------------------
 
-    def write(self, request: Request, inputs: Inputs, pixels: Tensor, path: Path, watch: Stopwatch) -> list[Path]:
-        """The videos or pictures, each with its JSON beside it; returns their paths."""
+    def write(self, pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:
+        """The videos or pictures, each with its record as JSON beside it; returns their paths."""
         if pixels.is_floating_point():
             pixels = (pixels * 255).round().to(torch.uint8)
         paths = media.output_paths(path, len(pixels))
-        for i, (output, target) in enumerate(zip(pixels, paths, strict=True)):
+        for output, record, target in zip(pixels, records, paths, strict=True):
             with watch.stage("write"):
-                if request.is_image:
+                if record["num_frames"] == 1:
                     media.write_image(output[:, 0], target)
                 else:
                     media.write_video(output, target, fps=FPS)
-            media.write_sidecar(target, self.describe(request, inputs, i, watch))
+            media.write_sidecar(target, {**record, "seconds": watch.seconds})
             logger.info("wrote %s", target)
         return paths
 
@@ -528,7 +609,8 @@ class Pipeline:
             "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
             "config": config_to_dict(self.config),
             "versions": media.versions(),
-            "seconds": watch.seconds,
+            "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output
+            "seconds": dict(watch.seconds),
         }
 
 

@@ -33,6 +33,8 @@ class TextToVideoPipeline(Pipeline):
         *,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_every: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: TextEmbeddings | None = None,
@@ -58,6 +60,10 @@ class TextToVideoPipeline(Pipeline):
                 get the same name with a number.
             progress: whether to show a progress bar.
             num_videos_per_prompt: how many videos each prompt makes.
+            guidance_interval: (begin, end), shares of the steps: guidance runs in step i of n where begin <= i / n <
+                end, and the other steps take half the time.
+            guidance_every: k: of the steps with guidance, the first and each k-th after it evaluate the negative
+                prompt; those between reuse the difference that it made.
             generator: random generators in place of seeds: one that all videos draw from in turn, or one a video.
             latents: (videos, latent frames, height / 8, width / 8, 16), in place of the noise.
             prompt_embeds, negative_prompt_embeds: from `encode_prompt`, in place of words.
@@ -86,6 +92,8 @@ class TextToVideoPipeline(Pipeline):
             num_steps=num_steps,
             guidance_weight=guidance_weight,
             scheduler_scale=scheduler_scale,
+            guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
             negative_caption=negative_caption,
             expand_prompts=expand_prompts,
             save_path=save_path,

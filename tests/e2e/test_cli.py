@@ -322,7 +322,7 @@ MISTAKES = {
     "output is a folder": Mistake(("--output_filename", "{tmp}/folder.mp4"), "it is a folder; name a file in it"),
     "name too long": Mistake(("--output_filename", "{tmp}/out/" + 300 * "x" + ".mp4"), "can't write .*name too long"),
     # the flags
-    "unknown flag": Mistake(("--magcache",), "unrecognized arguments: --magcache .*--help"),
+    "unknown flag": Mistake(("--magick",), "unrecognized arguments: --magick .*--help"),
     "flag without value": Mistake(("--seed",), "--seed: expected one argument"),
     # the weights and the machine
     "no weights": Mistake(

@@ -137,7 +137,7 @@ def test_without_guidance_half_of_the_evaluations(
     assert sum(sizes) == evaluations
 
 
-@pytest.mark.parametrize("option", ["offload", "magcache", "quantized_qwen"])
+@pytest.mark.parametrize("option", ["magcache", "quantized_qwen"])
 def test_what_is_not_built_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}=True: not part of this version"):
         get_T2V_pipeline("cpu", conf_path=CONFIG, **{option: True})

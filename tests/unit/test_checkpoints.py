@@ -13,7 +13,11 @@ from kandinsky.checkpoints import (
     dit_params_from_header,
     expected_dit_shapes,
     find_weights,
+    is_quantizable,
     missing_weights_message,
+    quantization_from_header,
+    quantized_layers,
+    quantized_parts,
     read_header,
     resolve_path,
 )
@@ -292,6 +296,77 @@ def test_missing_and_unexpected_keys_are_counted_with_examples():
     assert "5 missing (visual_transformer_blocks.0.feed_forward.out_layer.weight" in message
     assert "1 unexpected (extra.weight)" in message
     assert "1 of another shape (out_layer.out_layer.weight)" in message
+
+
+# --- quantised checkpoints --------------------------------------------------------------------------------------------
+
+
+def quantized_header(dit, scheme, prefix=""):
+    header = {}
+    for name, entry in header_of(dit).items():
+        layer = name.removesuffix(".weight")
+        parts = quantized_parts(scheme, *entry[1]) if is_quantizable(layer) else {}
+        header |= {f"{prefix}{layer}.{part}": value for part, value in parts.items()} or {prefix + name: entry}
+    return header
+
+
+@pytest.mark.parametrize("dit", [LITE, PRO, T2I, I2I])
+def test_what_is_quantized(dit):
+    """Attention's four and feed-forward's two linear layers, and nothing that only looks like them."""
+    shapes = {name: s for name, s in expected_dit_shapes(dit).items() if is_quantizable(name.removesuffix(".weight"))}
+    assert len(shapes) == 6 * dit.num_text_blocks + 10 * dit.num_visual_blocks
+    dim, ff = dit.model_dim, dit.ff_dim
+    assert set(shapes.values()) == {(dim, dim), (ff, dim), (dim, ff)}
+    for layer in ("out_layer.out_layer", "visual_embeddings.in_layer", "time_embeddings.in_layer", "x.to_key",
+                  "visual_transformer_blocks.0.visual_modulation.out_layer", "visual_transformer_blocks.0.to_query",
+                  "visual_transformer_blocks.0.self_attention.query_norm"):  # fmt: skip
+        assert not is_quantizable(layer), layer
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "nf4"])
+@pytest.mark.parametrize("dit", [LITE, PRO, I2I])
+def test_a_quantized_header_says_what_it_is(dit, scheme, prefix):
+    header = quantized_header(dit, scheme, prefix)
+    assert quantization_from_header(header) == scheme
+    assert len(quantized_layers(header)) == 6 * dit.num_text_blocks + 10 * dit.num_visual_blocks
+    assert dit_params_from_header(header) == dit_params_from_header(header_of(dit))
+    check_dit_header(header, dit)
+    assert quantization_from_header(header_of(dit)) is None
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_fp8_scale_a_weight(shape):
+    header = quantized_header(LITE, "fp8")
+    scales = [name for name in header if name.endswith(".weight_scale")]
+    check_dit_header(header | {name: ("F32", shape) for name in scales}, LITE)
+    with pytest.raises(ValueError, match=f"1 of another shape .*{scales[0]}"):
+        check_dit_header(header | {scales[0]: ("F32", (2,))}, LITE)
+
+
+def test_layouts_are_the_documented_ones():
+    assert quantized_parts("int8", 10, 256) == {"weight_int8": ("I8", (10, 256)), "weight_scales": ("F32", (10, 2))}
+    assert quantized_parts("int8", 10, 200)["weight_scales"] == ("F32", (10, 2))
+    assert quantized_parts("fp8", 10, 7) == {"weight_fp8": ("F8_E4M3", (10, 7)), "weight_scale": ("F32", (10, 1))}
+    assert quantized_parts("nf4", 10, 70) == {"weight_nf4": ("U8", (10, 64)), "weight_scales": ("F32", (10, 2))}
+
+
+def test_variant_and_scheme_are_named():
+    with pytest.raises(ValueError, match=r"this file is Pro \(60 visual blocks, dim 4096, quantised to int8\)"):
+        check_dit_header(quantized_header(PRO, "int8"), LITE)
+    header = quantized_header(LITE, "nf4")
+    name = "visual_transformer_blocks.3.feed_forward.in_layer.weight_scales"
+    del header[name]
+    with pytest.raises(ValueError, match=f"this config's model, quantised to nf4: 1 missing .{name}"):
+        check_dit_header(header, LITE)
+
+
+def test_mixed_schemes():
+    header = quantized_header(LITE, "int8") | {
+        name: entry for name, entry in quantized_header(LITE, "fp8").items() if name.startswith("text_transformer")
+    }
+    with pytest.raises(ValueError, match="mixes layers in fp8 and int8"):
+        check_dit_header(header, LITE)
 
 
 def test_another_model_altogether():

@@ -321,7 +321,7 @@ def test_missing_weights_name_the_download_and_what_runs_without(tmp_path: Path)
     )
 
 
-@pytest.mark.parametrize("name", ["offload", "magcache", "quantized_qwen"])
+@pytest.mark.parametrize("name", ["magcache", "quantized_qwen"])
 def test_what_is_not_built_yet_is_refused(name: str) -> None:
     with pytest.raises(ValueError) as error:
         get_T2V_pipeline("cpu", conf_path=LITE_YAML, **{name: True})

@@ -1,16 +1,10 @@
-"""What a pipeline call takes and returns, the same in all four tasks, on small random models.
-
-The text encoders are a stand-in that makes embeddings from the words alone and remembers what it was asked; the DiT
-and the VAEs are real.
-"""
+"""What a pipeline call takes and returns, the same in all four tasks, on small random models (`small_pipelines`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,97 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from small_pipelines import PICTURE, POOLED_DIM, TASKS, TEXT_DIM, WordsEmbedder, build, call, count_name, latents_of
+from torch import Tensor
 
-from kandinsky.config import Config, DiTConfig, load_config
-from kandinsky.loading import PIPELINES
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.config import Config
+from kandinsky.latents_file import load_latents
 from kandinsky.models.text_embedder import TextEmbeddings
-from kandinsky.models.vae_flux import AutoencoderKL
-from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline
-from kandinsky.runtime.placement import FixedPlacement
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-NAMES = {"t2v": "5s_sft", "i2v": "5s_i2v", "t2i": "t2i", "i2i": "i2i"}
-TASKS = list(NAMES)
-VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-TEXT_DIM, POOLED_DIM = 24, 12
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-
-
-@torch.no_grad()
-def randomised(model: nn.Module) -> Any:
-    """The modulations too, which start at zero and make every block the identity."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        scale = 1 / math.sqrt(math.prod(parameter.shape[1:])) if parameter.dim() > 1 else 0.2
-        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return model.eval().requires_grad_(False)
-
-
-class WordsEmbedder:
-    """A token a word; remembers its calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def encode(
-        self,
-        prompts: Sequence[str],
-        content: str = "video",
-        images: Sequence[Image.Image] | None = None,
-        max_length: int | None = None,
-    ) -> TextEmbeddings:
-        self.calls.append({"prompts": list(prompts), "content": content, "images": images, "max_length": max_length})
-        rows = [[zlib.crc32(word.encode()) for word in ("<", *prompt.split())][:max_length] for prompt in prompts]
-        longest = max(map(len, rows))
-        embeds = torch.zeros(len(rows), longest, TEXT_DIM)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            mask[i, : len(row)] = True
-            for j, number in enumerate(row):
-                embeds[i, j] = torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(number))
-        pooled = embeds.sum(1)[:, :POOLED_DIM]
-        return TextEmbeddings(embeds, pooled, None if mask.all() else mask)
-
-
-def build(task: str) -> Pipeline:
-    config = load_config(CONFIGS / f"config_{NAMES[task]}.yaml")
-    channels = {"visual_cond": True} if task in ("t2v", "i2v") else {}
-    channels |= {"instruct_type": "channel"} if task == "i2i" else {}
-    dit = DiTConfig(
-        in_text_dim=TEXT_DIM, in_text_dim2=POOLED_DIM, time_dim=16, model_dim=32, ff_dim=48, num_text_blocks=1,
-        num_visual_blocks=2, axes_dims=(4, 6, 6), **channels,
-    )  # fmt: skip
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, dit_params=dit, num_steps=2),
-        generation=dataclasses.replace(
-            config.generation, width=32, height=32, time_length=0.2 if task.endswith("v") else 0,
-            resolutions=((32, 32), (48, 32)),
-        ),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    vae = randomised(AutoencoderKLHunyuanVideo(**VAE) if task.endswith("v") else AutoencoderKL(**VAE))
-    devices = dict.fromkeys(("dit", "vae", "text_embedder"), torch.device("cpu"))
-    model = randomised(DiffusionTransformer3D(**dataclasses.asdict(dit)))
-    return PIPELINES[task](config, model, WordsEmbedder(), vae, FixedPlacement(devices))  # type: ignore[arg-type]
-
-
-def call(pipe: Any, text: Any = "a red cat", **options: Any) -> Any:
-    """With a picture where the task needs one."""
-    if pipe.config.task in ("i2v", "i2i"):
-        options.setdefault("image", PICTURE)
-    return pipe(text, **{"seed": 1, "progress": False, **options})
-
-
-def latents_of(pipe: Any, text: Any = "a red cat", **options: Any) -> Tensor:
-    return call(pipe, text, **{"output_type": "latent", **options})
-
-
-def count_name(pipe: Pipeline) -> str:
-    return "num_videos_per_prompt" if pipe.config.task.endswith("v") else "num_images_per_prompt"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +91,7 @@ def test_prompts_of_different_lengths_get_what_each_gets_alone(pipe: Any) -> Non
     together = latents_of(pipe, prompts, seed=[4, 5, 6], negative_caption=["", "ugly and bad", "x"])
     for i, (prompt, negative) in enumerate(zip(prompts, ["", "ugly and bad", "x"], strict=True)):
         alone = latents_of(pipe, prompt, seed=4 + i, negative_caption=negative)
-        assert (together[i] - alone[0]).abs().max() <= 1e-5
+        assert torch.equal(together[i], alone[0])
 
 
 def test_several_outputs_with_generators_are_several_calls_to_the_bit(pipe: Any) -> None:
@@ -219,33 +129,55 @@ def test_embeddings_are_kept_and_reused(pipe: Any, tmp_path: Path) -> None:
     expected = latents_of(pipe, negative_caption="bad")
     pipe.text_embedder.calls.clear()
     result = latents_of(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
-    assert (result - expected).abs().max() <= 1e-5
+    assert torch.equal(result, expected)
     assert pipe.text_embedder.calls == []
     # Of the two, what is missing is encoded, and only that.
     result = latents_of(pipe, None, prompt_embeds=cond, negative_caption="bad")
-    assert (result - expected).abs().max() <= 1e-5
+    assert torch.equal(result, expected)
     assert [one["prompts"] for one in pipe.text_embedder.calls] == [["bad"]]
 
 
-def test_every_prompt_is_encoded_once(pipe: Any) -> None:
+def asked_of(pipe: Any) -> list[str]:
+    """The prompts that were encoded, each in a call of its own."""
+    assert all(len(one["prompts"]) == 1 for one in pipe.text_embedder.calls)
+    return [one["prompts"][0] for one in pipe.text_embedder.calls]
+
+
+def test_every_prompt_is_encoded_once_and_alone(pipe: Any) -> None:
     latents_of(pipe, ["a cat", "a dog"], negative_caption="bad", **{count_name(pipe): 2})
-    (asked,) = pipe.text_embedder.calls
     # An edited picture is part of its prompt, so there the two negative prompts are two.
-    assert asked["prompts"] == ["a cat", "a dog", *["bad"] * (2 if pipe.config.task == "i2i" else 1)]
+    assert asked_of(pipe) == ["a cat", "a dog", *["bad"] * (2 if pipe.config.task == "i2i" else 1)]
     pipe.text_embedder.calls.clear()
     latents_of(pipe, ["a cat", "a dog"], negative_caption="bad", guidance_weight=1.0)
-    assert pipe.text_embedder.calls[0]["prompts"] == ["a cat", "a dog"]
+    assert asked_of(pipe) == ["a cat", "a dog"]
+
+
+def test_encode_prompt_joins_what_was_encoded_alone(pipe: Any) -> None:
+    prompts = ["a red cat", "rain", "one two three four five"]
+    pictures = [PICTURE, PICTURE.rotate(180), PICTURE] if pipe.config.task == "i2i" else []
+    together = pipe.encode_prompt(prompts, **({"image": pictures} if pictures else {}))
+    assert asked_of(pipe) == prompts
+    for i, row in enumerate(together.unbind()):
+        alone = pipe.encode_prompt(prompts[i], **({"image": pictures[i]} if pictures else {}))
+        assert torch.equal(row.text_embeds, alone.text_embeds) and torch.equal(row.pooled_embeds, alone.pooled_embeds)
+    for wrong in ([], ()):
+        with pytest.raises(ValueError, match="non-empty list"):
+            pipe.encode_prompt(wrong, **({"image": PICTURE} if pictures else {}))
+    if pictures:
+        with pytest.raises(ValueError, match="2 pictures for 3 prompts: give one for all, or one for each"):
+            pipe.encode_prompt(prompts, image=pictures[:2])
 
 
 def test_each_task_has_its_template(pipe: Any) -> None:
     latents_of(pipe, max_sequence_length=3)
-    (asked,) = pipe.text_embedder.calls
     content = {"t2v": "video", "i2v": "video", "t2i": "image", "i2i": "image_edit"}[pipe.config.task]
-    assert (asked["content"], asked["max_length"]) == (content, 3)
-    if pipe.config.task != "i2i":
-        assert asked["images"] is None
-    else:  # Qwen sees the picture as it is edited, at half its size
-        assert [image.size for image in asked["images"]] == [(24, 16)] * 2
+    assert len(pipe.text_embedder.calls) == 2
+    for asked in pipe.text_embedder.calls:
+        assert (asked["content"], asked["max_length"]) == (content, 3)
+        if pipe.config.task != "i2i":
+            assert asked["images"] is None
+        else:  # Qwen sees the picture as it is edited, at half its size
+            assert [image.size for image in asked["images"]] == [(24, 16)]
 
 
 def test_max_sequence_length_shortens_the_prompt(pipe: Any) -> None:
@@ -331,7 +263,7 @@ def test_a_picture_for_each_prompt(pipes: dict[str, Pipeline], task: str) -> Non
     pictures = [PICTURE, PICTURE.rotate(180)]
     together = latents_of(pipes[task], ["a cat", "a dog"], image=pictures, seed=[1, 2])
     for i, (picture, text) in enumerate(zip(pictures, ["a cat", "a dog"], strict=True)):
-        assert (together[i] - latents_of(pipes[task], text, image=picture, seed=1 + i)[0]).abs().max() <= 1e-5
+        assert torch.equal(together[i], latents_of(pipes[task], text, image=picture, seed=1 + i)[0])
 
 
 @torch.no_grad()
@@ -416,3 +348,30 @@ def test_config_of_the_fixture_is_small(pipe: Any) -> None:
     config: Config = pipe.config
     assert sum(parameter.numel() for parameter in pipe.dit.parameters()) < 200_000
     assert config.generation.width * config.generation.height <= 48 * 32
+
+
+def test_a_decode_that_dies_keeps_the_latents_and_is_finished_later(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix = ".png" if pipe.config.task in ("t2i", "i2i") else ".mp4"
+    options = {"seed": [3, 4], count_name(pipe): 2}
+    call(pipe, save_path=tmp_path / f"whole{suffix}", **options)
+    assert not list(tmp_path.glob("*.latents.safetensors"))
+
+    def die(*args: Any) -> Tensor:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(pipe, "decode", die)
+        call(pipe, save_path=tmp_path / f"died{suffix}", **options)
+    assert not (tmp_path / f"died{suffix}").exists()
+
+    saved = load_latents(tmp_path / "died.latents.safetensors")
+    pipe.finish(saved, tmp_path / f"died{suffix}")
+    for number in ("", "_2"):
+        whole, died = (tmp_path / f"{name}{number}{suffix}" for name in ("whole", "died"))
+        assert whole.read_bytes() == died.read_bytes()
+        records = [json.loads(path.with_suffix(".json").read_text()) for path in (whole, died)]
+        for record in records:
+            assert set(record.pop("seconds")) >= {"encode", "denoise", "decode", "write"}
+        assert records[0] == records[1]

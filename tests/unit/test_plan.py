@@ -1,6 +1,6 @@
 """The planner: what it counts, what it chooses and what it never chooses, and that its advice is good.
 
-All of it is arithmetic on configs; what the arithmetic is worth, test_memory.py measures.
+All of it is arithmetic on configs; what the arithmetic is worth, test_memory_model.py measures.
 """
 
 from __future__ import annotations

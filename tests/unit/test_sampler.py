@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky.sampler import euler_sample, flow_timesteps, guided_velocity, uses_guidance
+from kandinsky.sampler import euler_sample, flow_timesteps, guidance_plan, uses_guidance
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -69,11 +69,15 @@ class RecordingVelocity:
         return self.values[branch].expand_as(latents)
 
 
+def one_step(velocity: RecordingVelocity, weight: float) -> Tensor:
+    """The velocity that the sampler makes of the branches': what one step from 1 to 0 takes away from zero."""
+    return -euler_sample(velocity, torch.zeros(2, 3), torch.tensor([1.0, 0.0]), weight)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0, 5.0])
 def test_guidance_formula(weight: float) -> None:
     velocity = RecordingVelocity(torch.tensor(3.0), torch.tensor(1.0))
-    out = guided_velocity(velocity, torch.zeros(2, 3), torch.tensor(500.0), weight)
-    assert torch.allclose(out, torch.full((2, 3), 1 + weight * 2))
+    assert torch.allclose(one_step(velocity, weight), torch.full((2, 3), 1 + weight * 2))
     assert [call[0] for call in velocity.calls] == ["cond", "uncond"]
 
 
@@ -81,13 +85,88 @@ def test_guidance_formula(weight: float) -> None:
 def test_no_unconditional_evaluation_at_guidance_one(weight: float) -> None:
     velocity = RecordingVelocity(torch.tensor(3.0), torch.tensor(1.0))
     assert not uses_guidance(weight)
-    out = guided_velocity(velocity, torch.zeros(2, 3), torch.tensor(500.0), weight)
-    assert torch.equal(out, torch.full((2, 3), 3.0))
+    assert torch.equal(one_step(velocity, weight), torch.full((2, 3), 3.0))
     assert [call[0] for call in velocity.calls] == ["cond"]
 
 
 def test_guidance_below_one_runs() -> None:
     assert uses_guidance(0.0) and uses_guidance(0.99) and uses_guidance(1.01)
+
+
+# --- guidance that costs less -----------------------------------------------------------------------------------------
+
+
+class CurvedVelocity:
+    """Depends on latents, timestep and branch; remembers in which order the branches were asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self, latents: Tensor, timestep: Tensor, branch: str) -> Tensor:
+        self.calls.append(branch)
+        return torch.sin(latents * (3 if branch == "cond" else 2) + timestep / 700)
+
+
+def plan_letters(num_steps: int, interval: tuple[float, float] = (0.0, 1.0), every: int = 1) -> str:
+    """n, k or - for new, kept and off."""
+    plan = guidance_plan(num_steps, 5.0, interval, every)
+    assert len(plan) == num_steps
+    return "".join({"new": "n", "kept": "k", "off": "-"}[step] for step in plan)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "interval", "every", "expected"),
+    [
+        (10, (0.0, 1.0), 1, "nnnnnnnnnn"),
+        (10, (0.3, 0.7), 1, "---nnnn---"),  # 3 / 10 is in, 7 / 10 is not
+        (10, (0.31, 0.71), 1, "----nnnn--"),
+        (10, (0.5, 0.5), 1, "----------"),
+        (10, (0.0, 1.0), 3, "nkknkknkkn"),
+        (10, (0.2, 0.9), 2, "--nknknkn-"),  # counted from the first guided step
+        (3, (0.0, 1.0), 5, "nkk"),
+        (1, (0.0, 1.0), 1, "n"),
+        (1, (0.1, 1.0), 1, "-"),
+        (50, (0.14, 0.58), 1, "-" * 7 + "n" * 22 + "-" * 21),  # where rounding errors could move an end
+    ],
+)
+def test_which_steps_are_guided(num_steps: int, interval: tuple[float, float], every: int, expected: str) -> None:
+    assert plan_letters(num_steps, interval, every) == expected
+
+
+@pytest.mark.parametrize("weight", [1.0, 1 + 1e-7])
+def test_nothing_is_guided_at_weight_one(weight: float) -> None:
+    assert guidance_plan(4, weight, (0.0, 1.0), 2) == ("off",) * 4
+
+
+@pytest.mark.parametrize("weight", [0.0, 4.0])
+def test_guidance_in_an_interval_and_kept_is_the_loop_by_hand(weight: float) -> None:
+    sigmas, start = flow_timesteps(8, 3.0), noise(2, 1, 2, 2, 4)
+    plain, velocity = CurvedVelocity(), CurvedVelocity()
+    latents, kept, expected_calls = start, None, []
+    for step, letter in enumerate("-nkknkk-"):
+        timestep = 1000 * sigmas[step]
+        cond = plain(latents, timestep, "cond")
+        expected_calls.append("cond")
+        if letter == "n":
+            kept = cond - plain(latents, timestep, "uncond")
+            expected_calls.append("uncond")
+        guided = cond if letter == "-" else cond + (weight - 1) * kept
+        latents = latents + (sigmas[step + 1] - sigmas[step]) * guided
+    result = euler_sample(velocity, start, sigmas, weight, guidance_interval=(1 / 8, 7 / 8), guidance_every=3)
+    assert velocity.calls == expected_calls
+    assert torch.allclose(result, latents, atol=1e-5)
+    full = euler_sample(velocity, start, sigmas, weight)
+    assert not torch.allclose(result, full, atol=1e-2)
+
+
+def test_guidance_in_full_is_bit_for_bit_the_published_loop() -> None:
+    sigmas, start, velocity = flow_timesteps(8, 3.0), noise(2, 1, 2, 2, 4), CurvedVelocity()
+    latents = start
+    for step in range(8):
+        timestep = sigmas[step] * 1000
+        cond, uncond = velocity(latents, timestep, "cond"), velocity(latents, timestep, "uncond")
+        latents = latents + (sigmas[step + 1] - sigmas[step]) * (uncond + 4.0 * (cond - uncond))
+    assert torch.equal(euler_sample(velocity, start, sigmas, 4.0), latents)
 
 
 # --- Euler ------------------------------------------------------------------------------------------------------------

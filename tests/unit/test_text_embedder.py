@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings, load_text_embedder
+from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings, load_text_embedder, text_encoder_files
 from kandinsky.prompts import get_template, prefix_length
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
 
@@ -256,22 +256,6 @@ def test_clip_pools_at_the_first_end_of_text(embedder: TextEmbedder) -> None:
     assert torch.equal(embedder.encode(PROMPTS[:1]).pooled_embeds[0], states[row.index(end)])
 
 
-def test_split_trims_each_half(embedder: TextEmbedder) -> None:
-    prompt, negative = embedder.encode([PROMPTS[2], PROMPTS[1]]).split(1)
-    assert prompt.text_mask is None and negative.text_mask is None
-    assert negative.text_embeds.shape[1] == 1 < prompt.text_embeds.shape[1]
-    first, rest = embedder.encode([PROMPTS[2], *PROMPTS[:2]]).split(1)
-    assert first.text_mask is None and rest.text_mask is not None
-    assert rest.text_mask.sum(dim=1).max() == rest.text_embeds.shape[1] and len(rest.pooled_embeds) == 2
-
-
-@pytest.mark.parametrize("n", [0, 2, 3, -1])
-def test_split_refuses_an_empty_half(n: int) -> None:
-    embeddings = TextEmbeddings(torch.zeros(2, 3, 4), torch.zeros(2, 5), None)
-    with pytest.raises(ValueError, match="cannot split 2 prompts"):
-        embeddings.split(n)
-
-
 def test_unbind_gives_every_prompt_without_its_padding(embedder: TextEmbedder) -> None:
     together = embedder.encode(PROMPTS)
     rows = together.unbind()
@@ -283,6 +267,19 @@ def test_unbind_gives_every_prompt_without_its_padding(embedder: TextEmbedder) -
         assert torch.equal(row.pooled_embeds, together.pooled_embeds[index : index + 1])
     alike = TextEmbeddings(torch.rand(2, 3, 4), torch.rand(2, 5), None)
     assert [row.text_embeds.shape for row in alike.unbind()] == [(1, 3, 4)] * 2
+
+
+def test_join_is_the_way_back_from_unbind(embedder: TextEmbedder) -> None:
+    alone = [embedder.encode([prompt]) for prompt in PROMPTS]
+    joined = TextEmbeddings.join(alone)
+    assert joined.text_mask is not None
+    assert joined.text_mask.sum(dim=1).tolist() == [one.text_embeds.shape[1] for one in alone]
+    assert joined.text_embeds[~joined.text_mask].count_nonzero() == 0
+    for row, one in zip(joined.unbind(), alone, strict=True):
+        assert torch.equal(row.text_embeds, one.text_embeds) and torch.equal(row.pooled_embeds, one.pooled_embeds)
+    assert TextEmbeddings.join(alone[:1]).text_mask is None
+    again = TextEmbeddings.join([TextEmbeddings.join(alone[:2]), alone[2]])  # parts may be batches themselves
+    assert torch.equal(again.text_embeds, joined.text_embeds) and torch.equal(again.text_mask, joined.text_mask)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["masked", "unmasked"])
@@ -304,7 +301,7 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: py
     TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
     before = path.read_bytes()
 
-    def full_disk(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    def full_disk(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
@@ -312,6 +309,22 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="no space left"):
         TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.safetensors"
+    TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"prompt.safetensors is damaged.*encode them again"):
+        TextEmbeddings.load(path)
+
+
+def test_a_file_without_a_checksum_is_taken(tmp_path: Path) -> None:
+    tensors = {"text_embeds": torch.rand(1, 3, 4), "pooled_embeds": torch.rand(1, 5)}
+    save_file(tensors, tmp_path / "file.safetensors")
+    assert torch.equal(TextEmbeddings.load(tmp_path / "file.safetensors").text_embeds, tensors["text_embeds"])
 
 
 TEXT, POOLED = torch.zeros(2, 3, 4), torch.zeros(2, 5)
@@ -347,6 +360,39 @@ def test_a_file_that_is_none_or_not_there_is_one_clear_line(tmp_path: Path) -> N
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" * 9)
     with pytest.raises(ValueError, match=r"photo.png is no file of saved text embeddings"):
         TextEmbeddings.load(tmp_path / "photo.png")
+
+
+def test_on_the_meta_device_everything_is_checked_and_nothing_read(copy: Path) -> None:
+    embedder = load(copy, device="meta", dtype=torch.bfloat16)
+    assert {tensor.device.type for tensor in (*embedder.parameters(), *embedder.buffers())} == {"meta"}
+    assert embedder.crop("video") == crop_of(copy)
+    with pytest.raises(ValueError, match="tokens before the prompt, but 9 are expected"):
+        load(copy, device="meta", crop=9)
+    path = copy / "text_encoder2" / "model.safetensors"
+    tensors = load_file(path)
+    name, tensor = next((name, tensor) for name, tensor in tensors.items() if tensor.dim() == 2)
+    save_file(tensors | {name: tensor[:-1].clone()}, path)
+    with pytest.raises(ValueError, match="the two do not belong together"):
+        load(copy, device="meta")
+    del tensors[name]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="lacks 1 of the"):
+        load(copy, device="meta")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        load(copy, device="meta")
+
+
+def test_the_files_that_decide_are_weights_configs_and_tokenizers_of_both(copy: Path) -> None:
+    (copy / "text_encoder" / "README.md").write_text("decides nothing")
+    found = {str(path.relative_to(copy)) for path in text_encoder_files(copy / "text_encoder", copy / "text_encoder2")}
+    assert {f"text_encoder{n}/{file}" for n in ("", "2") for file in ("model.safetensors", "config.json")} <= found
+    assert "text_encoder/tokenizer.json" in found and "text_encoder/README.md" not in found
+    # As diffusers has it: the tokenizer in a folder beside the encoder.
+    (copy / "tokenizer").mkdir()
+    (copy / "text_encoder" / "tokenizer.json").rename(copy / "tokenizer" / "tokenizer.json")
+    found = {str(path.relative_to(copy)) for path in text_encoder_files(copy / "text_encoder", copy / "text_encoder2")}
+    assert "tokenizer/tokenizer.json" in found
 
 
 def test_max_length_can_be_given_with_the_prompts(embedder: TextEmbedder) -> None:

@@ -1,0 +1,110 @@
+"""Denoised latents on disk: written before they are decoded, so that hours of denoising survive a decode that fails.
+
+A file is safetensors: `latents` (samples, T, H, W, C), scaled, float32, and as metadata one JSON record a sample, the
+one that will stand beside its output. Knows no models: `python test.py --decode_latents FILE` goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kandinsky import media
+from kandinsky.checkpoints import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".latents.safetensors"
+METADATA_KEY = "kandinsky5_records"
+
+
+@dataclass(frozen=True)
+class SavedLatents:
+    latents: Tensor  # (samples, T, H, W, C), scaled, float32
+    records: list[dict[str, Any]]  # of each sample what `Pipeline.describe` says
+
+
+def latents_path(output: str | Path) -> Path:
+    """Where the latents of an output lie: video.mp4 -> video.latents.safetensors."""
+    return Path(output).with_suffix(SUFFIX)
+
+
+def output_path(latents: str | Path, suffix: str) -> Path:
+    """The way back: video.latents.safetensors -> video.mp4 for the suffix .mp4."""
+    path = Path(latents)
+    return path.with_name(path.name.removesuffix(SUFFIX) + suffix)
+
+
+def save_latents(path: str | Path, latents: Tensor, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write them under another name first; replaces what is there."""
+    from safetensors.torch import save_file
+
+    text = json.dumps(list(records), ensure_ascii=True, default=str)
+    with media.atomic_path(Path(path)) as temporary:
+        save_file({"latents": latents.float().cpu().contiguous()}, temporary, metadata={METADATA_KEY: text})
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a latents file. Raises ValueError where it is damaged or something else."""
+    from safetensors import safe_open
+
+    read_header(path)  # raises for what is missing, truncated or no safetensors file
+    with safe_open(path, framework="np") as file:  # the metadata alone: torch isn't needed for it
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path} holds no latents of ours: give a file that ends in {SUFFIX}")
+    try:
+        records = json.loads(metadata[METADATA_KEY])
+    except json.JSONDecodeError:
+        raise ValueError(f"{path}: its record is damaged, the run has to be repeated") from None
+    assert isinstance(records, list)
+    return records
+
+
+def unfinished(folder: str | Path) -> list[Path]:
+    """Latents files in a folder whose output isn't there: of runs that died, or that are decoding now."""
+    files = sorted(Path(folder).glob(f"*{SUFFIX}"))
+    suffixes = (media.VIDEO_SUFFIX, media.IMAGE_SUFFIX)
+    return [path for path in files if not any(output_path(path, suffix).exists() for suffix in suffixes)]
+
+
+def load_latents(path: str | Path) -> SavedLatents:
+    """Latents and records of a file. Errors are those of `read_records`."""
+    from safetensors.torch import load_file
+
+    records = read_records(path)
+    return SavedLatents(load_file(path)["latents"], records)
+
+
+@contextmanager
+def on_disk(
+    output: str | Path, latents: Tensor, records: Sequence[Mapping[str, Any]], keep: bool = False
+) -> Iterator[None]:
+    """The latents lie beside `output` until the body has succeeded, and after it where `keep` says so.
+
+    Where it fails they stay, and a warning says how to go on.
+    """
+    path = latents_path(output)
+    try:
+        save_latents(path, latents, records)
+    except OSError as error:
+        # A full disk, most likely. The video may still fit, and giving up now would lose what this is here to save.
+        logger.warning("the denoised latents could not be written to %s (%s); going on without", path, error)
+    try:
+        yield
+    except BaseException:  # also when interrupted from the keyboard
+        if path.exists():
+            command = f"python test.py --decode_latents {shlex.quote(str(path))}"
+            logger.warning("the denoised latents are kept in %s; what is left is done by: %s", path, command)
+        raise
+    if not keep:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""Models that are on their device only while their stage runs.
+
+Between stages an offloaded model has its weights on the host: memory-mapped files in the files' own dtypes, which the
+system drops and reads again as it likes, or whatever tensors it was given. Its own parameters are then on the meta
+device, in the dtypes and memory formats that they have on the device. So code may ask for those at any time, and
+nothing can compute with weights that are not there. A stage begins with copying and casting the weights to the device
+and ends with dropping the copies; nothing is ever copied back.
+
+The text encoders are not even loaded before there is a prompt to encode, and forgotten after it.
+
+Knows neither files nor which device there is, and of models only that they have parameters and buffers. The device may
+be the CPU: the weights in use are then a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Part(Protocol):
+    """What comes to a device when a stage begins and goes when it ends.
+
+    `end` is called after a `begin` that failed, too, and must then drop whatever that one had brought.
+    """
+
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class OffloadPlacement:
+    """Each component is on its device only within `use`; those without parts have nothing to bring.
+
+    `use` may be nested, as where a callback of one run starts another: the outermost brings and drops.
+    """
+
+    def __init__(self, devices: Mapping[str, torch.device], parts: Mapping[str, Sequence[Part]]) -> None:
+        self.devices = devices
+        self.parts = parts
+        self._depth = dict.fromkeys(devices, 0)
+
+    def device(self, component: str) -> torch.device:
+        return self.devices[component]
+
+    @contextmanager
+    def use(self, component: str) -> Iterator[None]:
+        assert component in self.devices, component
+        parts = self.parts.get(component, ())
+        self._depth[component] += 1
+        try:
+            if self._depth[component] == 1:
+                for part in parts:
+                    part.begin()
+            yield
+        finally:
+            self._depth[component] -= 1
+            if self._depth[component] == 0:
+                for part in parts:
+                    part.end()
+                if self.devices[component].type == "cuda":
+                    torch.cuda.empty_cache()  # the next stage's tensors have other sizes; once a stage costs nothing
+
+
+class Offloaded:
+    """A model whose weights come to its device with `begin` and are dropped by `end`.
+
+    Args:
+        model: on the meta device, its tensors in the dtypes and memory formats that they shall have on the device.
+        weights: by the names of the model's parameters and buffers, tensors on the host in any dtype. Those that are
+            not named are somebody else's (see `BlockSwap`).
+        device: where the model runs.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self.device = device
+        # By owner and not by name: names change when somebody wraps a part of the model.
+        self._slots = [(slot, weights[name]) for name, slot in slots_of(model) if name in weights]
+        assert len(self._slots) == len(weights), "weights that the model does not have"
+
+    def begin(self) -> None:
+        for slot, weight in self._slots:
+            # Across first, then cast: the device is the faster one at it.
+            slot.fill(torch.empty_like(slot.empty, device=self.device).copy_(weight.to(self.device)))
+
+    def end(self) -> None:
+        for slot, _ in self._slots:
+            slot.clear()
+
+
+class TextEncodersOnDemand:
+    """Text encoders that are loaded for the first prompt, and forgotten when their stage ends."""
+
+    def __init__(self, load: Callable[[], TextEmbedder]) -> None:
+        self._load = load
+        self._loaded: TextEmbedder | None = None
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        content: str = "video",
+        images: Sequence[Image.Image] | None = None,
+        max_length: int | None = None,
+    ) -> TextEmbeddings:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded.encode(prompts, content, images, max_length)
+
+    def begin(self) -> None:
+        """Nothing yet: all prompts of the stage may be in a cache."""
+
+    def end(self) -> None:
+        self._loaded = None
+
+
+class Slot:
+    """The place of one parameter or buffer in a module. `empty` is the tensor on the meta device that is there now."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module = module
+        self._name = name
+        self._is_parameter = name in module._parameters
+        empty = module._parameters[name] if self._is_parameter else module._buffers[name]
+        assert empty is not None and empty.is_meta, name
+        self.empty: Tensor = empty
+
+    def fill(self, tensor: Tensor) -> None:
+        self._set(nn.Parameter(tensor, requires_grad=False) if self._is_parameter else tensor)
+
+    def clear(self) -> None:
+        self._set(self.empty)
+
+    def _set(self, tensor: Tensor) -> None:
+        if self._is_parameter:
+            assert isinstance(tensor, nn.Parameter)
+            self._module._parameters[self._name] = tensor
+        else:
+            self._module._buffers[self._name] = tensor
+
+
+def slots_of(model: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """The places of all parameters and buffers of a model on the meta device, by name."""
+    for prefix, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, Slot(module, name)
+
+
+def take_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and buffers by name. It keeps none: what it has from now on is on the meta device."""
+    weights: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                weights[f"{prefix}.{name}" if prefix else name] = tensor.detach()
+                empty = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    return weights

@@ -1,0 +1,260 @@
+"""Weight-only quantisation: linear layers that keep their weights in 8 or 4 bits and multiply in the compute dtype.
+
+    int8  integers from -127 to 127, a scale for every 128 inputs of a row
+    fp8   float8_e4m3fn, a scale for every row
+    nf4   sixteen levels, quantiles of a normal distribution (QLoRA, arXiv 2305.14314), a scale for every 64 inputs of a
+          row; its kernels are bitsandbytes', an optional package
+
+A quantised layer is a plain module with two plain tensors, named and shaped as `checkpoints.quantized_parts` has it.
+So its state dict is the file, and whatever moves, copies or compiles modules needs to know nothing of it. Activations
+are not quantised: every call dequantises the weight, which is soon paid for where there are many tokens.
+
+Tensors are quantised one by one as they are read (`quantize_linears`). This module does not know which device there is,
+and opens no file but the one that `save_checkpoint` writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kandinsky.checkpoints import (
+    INT8_GROUP,
+    NF4_GROUP,
+    Header,
+    is_quantizable,
+    quantization_from_header,
+    quantized_layers,
+    quantized_parts,
+)
+
+DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+ROWS = 256  # that are quantised at a time: what float32 takes beside the result is small, whatever the layer's size
+
+# A tensor as it was read, with its name in the model -> the tensors that the model takes in its place, by name.
+# Empty where the tensor is none of the quantised layers' business.
+Convert = Callable[[str, Tensor], dict[str, Tensor]]
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer (..., in) -> (..., out) with a quantised weight; computes in its input's dtype."""
+
+    scheme: ClassVar[str]
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        for name, (dtype, shape) in quantized_parts(self.scheme, out_features, in_features).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=DTYPES[dtype]))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (out, in) -> the quantised weight and its float32 scales, as the layer's buffers."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in). Scales are multiplied in float32, so that the result is rounded once."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What moves the module moves the quantised weight too; what casts it (`.bfloat16()`) leaves that as it is."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+class Int8Linear(QuantizedLinear):
+    scheme = "int8"
+    weight_int8: Tensor  # (out, in)
+    weight_scales: Tensor  # (out, groups of 128 inputs, the last one may be smaller)
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        groups = _in_groups(weight, INT8_GROUP)  # (out, groups, 128)
+        scales = _nonzero(torch.linalg.vector_norm(groups, torch.inf, dim=-1) / 127)
+        integers = (groups / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+        return integers.flatten(1)[:, : weight.shape[1]].contiguous(), scales
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        weight, scales = self.weight_int8, self.weight_scales[..., None]
+        if self.in_features % INT8_GROUP == 0:
+            return (weight.unflatten(1, (-1, INT8_GROUP)) * scales).flatten(1).to(dtype)
+        return (weight * scales.expand(-1, -1, INT8_GROUP).flatten(1)[:, : self.in_features]).to(dtype)
+
+
+class FP8Linear(QuantizedLinear):
+    scheme = "fp8"
+    weight_fp8: Tensor  # (out, in)
+    weight_scale: Tensor  # (out, 1)
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = _nonzero(torch.linalg.vector_norm(weight, torch.inf, dim=-1, keepdim=True) / FP8_MAX)
+        # What rounds to more than the largest number would become NaN.
+        return (weight / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight_fp8.to(torch.float32) * self.weight_scale).to(dtype)
+
+
+class NF4Linear(QuantizedLinear):
+    scheme = "nf4"
+    weight_nf4: Tensor  # (out, bytes of two values each), zeros added for whole groups
+    weight_scales: Tensor  # (out, groups of 64 inputs)
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        groups = _in_groups(weight, NF4_GROUP)  # (out, groups, 64)
+        packed, scales = torch.ops.bitsandbytes.quantize_4bit(groups, NF4_GROUP, "nf4", torch.uint8)
+        return packed.view(len(weight), -1), scales.view(groups.shape[:2])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        packed, scales = self.weight_nf4, self.weight_scales
+        shape = (self.out_features, 2 * packed.shape[1])
+        weight = torch.ops.bitsandbytes.dequantize_4bit(
+            packed.view(-1, 1), scales.view(-1), NF4_GROUP, "nf4", shape, dtype
+        )
+        return weight[:, : self.in_features]
+
+
+LINEARS: dict[str, type[QuantizedLinear]] = {cls.scheme: cls for cls in (Int8Linear, FP8Linear, NF4Linear)}
+
+
+def _in_groups(weight: Tensor, size: int) -> Tensor:
+    """(out, in) -> (out, groups, size), with zeros at the end of rows that do not divide into groups."""
+    missing = -weight.shape[1] % size
+    return (F.pad(weight, (0, missing)) if missing else weight).unflatten(1, (-1, size))
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    """Scales of rows and groups of zeros are 1: any will do, and none may be divided by zero."""
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def require_scheme(scheme: str) -> None:
+    """Raise ValueError for a scheme that is not known, or whose package is not installed."""
+    if scheme not in LINEARS:
+        raise ValueError(f"quantization is {scheme!r}; choose one of {', '.join(LINEARS)}")
+    if scheme == "nf4":
+        try:
+            import bitsandbytes  # noqa: F401  (registers its kernels as torch.ops.bitsandbytes)
+        except ImportError:
+            raise ValueError(
+                "nf4 quantization needs the package bitsandbytes: pip install bitsandbytes, or quantize to int8 or fp8"
+            ) from None
+
+
+def quantize_linears(model: nn.Module, layers: Iterable[str], scheme: str) -> Convert:
+    """Put quantised layers in the place of linear ones and return what turns read tensors into theirs.
+
+    model: on the meta device: the new layers have no memory yet, and are to be given theirs by
+        load_state_dict(assign=True).
+    layers: names of nn.Linear modules.
+
+    Tensors that the returned function is handed may be a layer's `weight`, which it quantises on the device that it is
+    on, or parts of an already quantised one. It raises ValueError for a weight that is not finite.
+    """
+    require_scheme(scheme)
+    kind = LINEARS[scheme]
+    parts_of: dict[str, Header] = {}
+    for name in layers:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), name
+        with torch.device("meta"):
+            quantized = kind(linear.in_features, linear.out_features, linear.bias is not None)
+        model.set_submodule(name, quantized)
+        parts_of[name] = quantized_parts(scheme, linear.out_features, linear.in_features)
+
+    def empty(device: torch.device) -> dict[str, dict[str, Tensor]]:
+        return {
+            layer: {
+                f"{layer}.{part}": torch.empty(shape, dtype=DTYPES[dtype], device=device)
+                for part, (dtype, shape) in parts.items()
+            }
+            for layer, parts in parts_of.items()
+        }
+
+    results: dict[str, dict[str, Tensor]] = {}
+
+    def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        layer, _, part = name.rpartition(".")
+        parts = parts_of.get(layer, {})
+        if parts and part == "weight":
+            if not results:  # all in a row, before anything that is freed again and would leave holes between them
+                results.update(empty(tensor.device))
+            for start in range(0, len(tensor), ROWS):
+                rows = tensor[start : start + ROWS].float()
+                _check_finite(name, rows)
+                for result, of_rows in zip(results[layer].values(), kind.quantize(rows), strict=True):
+                    result[start : start + ROWS] = of_rows
+            return results[layer]
+        if part not in parts:
+            return {}
+        dtype, shape = parts[part]
+        if dtype == "F32":
+            _check_finite(name, tensor)
+            if tensor.numel() == 1:  # one for the whole weight
+                tensor = tensor.reshape(1, 1).expand(shape).contiguous()
+        return {name: tensor.to(DTYPES[dtype])}
+
+    return convert
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # both ends: no mask as large as the tensor
+        raise ValueError(f"{name} has NaN or infinite values in it: the file is damaged, download it again")
+
+
+def quantize_dit(dit: nn.Module, header: Header, scheme: str | None) -> Convert | None:
+    """`quantize_linears` for a DiT and the checkpoint with this header: as that is quantised, else with `scheme`.
+
+    Returns None where there is nothing to quantise. Raises ValueError where the checkpoint is quantised otherwise.
+    """
+    found = quantization_from_header(header)
+    if found is not None:
+        if scheme not in (None, found):
+            raise ValueError(
+                f"the checkpoint is quantised to {found} already, and cannot be to {scheme}: leave dit_quantization "
+                "out, or use the checkpoint in full precision"
+            )
+        return quantize_linears(dit, quantized_layers(header), found)
+    if scheme is None:
+        return None
+    return quantize_linears(dit, [name for name, _ in dit.named_modules() if is_quantizable(name)], scheme)
+
+
+def quantize_qwen(qwen: nn.Module) -> Convert:
+    """`quantize_linears` to nf4 for all linear layers of Qwen, and of its vision tower where it has one."""
+    return quantize_linears(qwen, [name for name, m in qwen.named_modules() if isinstance(m, nn.Linear)], "nf4")
+
+
+def save_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Write a model's tensors as a safetensors file that appears whole or not at all, at the path only once written."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
