@@ -131,6 +131,7 @@ def load_pipeline(
         dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
         parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
+    dit.set_chunk_tokens(config.runtime.chunk_tokens)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
 
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)

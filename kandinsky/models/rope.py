@@ -29,6 +29,10 @@ class RotaryTable:
         """The table of the same tokens in another order: row i is that of token order[i]."""
         return RotaryTable(self.cos[order], self.sin[order])
 
+    def of(self, tokens: slice) -> RotaryTable:
+        """The part of the table that belongs to some of the tokens."""
+        return RotaryTable(self.cos[tokens], self.sin[tokens])
+
 
 def axis_angles(length: int, dim: int, device: torch.device | str, scale: float = 1.0) -> Tensor:
     """Angles (length, dim / 2) of positions 0..length-1 for `dim` rotary channels; positions are divided by `scale`."""
