@@ -16,24 +16,31 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from kandinsky.checkpoints import BITS, Header, expected_dit_shapes, find_weights, read_header, strip_prefix
+from kandinsky.checkpoints import (
+    BITS,
+    Header,
+    check_dit_header,
+    expected_dit_shapes,
+    find_weights,
+    is_quantizable,
+    quantized_layers,
+    quantized_parts,
+    read_header,
+    strip_prefix,
+)
 from kandinsky.config import Config, DiTConfig
 
 FLOAT32 = 4
+FLOATS = {2: ("F16", "BF16"), 4: ("F32",)}  # dtypes of a size; of the two small ones a model's files have one
 # Parameters that no header has to be read for: Qwen2.5-VL-7B without its head, CLIP ViT-L/14's text model, the VAEs.
 QWEN_PARAMETERS = 7_070_619_136
 QWEN_EMBEDDING_PARAMETERS = 544_997_376  # of those: not a linear layer, so never quantised
 QWEN_VISION_PARAMETERS = 676_550_144
+QWEN_INTERMEDIATE = 18944  # width of its feed-forward
 CLIP_PARAMETERS = 123_060_480
 VAE_PARAMETERS = {"hunyuan": 246_478_803, "flux": 83_819_683}
 VAE_CHANNELS = (128, 256, 512, 512)  # of both
-QWEN_INTERMEDIATE = 18944 / 3584  # width of Qwen's feed-forward over that of its hidden states
-
-# Bytes of a weight in a quantised layer, its scales included: a float32 for 128, for a row, for 64.
-QUANTIZED_SIZE = {"int8": 1 + 4 / 128, "fp8": 1.0, "nf4": 0.5 + 4 / 64}
-# Bytes that exist for every weight of a layer while it is made into one that can be multiplied with, by scheme.
-DEQUANTIZING_SIZE = {"int8": 6, "fp8": 8, "nf4": 2}
-QUANTIZED_PARTS = ("self_attention", "cross_attention", "feed_forward")
+NF4_SIZE = 0.5 + 4 / 64  # bytes of a weight with its share of a scale
 KEPT_PRECISION = ("time_embeddings.", "modulation.")  # see loading.py
 
 NABLA_BLOCK = 64  # tokens
@@ -42,59 +49,95 @@ SORTED_AT_ONCE = 2**24  # entries of NABLA's maps that are worked on at a time
 
 
 @dataclass(frozen=True)
-class Models:
-    """What a request's models are made of. Bytes are those of the weights on the device that they run on."""
+class Weights:
+    """One model's weights: bytes where they are computed with, and of the files that they come from."""
 
-    qwen: int
-    clip: int
-    vae: int
-    dit_block: int  # one visual block
+    size: int
+    read: int  # bytes of the files that are read
+    mapped: int  # of `size`, what a CPU computes with where it lies, in the memory-mapped file
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(self.size + other.size, self.read + other.read, self.mapped + other.mapped)
+
+    @property
+    def left_mapped(self) -> int:
+        """Bytes of the files that stay mapped without being needed; the system drops them when it likes."""
+        return self.read - self.mapped if self.mapped else 0
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a request's models are made of."""
+
+    qwen: Weights
+    clip: Weights
+    vae: Weights
+    dit: Weights
+    dit_block: int  # bytes of one visual block where it runs
     dit_blocks: int  # how many there are
-    dit_rest: int  # all but the visual blocks
+    dit_quantization: str | None  # as it is in memory, whether it is so in the file or made so on the way
     vae_channels: tuple[int, ...]
+    qwen_intermediate: int
     element_size: int  # bytes of a number in the dtype that is computed with
 
     @property
-    def text(self) -> int:
+    def text(self) -> Weights:
         return self.qwen + self.clip
 
     @property
-    def dit(self) -> int:
-        return self.dit_rest + self.dit_blocks * self.dit_block
+    def all(self) -> Weights:
+        return self.text + self.vae + self.dit
+
+    @property
+    def dit_rest(self) -> int:
+        """Bytes of all but the visual blocks."""
+        return self.dit.size - self.dit_blocks * self.dit_block
 
 
 def models(config: Config, files: Mapping[str, Path], element_size: int) -> Models:
-    """The models of a config in a dtype of `element_size` bytes, quantised as config.runtime says.
+    """The models of a config in a dtype of `element_size` bytes, quantised as config.runtime says, or as the file is.
 
     files: where "dit", "vae", "qwen" and "clip" are. One that does not exist is taken to be the published one.
-    Raises ValueError for a file that exists and is damaged.
+    Raises ValueError for a file that exists and is damaged, or a DiT's of another variant.
     """
-    scheme = config.runtime.dit_quantization
-    blocks = rest = 0.0
-    for name, (dtype, shape) in dit_header(config.model.dit_params, files.get("dit")).items():
-        if dtype not in ("F32", "F16", "BF16") or name.endswith(("_scale", "_scales")):  # quantised in the file
-            size = BITS.get(dtype, 32) / 8
-        elif any(part in name for part in KEPT_PRECISION):
-            size = BITS[dtype] / 8
-        elif scheme is not None and _is_quantized(name):
-            size = QUANTIZED_SIZE[scheme]
-        else:
-            size = element_size
-        if name.startswith("visual_transformer_blocks."):
-            blocks += prod(shape) * size
-        else:
-            rest += prod(shape) * size
-    count = config.model.dit_params.num_visual_blocks
-    clip = _parameters(files.get("clip"), CLIP_PARAMETERS, without=("vision", "visual", "text_projection", "logit"))
+    dit, block, scheme = _dit(config, files.get("dit"), element_size)
+    qwen, intermediate = _qwen(config, files.get("qwen"), element_size)
     return Models(
-        qwen=_qwen_bytes(config, files.get("qwen"), element_size),
-        clip=clip * FLOAT32,
-        vae=_parameters(files.get("vae"), VAE_PARAMETERS[config.model.vae.name]) * element_size,
-        dit_block=int(blocks / count),
-        dit_blocks=count,
-        dit_rest=int(rest),
+        qwen=qwen,
+        clip=_clip(files.get("clip")),
+        vae=_vae(files.get("vae"), VAE_PARAMETERS[config.model.vae.name], element_size),
+        dit=dit,
+        dit_block=block,
+        dit_blocks=config.model.dit_params.num_visual_blocks,
+        dit_quantization=scheme,
         vae_channels=_vae_channels(files.get("vae")),
+        qwen_intermediate=intermediate,
         element_size=element_size,
+    )
+
+
+def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int, str | None]:
+    """The DiT's weights, the bytes of one of its visual blocks, and in what scheme its layers are in memory."""
+    params, scheme = config.model.dit_params, config.runtime.dit_quantization
+    header = dit_header(params, path)
+    in_file, shapes = quantized_layers(header), expected_dit_shapes(params)
+    size = blocks = mapped = 0
+    for name, (dtype, shape) in header.items():
+        layer, _, part = name.rpartition(".")
+        stored = _stored({name: (dtype, shape)})
+        kept = stored if any(word in name for word in KEPT_PRECISION) else prod(shape) * element_size
+        if layer in in_file and part != "bias":
+            outputs, inputs = shapes[f"{layer}.weight"]
+            kept = _stored({name: quantized_parts(in_file[layer], outputs, inputs)[part]})
+        elif scheme is not None and not in_file and part == "weight" and is_quantizable(layer):
+            kept, stored = _stored(quantized_parts(scheme, *shape)), 0
+        size += kept
+        blocks += kept if name.startswith("visual_transformer_blocks.") else 0
+        mapped += kept if kept == stored else 0
+    return (
+        Weights(size, _stored(header), mapped),
+        blocks // params.num_visual_blocks,
+        next(iter(in_file.values()), scheme),
     )
 
 
@@ -102,7 +145,56 @@ def dit_header(dit: DiTConfig, path: Path | None) -> Header:
     """The header of the DiT's file, or as it would be in bfloat16 where there is none."""
     if path is None or not path.exists():
         return {name: ("BF16", shape) for name, shape in expected_dit_shapes(dit).items()}
-    return strip_prefix(_header(path))
+    header = _header(path)
+    try:
+        check_dit_header(header, dit)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return strip_prefix(header)
+
+
+def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int]:
+    """Qwen's weights, and the width of its feed-forward."""
+    vision, to_nf4 = config.task == "i2i", config.runtime.qwen_quantization
+    if path is None or not path.exists():
+        parameters = QWEN_PARAMETERS + vision * QWEN_VISION_PARAMETERS
+        linear = parameters - QWEN_EMBEDDING_PARAMETERS if to_nf4 else 0
+        plain = (parameters - linear) * element_size
+        mapped = plain if element_size == BITS["BF16"] // 8 else 0
+        return Weights(plain + int(linear * NF4_SIZE), 2 * parameters, mapped), QWEN_INTERMEDIATE
+    size = read = mapped = 0
+    intermediate = QWEN_INTERMEDIATE
+    for name, (dtype, shape) in _header(path).items():
+        if "lm_head" in name or ("visual." in name and not vision):
+            continue
+        read += _stored({name: (dtype, shape)})
+        if name.endswith("mlp.gate_proj.weight") and "visual." not in name:
+            intermediate = shape[0]
+        if to_nf4 and len(shape) == 2 and "embed" not in name:
+            size += _stored(quantized_parts("nf4", *shape))
+            continue
+        size += prod(shape) * element_size
+        mapped += prod(shape) * element_size if dtype in FLOATS[element_size] else 0
+    return Weights(size, read, mapped), intermediate
+
+
+def _clip(path: Path | None) -> Weights:
+    """CLIP is always computed with in float32."""
+    if path is None or not path.exists():
+        return Weights(CLIP_PARAMETERS * FLOAT32, CLIP_PARAMETERS * FLOAT32, CLIP_PARAMETERS * FLOAT32)
+    without = ("vision", "visual", "text_projection", "logit")
+    header = {name: entry for name, entry in _header(path).items() if not name.startswith(without)}
+    size = FLOAT32 * sum(prod(shape) for _, shape in header.values())
+    return Weights(size, _stored(header), _stored({n: e for n, e in header.items() if e[0] == "F32"}))
+
+
+def _vae(path: Path | None, published: int, element_size: int) -> Weights:
+    """A CPU has the convolutions' weights in another order, so of those no file's are computed with."""
+    if path is None or not path.exists():
+        return Weights(published * element_size, published * FLOAT32, 0)
+    header = _header(path)
+    same = {name: entry for name, entry in header.items() if entry[0] in FLOATS[element_size] and len(entry[1]) < 3}
+    return Weights(element_size * sum(prod(shape) for _, shape in header.values()), _stored(header), _stored(same))
 
 
 def _vae_channels(path: Path | None) -> tuple[int, ...]:
@@ -120,29 +212,9 @@ def _header(path: Path) -> Header:
     return {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
 
 
-def _parameters(path: Path | None, published: int, without: tuple[str, ...] = ()) -> int:
-    if path is None or not path.exists():
-        return published
-    return sum(prod(shape) for name, (_, shape) in _header(path).items() if not name.startswith(without))
-
-
-def _is_quantized(name: str) -> bool:
-    """Whether this is the weight of a linear layer of the DiT that can be kept in fewer bits."""
-    return name.endswith(".weight") and any(f".{part}." in name for part in QUANTIZED_PARTS) and "_norm" not in name
-
-
-def _qwen_bytes(config: Config, path: Path | None, element_size: int) -> int:
-    vision = config.task == "i2i"
-    if path is None or not path.exists():
-        parameters = QWEN_PARAMETERS + vision * QWEN_VISION_PARAMETERS
-        plain = QWEN_EMBEDDING_PARAMETERS
-    else:
-        shapes = {name: shape for name, (_, shape) in _header(path).items() if "lm_head" not in name}
-        shapes = {name: shape for name, shape in shapes.items() if vision or "visual." not in name}
-        parameters = sum(map(prod, shapes.values()))
-        plain = sum(prod(shape) for name, shape in shapes.items() if len(shape) != 2 or "embed" in name)
-    size = QUANTIZED_SIZE["nf4"] if config.runtime.qwen_quantization else element_size
-    return int(plain * element_size + (parameters - plain) * size)
+def _stored(header: Header) -> int:
+    """Bytes of a header's tensors."""
+    return sum(prod(shape) * BITS.get(dtype, 32) // 8 for dtype, shape in header.values())
 
 
 # --- what exists besides the weights ----------------------------------------------------------------------------------
@@ -157,12 +229,14 @@ def dit_activations(
     nabla: bool = False,
     flex: bool = False,
     chunk_tokens: int | None = None,
+    quantization: str | None = None,
 ) -> int:
     """Peak of one forward of the DiT for one sample, its rotary tables included.
 
     nabla: attention is block-sparse, by flex_attention's kernel (`flex`, what a GPU gets) or in plain PyTorch.
     chunk_tokens: what `runtime.chunk_tokens` says; queries, keys and values are then taken to be written into their
         places chunk by chunk, and the feed-forward's result likewise.
+    quantization: of the linear layers, each of which is made into numbers again while it is used.
     """
     hidden = tokens * dit.model_dim * element_size  # one tensor of the size of all tokens
     wide = tokens * dit.model_dim * FLOAT32
@@ -178,8 +252,11 @@ def dit_activations(
     qkv = (7 if rows == tokens else 6) * hidden + share * turned
     # Block map and kernel; then the result and its projection.
     attention = 6 * hidden + max(2 * hidden, _nabla_bytes(dit, tokens, hidden, flex) if nabla else 0)
-    # The four of `norm`, and both halves of the feed-forward's wide middle; of chunks also the result.
-    feed_forward = 4 * hidden + rows * dit.ff_dim * element_size * 2 + (hidden if rows < tokens else 0)
+    # The four of `norm`, and the feed-forward's wide middle before and after its nonlinearity, or one of them and a
+    # weight; of chunks also the result.
+    middle = rows * dit.ff_dim * element_size
+    weight = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
+    feed_forward = 4 * hidden + middle + max(middle, weight) + (hidden if rows < tokens else 0)
 
     text = 2 * text_tokens * dit.model_dim * element_size
     return int(max(norm, qkv, attention, feed_forward)) + rope + text
@@ -199,6 +276,12 @@ def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:
     return kept + 4 * hidden + 2 * hidden // dit.num_heads
 
 
+def dequantized_bytes(scheme: str, weights: int, element_size: int) -> int:
+    """Peak of making a quantised layer's weights into numbers: in float32 first, but for nf4, whose kernel casts."""
+    cast = element_size if element_size < FLOAT32 else 0
+    return weights * {"int8": FLOAT32 + cast, "fp8": 2 * FLOAT32, "nf4": element_size}[scheme]
+
+
 def denoising_state(dit: DiTConfig, tokens: int, samples: int) -> int:
     """What the sampler holds: noise, latents, what conditions them, velocities of both branches; all float32."""
     cells = tokens * prod(dit.patch_size)
@@ -213,9 +296,12 @@ def magcache_bytes(dit: DiTConfig, tokens: int, samples: int, branches: int, ele
     return samples * branches * tokens * dit.model_dim * element_size
 
 
-def text_activations(width: int, tokens: int, prompts: int, element_size: int) -> int:
-    """Qwen's peak: its feed-forward's gate, that activated, the other half and their product; six hidden states."""
-    return int(prompts * tokens * width * (4 * QWEN_INTERMEDIATE + 6) * element_size)
+def text_activations(width: int, intermediate: int, tokens: int, element_size: int, *, nf4: bool = False) -> int:
+    """Qwen's peak for one prompt: its feed-forward's gate, that activated, the other half and their product; six hidden
+    states. With nf4 weights, one of the feed-forward's in place of two of these."""
+    middle = tokens * intermediate * element_size
+    weight = dequantized_bytes("nf4", width * intermediate, element_size) if nf4 else 0
+    return int(6 * tokens * width * element_size + 2 * middle + max(2 * middle, weight))
 
 
 def encode_bytes(channels: tuple[int, ...], width: int, height: int, element_size: int) -> int:

@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import floor, prod
+from math import ceil, floor, prod
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Stage:
     activations: int
     gpu: int  # 0 where there is none
     host: int
+    mapped: int  # besides `host`, of weight files: what is resident of them until the system needs the room
 
 
 @dataclass(frozen=True)
@@ -259,40 +260,62 @@ def nearest(config: Config, request: Request, machine: Machine, files: Mapping[s
 def estimate(config: Config, request: Request, machine: Machine, models: Models) -> tuple[Stage, ...]:
     """What every stage takes with the settings of `config`, where offload is "on" or "off".
 
-    On the host, weights that only wait there are in memory-mapped files, which the system drops when it needs to: they
-    are not counted. Blocks that stream are, because their memory is pinned. Raises ValueError where the VAE's budget is
-    too small for any tile.
+    On the host, what counts is what must be there: copies of weights, and on a CPU what is computed with straight from
+    the mapped files; blocks that stream, because their memory is pinned; a DiT that was quantised on the way, from
+    which it is copied when its stage begins. What else is mapped, `Stage.mapped`, costs nothing but reading it again.
+
+    Text encoders are counted whether or not their embeddings are in a cache. Raises ValueError where the VAE's budget
+    is too small for any tile.
     """
     runtime, dit, samples = config.runtime, config.model.dit_params, len(request.samples)
+    is_offloaded, on_gpu = runtime.offload == "on", machine.gpu_memory is not None
     resident = min(runtime.blocks_on_gpu or models.dit_blocks, models.dit_blocks)
     streamed = models.dit_blocks - resident
-    dit_weights = models.dit_rest + (resident + min(STREAM_BUFFERS, streamed)) * models.dit_block
-    everything = models.text + models.vae + dit_weights
-    is_offloaded = runtime.offload == "on"
+    streamed_bytes = streamed * models.dit_block
+    dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
+    everything = models.text.size + models.vae.size + dit_weights
+
+    # What lies on the host all the time, and what of the files is mapped without being needed.
+    waiting = streamed_bytes
+    is_waiting = is_offloaded or streamed > 0
+    if is_waiting and models.dit_quantization is not None:
+        waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
+    mapped, touched = 0, set[str]()
+    if streamed or (is_offloaded and runtime.dit_quantization is not None):  # read when it is loaded
+        mapped, touched = models.dit.read, {"dit"}
+    elif not is_waiting and not on_gpu:
+        mapped = models.dit.left_mapped
+    if not is_offloaded and not on_gpu:
+        mapped += models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
+
     output = 2 * RGB * samples * request.num_frames * request.width * request.height  # uint8, frames and their stack
+    stages: list[Stage] = []
 
-    def stage(name: str, weights: int, activations: int, on_host: int = 0) -> Stage:
+    def add(name: str, model: str, weights: int, activations: int, on_host: int = 0) -> None:
+        nonlocal mapped
+        if is_offloaded and model in ("dit", "vae") and model not in touched:
+            touched.add(model)
+            mapped += models.dit.read if model == "dit" else models.vae.read
+        # The text encoders' files are mapped for as long as there are text encoders.
+        of_text = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and model == "text" else 0
         weights = weights if is_offloaded else everything
-        host = streamed * models.dit_block + on_host
-        if machine.gpu_memory is None:
-            return Stage(name, weights, activations, 0, HOST_OF_CPU_RUN + host + weights + activations)
-        return Stage(
-            name,
-            weights,
-            activations,
-            CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations),
-            HOST_OF_GPU_RUN + host,
-        )
+        host = waiting + on_host
+        if not on_gpu:
+            host += HOST_OF_CPU_RUN + weights + activations
+            stages.append(Stage(name, weights, activations, 0, host, mapped + of_text))
+            return
+        gpu = CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations)
+        stages.append(Stage(name, weights, activations, gpu, HOST_OF_GPU_RUN + host, mapped + of_text))
 
-    stages = [stage("encode text", models.text, _encoding(config, request, models))]
+    add("encode text", "text", models.text.size, _encoding(config, request, models))
     if config.task in ("i2v", "i2i"):
         picture = memory.encode_bytes(models.vae_channels, request.width, request.height, models.element_size)
-        stages.append(stage("encode image", models.vae, picture))
-    stages.append(stage("denoise", dit_weights, _denoising(config, request, models, machine)))
+        add("encode image", "vae", models.vae.size, picture)
+    add("denoise", "dit", dit_weights, _denoising(config, request, models, machine))
     pixels = _decoding(config, request, models).peak_bytes(tile_size(config, request, models))
     latents = memory.denoising_state(dit, _tokens(config, request), samples)
-    stages.append(stage("decode", models.vae, pixels + latents, output))
-    stages.append(stage("write", 0, 0, output))
+    add("decode", "vae", models.vae.size, pixels + latents, output)
+    add("write", "", 0, 0, output)
     return tuple(stages)
 
 
@@ -320,15 +343,14 @@ def tile_size(config: Config, request: Request, models: Models) -> int:
 
 
 def _encoding(config: Config, request: Request, models: Models) -> int:
-    """Every prompt is read with its negative one, in one batch."""
-    encoders = config.model.text_embedder
-    tokens = EDIT_TOKENS if config.task == "i2i" else request.max_sequence_length or encoders.qwen.max_length
-    prompts = request.num_prompts + (request.guidance_weight != 1)
-    width = encoders.qwen.emb_size
-    activations = memory.text_activations(width, TEMPLATE_TOKENS + tokens, prompts, models.element_size)
-    if config.runtime.qwen_quantization:  # one layer's weight at a time
-        activations += int(width * width * memory.QWEN_INTERMEDIATE * memory.DEQUANTIZING_SIZE["nf4"])
-    return activations
+    """Every prompt is read by itself."""
+    return memory.text_activations(
+        config.model.text_embedder.qwen.emb_size,
+        models.qwen_intermediate,
+        TEMPLATE_TOKENS + _text_tokens(config, request),
+        models.element_size,
+        nf4=config.runtime.qwen_quantization,
+    )
 
 
 def _denoising(config: Config, request: Request, models: Models, machine: Machine) -> int:
@@ -342,13 +364,12 @@ def _denoising(config: Config, request: Request, models: Models, machine: Machin
         nabla=config.model.attention.type == "nabla",
         flex=machine.gpu_memory is not None and config.model.attention.engine != "sdpa",
         chunk_tokens=runtime.chunk_tokens,
+        quantization=models.dit_quantization,
     )
     activations += memory.denoising_state(dit, tokens, samples)
     if config.magcache.enabled:
         branches = 1 + (request.guidance_weight != 1)
         activations += memory.magcache_bytes(dit, tokens, samples, branches, models.element_size)
-    if runtime.dit_quantization is not None:  # one layer's weight at a time
-        activations += dit.model_dim * dit.ff_dim * memory.DEQUANTIZING_SIZE[runtime.dit_quantization]
     return activations
 
 
@@ -388,14 +409,14 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
     runtime = config.runtime
     if machine.gpu_memory is None:
         if runtime.offload == "on":
-            total = models.text + models.vae + models.dit
+            total = models.all.read
             seconds = f"{total / machine.files:.0f} s at {machine.files / 1e9:g} GB/s"
             yield f"offload: {_gb(total)} GB are read again for every request, {seconds}"
         return
     resident = min(runtime.blocks_on_gpu or models.dit_blocks, models.dit_blocks)
     streamed = models.dit_blocks - resident
     if runtime.offload == "on":
-        total = models.text + models.vae + models.dit - streamed * models.dit_block
+        total = models.all.size - streamed * models.dit_block
         yield (
             f"offload: {_gb(total)} GB go to the GPU for every request, {total / machine.files:.0f} s at "
             f"{machine.files / 1e9:g} GB/s from memory-mapped files"
@@ -403,7 +424,7 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
     if streamed:
         copying = streamed * models.dit_block / machine.link
         computing = forward_flops(config, request) / machine.flops
-        evaluations = request.num_steps * (1 + (request.guidance_weight != 1))
+        evaluations = num_evaluations(request)
         rest = max(0.0, copying - computing)
         yield (
             f"streaming {streamed} of {models.dit_blocks} blocks: {_gb(streamed * models.dit_block)} GB for each of "
@@ -411,6 +432,14 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
             f"{computing:.2f} s of computing at {machine.flops / 1e12:g} TFLOP/s: "
             + (f"{rest * evaluations:.0f} s more in all" if rest else "no time lost")
         )
+
+
+def num_evaluations(request: Request) -> int:
+    """Evaluations of the model for one sample: one a step, and of the guided steps each `guidance_every`-th another."""
+    begin, end = request.guidance_interval
+    steps = request.num_steps
+    guided = sum(begin <= step / steps < end for step in range(steps)) if request.guidance_weight != 1 else 0
+    return steps + ceil(guided / request.guidance_every)
 
 
 def forward_flops(config: Config, request: Request) -> float:
