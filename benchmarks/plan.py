@@ -48,7 +48,7 @@ MB = 10**6
 # The plan's stages -> the pipeline's methods.
 STAGES = {"encode text": "_embed", "encode image": "encode_images", "denoise": "denoise", "decode": "decode"}
 PROMPT = "a red circle " * 40  # as long as prompts get
-QWEN = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 3}
+QWEN = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 4}
 VAE = {"block_out_channels": (16, 32, 64, 128), "norm_num_groups": 8}
 DIT = DiTConfig(
     in_text_dim=384, in_text_dim2=64, time_dim=64, model_dim=512, ff_dim=2048, num_text_blocks=1, num_visual_blocks=4,

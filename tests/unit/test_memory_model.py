@@ -13,11 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kandinsky import memory
-from kandinsky.config import DiTConfig, load_config
+from kandinsky.checkpoints import find_weights
+from kandinsky.config import DiTConfig, load_config, with_settings
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.plan import Machine, default_request, make_plan, weight_files
 
@@ -36,9 +38,11 @@ MiB = 2**20
 def test_weights_of_published_models(name: str, dit: float, block: float) -> None:
     """In bfloat16, beside the sizes that are known for them."""
     models = memory.models(load_config(CONFIGS / f"config_{name}.yaml"), {}, 2)
-    assert models.dit == pytest.approx(dit, rel=0.015)
+    assert models.dit.size == models.dit.mapped == pytest.approx(dit, rel=0.015)
     assert models.dit_block == pytest.approx(block, rel=0.015)
-    assert models.qwen == 2 * (16_584_333_312 // 2 - 544_997_376 - 676_550_144)  # the files, less head and vision
+    assert (
+        models.qwen.size == models.qwen.mapped == 2 * (16_584_333_312 // 2 - 544_997_376 - 676_550_144)
+    )  # the files, less head and vision
     assert models.vae_channels == (128, 256, 512, 512)
 
 
@@ -47,7 +51,7 @@ def test_quantised_weights() -> None:
 
     def size(scheme: str | None) -> int:
         runtime = dataclasses.replace(pro.runtime, dit_quantization=scheme)
-        return memory.models(dataclasses.replace(pro, runtime=runtime), {}, 2).dit
+        return memory.models(dataclasses.replace(pro, runtime=runtime), {}, 2).dit.size
 
     # Modulations, 2.3 of 19.3 billion, and embeddings keep 16 bits, the others get 8 or 4, and scales.
     kept = sum(
@@ -60,7 +64,7 @@ def test_quantised_weights() -> None:
     assert size("int8") == pytest.approx(kept + rest / 2 * (1 + 4 / 128), rel=0.001)
     assert size("nf4") == pytest.approx(kept + rest / 4 * (1 + 2 * 4 / 64), rel=0.001)
     with_nf4 = dataclasses.replace(pro, runtime=dataclasses.replace(pro.runtime, qwen_quantization=True))
-    assert 4.5e9 < memory.models(with_nf4, {}, 2).qwen < 5e9
+    assert 4.5e9 < memory.models(with_nf4, {}, 2).qwen.size < 5e9
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -83,15 +87,58 @@ def test_weights_of_files_are_what_is_loaded(name: str, dtype: str) -> None:
         pytest.skip("the tiny checkpoints are not there")
     models = memory.models(config, files, torch_dtype.itemsize)
 
-    def loaded(module: torch.nn.Module) -> int:
-        return sum(parameter.nbytes for parameter in module.parameters())
-
     text = load_text_encoders(config, files["qwen"], files["clip"], "cpu", torch_dtype)
-    assert models.text == loaded(text.qwen) + loaded(text.clip)
-    assert models.dit == loaded(load_dit(files["dit"], config.model.dit_params, "cpu", torch_dtype))
+    assert (models.qwen.size, models.clip.size) == (num_bytes(text.qwen), num_bytes(text.clip))
+    assert models.dit.size == num_bytes(load_dit(files["dit"], config.model.dit_params, "cpu", torch_dtype))
     vae = load_vae(files["vae"], "cpu", torch_dtype, config.model.vae.name)
-    assert models.vae == loaded(vae)
+    assert models.vae.size == num_bytes(vae)
     assert models.vae_channels == vae.block_out_channels
+    assert models.qwen_intermediate == text.language_model.config.intermediate_size
+    for weights, name in ((models.dit, "dit"), (models.vae, "vae"), (models.clip, "clip")):  # Qwen's has its head too
+        (file,) = find_weights(files[name])
+        assert 0.9 * file.stat().st_size < weights.read < file.stat().st_size
+
+
+def num_bytes(module: Any) -> int:
+    """Of the parameters, and of what quantised layers have in their place."""
+    quantised = [b for name, b in module.named_buffers() if name.rpartition(".")[2].startswith("weight_")]
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *quantised))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "nf4"])
+def test_quantised_weights_are_what_is_loaded(scheme: str, tmp_path: Path) -> None:
+    """On the way from the file, and in a file that is quantised, whose header says so."""
+    import torch
+
+    from kandinsky.loading import load_dit, load_text_encoders
+    from kandinsky.runtime.quantization import save_checkpoint
+
+    config = load_config(CONFIGS / "config_tiny_t2v.yaml")
+    files, params = weight_files(config), config.model.dit_params
+    both = with_settings(config, runtime={"dit_quantization": scheme, "qwen_quantization": True})
+    models = memory.models(both, files, 2)
+    dit = load_dit(files["dit"], params, "cpu", torch.bfloat16, scheme)
+    assert models.dit.size == num_bytes(dit) and models.dit_quantization == scheme
+    blocks = sum(map(num_bytes, dit.visual_transformer_blocks))
+    assert models.dit_block * models.dit_blocks == blocks
+    text = load_text_encoders(both, files["qwen"], files["clip"], "cpu", torch.bfloat16)
+    assert models.qwen.size == num_bytes(text.qwen)
+
+    quantised = tmp_path / "dit.safetensors"
+    save_checkpoint(dit, quantised)
+    for size in (2, 4):
+        in_file = memory.models(config, {"dit": quantised}, size)
+        loaded = load_dit(quantised, params, "cpu", torch.float32 if size == 4 else torch.bfloat16)
+        assert in_file.dit.size == num_bytes(loaded) and in_file.dit_quantization == scheme
+    assert in_file.dit.read < quantised.stat().st_size < 1.1 * in_file.dit.read
+    assert memory.models(config, {"dit": quantised}, 2).dit.mapped == in_file.dit.read
+
+
+def test_a_file_of_another_variant_is_named() -> None:
+    """Before anything is said about whether it fits."""
+    files = weight_files(load_config(CONFIGS / "config_tiny_t2v.yaml"))
+    with pytest.raises(ValueError, match=r"tiny_t2v\.safetensors: this file is a model of its own .* says Lite"):
+        memory.models(load_config(CONFIGS / "config_5s_sft.yaml"), {"dit": files["dit"]}, 2)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -126,6 +173,7 @@ class Forward:
     dtype: str
     head_dim: int = 64
     nabla: bool = False
+    chunk_tokens: int | None = None
 
     @property
     def config(self) -> DiTConfig:
@@ -138,7 +186,8 @@ class Forward:
     @property
     def predicted(self) -> int:
         size = 4 if self.dtype == "float32" else 2
-        return memory.dit_activations(self.config, _count(self.tokens), self.text_tokens, size, nabla=self.nabla)
+        sizes = _count(self.tokens), self.text_tokens, size
+        return memory.dit_activations(self.config, *sizes, nabla=self.nabla, chunk_tokens=self.chunk_tokens)
 
     def prepare(self) -> tuple[Callable[[], object], Callable[[], object]]:
         import torch
@@ -150,6 +199,7 @@ class Forward:
         dit = DiffusionTransformer3D(**dataclasses.asdict(self.config)).to(dtype).eval()
         for parameter in dit.parameters():
             parameter.normal_(0, 0.05)
+        dit.set_chunk_tokens(self.chunk_tokens)
 
         def forward(t: int, h: int, w: int, text_tokens: int) -> Callable[[], object]:
             latents, text = torch.randn(1, t, 2 * h, 2 * w, 33), torch.randn(1, text_tokens, 64).to(dtype)
@@ -207,6 +257,8 @@ FORWARDS = (
     Forward(512, 2048, (8, 24, 32), 64, "bfloat16"),
     Forward(1024, 1024, (4, 24, 32), 256, "bfloat16", head_dim=128),
     Forward(512, 1024, (4, 32, 32), 64, "float32", nabla=True),  # in block-sparse attention
+    Forward(256, 1024, (8, 24, 32), 64, "float32", chunk_tokens=1024),
+    Forward(512, 2048, (4, 24, 32), 64, "bfloat16", chunk_tokens=512),
 )
 DECODES = (
     Decode("hunyuan", (64, 128, 128, 128), (3, 12, 12), "bfloat16"),  # in the first convolution
