@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from kandinsky.config import Config
+    from kandinsky.plan import Machine
     from kandinsky.request import Request
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
@@ -142,28 +143,52 @@ def wishes(args: argparse.Namespace, image_sizes: Sequence[tuple[int, int]]) -> 
 def plan(args: argparse.Namespace) -> str:
     """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
     from kandinsky import media
-    from kandinsky.plan import GB, Machine, host_memory, make_plan, report, weight_files
+    from kandinsky.plan import make_plan, plan_decoding, report, weight_files
 
-    config, request = wishes(args, [] if args.image is None else [media.load_image(args.image).size])
+    if args.decode_latents is not None:
+        make = plan_decoding
+        config, request = recorded(args)
+    else:
+        make = make_plan
+        config, request = wishes(args, [] if args.image is None else [media.load_image(args.image).size])
+    machine = planned_machine(args)
+    dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
+    made = make(config, request, machine, weight_files(config, args.cache_dir), dtype)
+    if made.refusal is not None:
+        print(report(made))
+        raise ValueError(made.refusal)
+    return report(made)
+
+
+def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
+    """What a run that died was for, as far as its decoding goes."""
+    from kandinsky import latents_file
+    from kandinsky.config import config_from_dict
+    from kandinsky.plan import default_request
+
+    records = latents_file.read_records(args.decode_latents)
+    config = config_from_dict(records[0]["config"], overrides_of(args))
+    request = default_request(config)
+    sizes = {name: records[0][name] for name in ("width", "height", "num_frames", "num_steps")}
+    return config, dataclasses.replace(request, samples=request.samples * len(records), **sizes)
+
+
+def planned_machine(args: argparse.Namespace) -> Machine:
+    """The machine that flags describe, or this one."""
+    from kandinsky.plan import GB, Machine, host_memory
+
     for flag in ("memory_gb", "host_memory_gb"):
         if (size := getattr(args, flag)) is not None and not size > 0:
             raise ValueError(f"--{flag} is {size:g}; it must be more than 0 (GB of 2^30 bytes)")
     host = host_memory() if args.host_memory_gb is None else args.host_memory_gb * GB
     if args.device == "cpu":
-        machine = Machine(host)
-    elif args.memory_gb is not None:
-        machine = Machine(host, args.memory_gb * GB)
-    else:
-        from kandinsky.loading import machine_memory
-        from kandinsky.runtime.placement import parse_device_map
+        return Machine(host)
+    if args.memory_gb is not None:
+        return Machine(host, args.memory_gb * GB)
+    from kandinsky.loading import machine_memory
+    from kandinsky.runtime.placement import parse_device_map
 
-        machine = dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
-    dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
-    made = make_plan(config, request, machine, weight_files(config, args.cache_dir), dtype)
-    if made.refusal is not None:
-        print(report(made))
-        raise ValueError(made.refusal)
-    return report(made)
+    return dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
 
 
 def run(args: argparse.Namespace) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 from kandinsky import memory
 from kandinsky.checkpoints import resolve_path
 from kandinsky.config import Config, with_settings
-from kandinsky.memory import Models
+from kandinsky.memory import Models, Weights
 from kandinsky.models.vae_memory import GB, RGB, Decoding
 from kandinsky.request import FPS, Request, resolve_request
 
@@ -36,6 +36,7 @@ HOST_OF_GPU_RUN = int(3 * GB)  # of the process besides weights: Python, torch, 
 # Measured: what is resident with everything imported.
 HOST_OF_CPU_RUN = int(0.4 * GB)
 
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 STREAM_BUFFERS = 2  # see runtime/block_swap.py
 CHUNK_TOKENS = 8192
 TEMPLATE_TOKENS = 129  # of the video template, the longest
@@ -76,7 +77,7 @@ class Stage:
     activations: int
     gpu: int  # 0 where there is none
     host: int
-    mapped: int  # besides `host`, of weight files: what is resident of them until the system needs the room
+    mapped: int  # besides `host`, of weight files: what may be resident of them until the system needs the room
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,14 @@ class Plan:
         return {name: getattr(runtime, name) for name in ("offload", "blocks_on_gpu", "chunk_tokens")}
 
 
-def host_memory() -> int:
-    """Bytes of this machine's memory; what a container may use of it is not asked for."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def host_memory(limit_file: Path = CONTAINER_LIMIT) -> int:
+    """Bytes of this machine's memory, or of what its container may use of it."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = limit_file.read_text().strip()
+    except OSError:  # not in a container, or in one that is told otherwise
+        return installed
+    return min(installed, int(limit)) if limit.isdecimal() else installed  # "max": no limit
 
 
 def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[str, Path]:
@@ -149,12 +155,46 @@ def make_plan(config: Config, request: Request, machine: Machine, files: Mapping
 
     Raises ValueError for files that are damaged, for a dtype that there isn't, and for a budget that is too small.
     """
-    if dtype not in ELEMENT_SIZES:
-        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(ELEMENT_SIZES)}")
-    plan = _first_that_fits(config, request, machine, memory.models(config, files, ELEMENT_SIZES[dtype]))
+    plan = _first_that_fits(config, request, machine, memory.models(config, files, element_size(dtype)))
     if plan.refusal is None:
         return plan
     return dataclasses.replace(plan, refusal=f"{plan.refusal}. {nearest(config, request, machine, files, dtype)}")
+
+
+def plan_decoding(config: Config, request: Request, machine: Machine, files: Mapping[str, Path], dtype: str) -> Plan:
+    """The plan for finishing a request whose latents are there: only the VAE is loaded. Errors are `make_plan`'s."""
+    runtime = dataclasses.replace(type(config.runtime)(), offload="off")
+    settled, none = dataclasses.replace(config, runtime=runtime), Weights(0, 0, 0)
+    models = memory.models(settled, {"vae": files["vae"]}, element_size(dtype))
+    models = dataclasses.replace(models, qwen=none, clip=none, dit=none, dit_block=0)
+    planned = _with_vae_budget(settled, request, machine, models)
+    stages = tuple(s for s in estimate(planned, request, machine, models) if s.name in ("decode", "write"))
+    refusal = "; ".join(_too_much(stage, machine) for stage in stages if excess(stage, machine) > 1)
+    return Plan(
+        config=settled,
+        request=request,
+        machine=machine,
+        stages=stages,
+        reason="only the VAE is loaded",
+        costs=(f"decode: {tiles_of(planned, request, models)}",),
+        overrides=_new_budget(planned, config),
+        refusal=f"{refusal}. The latents can be decoded on another machine: all it takes is in their file"
+        if refusal
+        else None,
+    )
+
+
+def element_size(dtype: str) -> int:
+    """Bytes of a number. Raises ValueError for a dtype that there isn't."""
+    if dtype not in ELEMENT_SIZES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(ELEMENT_SIZES)}")
+    return ELEMENT_SIZES[dtype]
+
+
+def _new_budget(planned: Config, config: Config) -> tuple[str, ...]:
+    """The override that a plan takes beyond a config."""
+    budget = planned.model.vae.memory_budget_gb
+    return () if budget == config.model.vae.memory_budget_gb else (f"model.vae.memory_budget_gb={budget:g}",)
 
 
 def _first_that_fits(config: Config, request: Request, machine: Machine, models: Models) -> Plan:
@@ -179,8 +219,6 @@ def _first_that_fits(config: Config, request: Request, machine: Machine, models:
         for other, _, stages in whole[:2]
     ]
 
-    budget = settled.model.vae.memory_budget_gb
-    is_new_budget = budget != config.model.vae.memory_budget_gb
     return Plan(
         config=dataclasses.replace(settled, model=config.model),
         request=request,
@@ -188,7 +226,7 @@ def _first_that_fits(config: Config, request: Request, machine: Machine, models:
         stages=stages,
         reason="; ".join(reasons) or "everything fits",
         costs=(*costs(settled, request, machine, models), f"decode: {tiles_of(settled, request, models)}"),
-        overrides=(f"model.vae.memory_budget_gb={budget:g}",) if is_new_budget else (),
+        overrides=_new_budget(settled, config),
         refusal="; ".join(_too_much(stage, machine) for stage in too_large) or None,
     )
 
@@ -227,7 +265,11 @@ def _too_much(stage: Stage, machine: Machine) -> str:
 def nearest(config: Config, request: Request, machine: Machine, files: Mapping[str, Path], dtype: str) -> str:
     """What would fit instead, in words: the same with weights in fewer bits; smaller; shorter."""
     lighter: list[tuple[str, Config, Models]] = []
+    as_stored = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dit_quantization=None))
+    in_file = memory.models(as_stored, files, ELEMENT_SIZES[dtype]).dit_quantization
     for runtime in ({}, *QUANTIZATIONS):
+        if in_file is not None and "dit_quantization" in runtime:  # what is quantised already stays so
+            continue
         changed = with_settings(config, runtime=runtime)
         words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in runtime.items())
         lighter.append((words, changed, memory.models(changed, files, ELEMENT_SIZES[dtype])))
@@ -275,47 +317,36 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
     everything = models.text.size + models.vae.size + dit_weights
 
-    # What lies on the host all the time, and what of the files is mapped without being needed.
-    waiting = streamed_bytes
-    is_waiting = is_offloaded or streamed > 0
-    if is_waiting and models.dit_quantization is not None:
-        waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
-    mapped, touched = 0, set[str]()
-    if streamed or (is_offloaded and runtime.dit_quantization is not None):  # read when it is loaded
-        mapped, touched = models.dit.read, {"dit"}
-    elif not is_waiting and not on_gpu:
-        mapped = models.dit.left_mapped
-    if not is_offloaded and not on_gpu:
-        mapped += models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
+    # What lies on the host all the time, and what of the files stays mapped without being needed.
+    waiting, mapped = streamed_bytes, 0
+    if is_offloaded:
+        mapped = models.dit.read + models.vae.read
+        if models.dit_quantization is not None:
+            waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
+    elif not on_gpu:
+        mapped = models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
+        mapped += 0 if streamed else models.dit.left_mapped
 
     output = 2 * RGB * samples * request.num_frames * request.width * request.height  # uint8, frames and their stack
     stages: list[Stage] = []
 
-    def add(name: str, model: str, weights: int, activations: int, on_host: int = 0) -> None:
-        nonlocal mapped
-        if is_offloaded and model in ("dit", "vae") and model not in touched:
-            touched.add(model)
-            mapped += models.dit.read if model == "dit" else models.vae.read
-        # The text encoders' files are mapped for as long as there are text encoders.
-        of_text = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and model == "text" else 0
+    def add(name: str, weights: int, activations: int, on_host: int = 0, files: int = 0) -> None:
         weights = weights if is_offloaded else everything
-        host = waiting + on_host
-        if not on_gpu:
-            host += HOST_OF_CPU_RUN + weights + activations
-            stages.append(Stage(name, weights, activations, 0, host, mapped + of_text))
-            return
-        gpu = CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations)
-        stages.append(Stage(name, weights, activations, gpu, HOST_OF_GPU_RUN + host, mapped + of_text))
+        gpu = CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations) if on_gpu else 0
+        host = HOST_OF_GPU_RUN if on_gpu else HOST_OF_CPU_RUN + weights + activations
+        stages.append(Stage(name, weights, activations, gpu, waiting + host + on_host, mapped + files))
 
-    add("encode text", "text", models.text.size, _encoding(config, request, models))
+    # The text encoders' files are mapped for as long as there are text encoders.
+    text_files = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and not on_gpu else 0
+    add("encode text", models.text.size, _encoding(config, request, models), files=text_files)
     if config.task in ("i2v", "i2i"):
         picture = memory.encode_bytes(models.vae_channels, request.width, request.height, models.element_size)
-        add("encode image", "vae", models.vae.size, picture)
-    add("denoise", "dit", dit_weights, _denoising(config, request, models, machine))
+        add("encode image", models.vae.size, picture)
+    add("denoise", dit_weights, _denoising(config, request, models, machine))
     pixels = _decoding(config, request, models).peak_bytes(tile_size(config, request, models))
     latents = memory.denoising_state(dit, _tokens(config, request), samples)
-    add("decode", "vae", models.vae.size, pixels + latents, output)
-    add("write", "", 0, 0, output)
+    add("decode", models.vae.size, pixels + latents, output)
+    add("write", 0, 0, output)
     return tuple(stages)
 
 
@@ -476,6 +507,8 @@ def report(plan: Plan) -> str:
         numbers = (stage.weights, stage.activations, stage.gpu, stage.host)
         cells = ["-" if not number else _gb(number) for number in numbers]
         lines.append(f"{stage.name:14}{cells[0]:>9}{cells[1]:>9}{cells[2]:>11}{cells[3]:>12}")
+    if mapped := max(stage.mapped for stage in plan.stages):
+        lines.append(f"and up to {_gb(mapped)} GB of mapped weight files, which the host drops where it needs the room")
     lines += ["", f"settings: {' '.join(f'runtime.{n}={_yaml(v)}' for n, v in plan.settings.items() if v is not None)}"]
     lines.append(f"  because {plan.reason}")
     lines += [f"  {cost}" for cost in plan.costs]

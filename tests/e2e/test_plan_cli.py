@@ -56,6 +56,20 @@ def test_plan_for_this_machine(tiny: Path, cli: ModuleType, capsys: pytest.Captu
     assert "runtime.offload=off" in out and "because everything fits" in out and "on the GPU" not in out
 
 
+def test_plan_for_decoding_what_a_run_left(
+    tiny: Path, cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.png"
+    flags = ["--prompt", "a red circle", "--video_duration", "0", "--sample_steps", "1", "--device", "cpu"]
+    assert cli.main([*TINY, *flags, "--save_latents", "--output_filename", str(output)]) == 0
+    capsys.readouterr()
+    latents = str(output.with_suffix(".latents.safetensors"))
+    assert cli.main(["--plan", "--decode_latents", latents, "--memory_gb", "8", "--host_memory_gb", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "1 picture of 128x128" in out and "only the VAE is loaded" in out
+    assert re.search(r"^decode ", out, re.MULTILINE) and "denoise" not in out and "encode" not in out
+
+
 @pytest.mark.parametrize("name", ["5s_i2v", "i2i"])
 def test_plan_for_a_picture_needs_none(name: str, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words(name, "--memory_gb", "24", "--host_memory_gb", "32")) == 0
