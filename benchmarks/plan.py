@@ -161,6 +161,7 @@ def config_of(row: Row, folder: Path) -> Config:
     if row.task == "t2i":  # pictures have none but their own sizes
         overrides += [f"generation.resolutions=[[{row.width},{row.height}]]"]
         overrides += [f"generation.width={row.width}", f"generation.height={row.height}"]
+        overrides += ["model.text_embedder.qwen.crop=80"]  # the tokenizer is that of the video model
     overrides += ["model.num_steps=1", "model.guidance_weight=1", "model.text_embedder.qwen.max_length=256"]
     config = load_config(ROOT / "configs" / f"config_tiny_{row.task}.yaml", overrides)
     of_task = folder / ("t2i" if row.task == "t2i" else "t2v")
