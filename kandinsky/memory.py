@@ -228,12 +228,14 @@ def dit_activations(
     *,
     nabla: bool = False,
     flex: bool = False,
+    on_gpu: bool = False,
     chunk_tokens: int | None = None,
     quantization: str | None = None,
 ) -> int:
     """Peak of one forward of the DiT for one sample, its rotary tables included.
 
     nabla: attention is block-sparse, by flex_attention's kernel (`flex`, what a GPU gets) or in plain PyTorch.
+    on_gpu: kernels that work on two dtypes cast as they read; on a CPU PyTorch first makes copies in the wider one.
     chunk_tokens: what `runtime.chunk_tokens` says; queries, keys and values are then taken to be written into their
         places chunk by chunk, and the feed-forward's result likewise.
     quantization: of the linear layers, each of which is made into numbers again while it is used.
@@ -247,9 +249,9 @@ def dit_activations(
 
     # The patch embedding, the block's input, its hidden states so far, the last normalised ones; layer norm in float32.
     norm = 4 * hidden + (1 + cast) * wide
-    # The same without hidden states of its own, then q, k, v and the rotated q; and k in float32, normalised, rotated.
+    # The same without hidden states of its own, then q, and k in float32, normalised, rotated; v comes after them.
     turned = max(2 * wide + rope, cast * (2 * wide + hidden)) + cast * wide
-    qkv = (7 if rows == tokens else 6) * hidden + share * turned
+    qkv = 5 * hidden + share * (turned + (hidden if rows < tokens else 0))
     # Block map and kernel; then the result and its projection.
     attention = 6 * hidden + max(2 * hidden, _nabla_bytes(dit, tokens, hidden, flex) if nabla else 0)
     # The four of `norm`, and the feed-forward's wide middle before and after its nonlinearity, or one of them and a
@@ -258,8 +260,11 @@ def dit_activations(
     weight = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
     feed_forward = 4 * hidden + middle + max(middle, weight) + (hidden if rows < tokens else 0)
 
+    # The four of `norm`, what is added to the hidden states, and the sum: in float32 and then cast.
+    residual = 5 * hidden + (hidden if not cast else wide + hidden if on_gpu else 3 * wide)
+
     text = 2 * text_tokens * dit.model_dim * element_size
-    return int(max(norm, qkv, attention, feed_forward)) + rope + text
+    return int(max(norm, qkv, attention, feed_forward, residual)) + rope + text
 
 
 def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:

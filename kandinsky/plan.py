@@ -394,6 +394,7 @@ def _denoising(config: Config, request: Request, models: Models, machine: Machin
         models.element_size,
         nabla=config.model.attention.type == "nabla",
         flex=machine.gpu_memory is not None and config.model.attention.engine != "sdpa",
+        on_gpu=machine.gpu_memory is not None,
         chunk_tokens=runtime.chunk_tokens,
         quantization=models.dit_quantization,
     )

@@ -154,9 +154,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_chunks_take_less_and_never_more() -> None:
     """Down to the projections of attention, which no chunk makes smaller."""
     lite = load_config(CONFIGS / "config_5s_sft.yaml").model.dit_params
-    sizes = [memory.dit_activations(lite, 47_616, 256, 2, chunk_tokens=c) for c in (None, 47_616, 16_384, 4096, 64)]
+    chunks = (None, 47_616, 16_384, 4096, 64)
+    sizes = [memory.dit_activations(lite, 47_616, 256, 2, on_gpu=True, chunk_tokens=chunk) for chunk in chunks]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[1] == sizes[0] and sizes[3] == sizes[4] < 0.65 * sizes[0]
+    assert sizes[1] == sizes[0] and sizes[3] == sizes[4] < 0.75 * sizes[0]
 
 
 # --- peaks ------------------------------------------------------------------------------------------------------------
