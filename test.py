@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from kandinsky.config import Config
+    from kandinsky.pipelines.base import Pipeline
     from kandinsky.plan import Machine
     from kandinsky.request import Request
 
@@ -33,9 +38,16 @@ SETTINGS = {
     "blocks_on_gpu": ("runtime.blocks_on_gpu", "visual blocks that stay there; the others stream in"),
     "dit_quantization": ("runtime.dit_quantization", "keep the DiT's weights in fewer bits"),
     "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
+    "expand_prompt": ("generation.expand_prompts", "have Qwen write a short prompt out first; default: where it can"),
+    "preview": ("runtime.preview", "write a small preview beside the output after every N-th step"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
 }
-CHOICES = {"compile": ("auto", "on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
+# What a run that is gone on with has settled.
+FIXED_BY_A_FILE = (
+    *("prompt", "prompts_file", "image", "negative_prompt", "width", "height", "video_duration"),
+    *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
+)
+CHOICES = {"compile": ("auto", "on", "off"), "expand_prompt": ("on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +86,28 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--scheduler_scale", type=float, help="shift of the schedule towards noise")
     parser.add_argument("--seed", type=int, help="the same seed gives the same video; not given: a new one every time")
-    parser.add_argument("--output_filename", type=Path, help="default: a new name in outputs/ that replaces nothing")
+    parser.add_argument("--output_filename", type=Path, help="default: a new name in --output_dir, replacing nothing")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="default: outputs/, and for many prompts a folder of their own there",
+    )
+    parser.add_argument(
+        "--prompts_file",
+        type=Path,
+        metavar="FILE",
+        help="instead of a prompt: .txt with one a line, or .csv or .jsonl with the column prompt and, as needed, "
+        "negative_prompt, seed, width, height, image, output",
+    )
+    parser.add_argument("--resume", action="store_true", help="of a prompts file, leave out what is there already")
+    parser.add_argument(
+        "--data_parallel", action="store_true", help="under torchrun, each process takes its share of a prompts file"
+    )
+    parser.add_argument(
+        "--ray_address", metavar="ADDRESS", help="make a prompts file on Ray: auto (this machine's cluster) or local"
+    )
+    parser.add_argument("--ray_actors", type=int, metavar="N", help="pipelines on Ray; default: one for each GPU")
     parser.add_argument(
         "--decode_latents",
         type=Path,
@@ -82,12 +115,24 @@ def build_parser() -> Parser:
         help="instead of a prompt: the .latents.safetensors of a run that died while decoding, to be finished",
     )
     parser.add_argument(
+        "--resume_from",
+        type=Path,
+        metavar="FILE",
+        help="instead of a prompt: the .stopped.safetensors of a run that was stopped while denoising, to go on with",
+    )
+    parser.add_argument(
         "--attention_engine",
         help="auto, sdpa, sdpa_cudnn, flash_attention_2, flash_attention_3, sage; for NABLA configs auto, flex, sdpa",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="a LoRA adapter, as a file or a folder; several times for several",
+    )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
-        if flag == "blocks_on_gpu":
+        if flag in ("blocks_on_gpu", "preview"):
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
     parser.add_argument(
@@ -110,39 +155,37 @@ def build_parser() -> Parser:
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """What stands over the YAML: key=value as given, and the flags that stand for one."""
     flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
+    if args.lora:  # as JSON, which YAML reads: whatever is in a path stays a path
+        flags.append(f"model.loras={json.dumps(args.lora, ensure_ascii=False)}")
     return [*args.overrides, *flags]
 
 
-def wishes(args: argparse.Namespace, image_sizes: Sequence[tuple[int, int]]) -> tuple[Config, Request]:
-    """What the flags come to, checked: the variant's config and the request."""
+def config_for(args: argparse.Namespace) -> Config:
+    """The variant's config, under the device's preset, under the flags."""
     from kandinsky.config import load_config, preset_file
-    from kandinsky.request import resolve_request
 
     presets = [] if args.device_preset is None else [preset_file(args.device_preset)]
-    config = load_config(args.config, overrides_of(args), presets)
-    if args.plan and not image_sizes and config.task in ("i2v", "i2i"):
-        image_sizes = [(config.generation.width, config.generation.height)]
-    request = resolve_request(
-        config,
-        "a prompt" if args.plan and args.prompt is None else args.prompt,
-        image_sizes=image_sizes,
-        time_length=args.video_duration,
-        width=args.width,
-        height=args.height,
-        seed=args.seed,
-        num_steps=args.sample_steps,
-        guidance_weight=args.guidance_weight,
-        scheduler_scale=args.scheduler_scale,
-        guidance_interval=args.guidance_interval,
-        guidance_every=args.guidance_every,
-        negative_caption=args.negative_prompt,
-    )
-    return config, request
+    return load_config(args.config, overrides_of(args), presets)
+
+
+def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What flags ask of every request; arguments of `resolve_request`."""
+    return {
+        "time_length": args.video_duration,
+        "width": args.width,
+        "height": args.height,
+        "seed": args.seed,
+        "num_steps": args.sample_steps,
+        "guidance_weight": args.guidance_weight,
+        "scheduler_scale": args.scheduler_scale,
+        "guidance_interval": args.guidance_interval,
+        "guidance_every": args.guidance_every,
+        "negative_caption": args.negative_prompt,
+    }
 
 
 def plan(args: argparse.Namespace) -> str:
     """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
-    from kandinsky import media
     from kandinsky.plan import make_plan, plan_decoding, report, weight_files
 
     if args.decode_latents is not None:
@@ -150,7 +193,7 @@ def plan(args: argparse.Namespace) -> str:
         config, request = recorded(args)
     else:
         make = make_plan
-        config, request = wishes(args, [] if args.image is None else [media.load_image(args.image).size])
+        config, request = asked(args)
     machine = planned_machine(args)
     dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
     made = make(config, request, machine, weight_files(config, args.cache_dir), dtype)
@@ -158,6 +201,19 @@ def plan(args: argparse.Namespace) -> str:
         print(report(made))
         raise ValueError(made.refusal)
     return report(made)
+
+
+def asked(args: argparse.Namespace) -> tuple[Config, Request]:
+    """What flags ask for; where they name no prompt and no picture, of any prompt, and a picture of the usual size."""
+    from kandinsky import media
+    from kandinsky.request import resolve_request
+
+    config = config_for(args)
+    sizes = [(config.generation.width, config.generation.height)] if config.task in ("i2v", "i2i") else []
+    if args.image is not None:
+        sizes = [media.load_image(args.image).size]
+    prompt = "a prompt" if args.prompt is None else args.prompt
+    return config, resolve_request(config, prompt, image_sizes=sizes, **wishes_of(args))
 
 
 def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
@@ -191,26 +247,35 @@ def planned_machine(args: argparse.Namespace) -> Machine:
     return dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
-    from kandinsky import latents_file, media
-
-    # From cheap to expensive: config, request and output path are known to be good before torch is imported.
-    images = [] if args.image is None else [media.load_image(args.image)]
-    config, request = wishes(args, [image.size for image in images])
-    suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
-    output = args.output_filename or media.default_output_path("outputs", args.prompt, request.samples[0].seed, suffix)
-    media.check_writable(output, suffix)
-    for path in latents_file.unfinished(output.parent):
-        logging.info(
-            "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
-        )
-
+def download(args: argparse.Namespace, config: Config) -> None:
+    """With --download, the weights that are missing."""
     if args.download:
         from kandinsky import hub
 
         hub.download(hub.sources(config, args.cache_dir, only_missing=True), args.cache_dir, args.hf_token)
 
+
+def run(args: argparse.Namespace) -> Path:
+    """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
+    from kandinsky import latents_file, lora_file, media
+    from kandinsky.request import resolve_request
+
+    # From cheap to expensive: config, request and output path are known to be good before torch is imported.
+    config = config_for(args)
+    images = [] if args.image is None else [media.load_image(args.image)]
+    sizes = [image.size for image in images]
+    request = resolve_request(config, args.prompt, image_sizes=sizes, **wishes_of(args))
+    suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
+    seed, folder = request.samples[0].seed, args.output_dir or "outputs"
+    output = args.output_filename or media.default_output_path(folder, args.prompt, seed, suffix)
+    media.check_writable(output, suffix)
+    lora_file.configured_loras(config, args.cache_dir)
+    for path in latents_file.unfinished(output.parent):
+        logging.info(
+            "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
+        )
+
+    download(args, config)
     from kandinsky.loading import load_pipeline
     from kandinsky.pipelines.base import Inputs
 
@@ -222,8 +287,117 @@ def run(args: argparse.Namespace) -> Path:
         dtype=args.dtype,
         request=request,
     )
-    pipeline.generate(request, Inputs(images, [str(args.image)] if images else []), save_path=output)
+    with stop_after_step(pipeline):
+        inputs = Inputs(images, [str(args.image)] if images else [])
+        pipeline.generate(request, inputs, save_path=output, keep_stopped=True)
     return output
+
+
+@contextmanager
+def stop_after_step(pipeline: Pipeline) -> Iterator[None]:
+    """Ctrl-C lets the step that runs end, so that the run can be kept. A second one ends the program at once."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not pipeline.is_denoising:
+            raise KeyboardInterrupt
+        pipeline.interrupt = True
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def resume(args: argparse.Namespace) -> Path:
+    """Go on with a run that was stopped while denoising; return the path of the result."""
+    from kandinsky import media
+    from kandinsky import resume as stopped
+    from kandinsky.config import config_from_dict
+
+    record = stopped.read_record(args.resume_from)
+    config = config_from_dict(record["config"], overrides_of(args))
+    suffix = media.IMAGE_SUFFIX if record["request"]["num_frames"] == 1 else media.VIDEO_SUFFIX
+    output = args.output_filename or stopped.output_path(args.resume_from, suffix)
+    media.check_writable(output, suffix)
+
+    from kandinsky.loading import load_pipeline
+
+    pipeline = load_pipeline(
+        config,
+        args.device,
+        cache_dir=args.cache_dir,
+        attention_engine=args.attention_engine,
+        dtype=args.dtype or record["dtype"],
+        read_text_encoders=False,
+    )
+    with stop_after_step(pipeline):
+        pipeline.resume(stopped.load_run(args.resume_from), output)
+    args.resume_from.unlink()
+    return output
+
+
+def run_many(args: argparse.Namespace) -> int:
+    """Generate from every row of a file and print what is there; how many rows failed. Raises as `run` does."""
+    from kandinsky import batch
+
+    for flag in ("prompt", "output_filename"):
+        if getattr(args, flag) is not None:
+            raise ValueError(
+                f"--prompts_file has its own prompts and its own names, in --output_dir: leave --{flag} out"
+            )
+    rank, world_size = processes(args)
+    config = config_for(args)
+    folder = args.output_dir or Path("outputs") / args.prompts_file.stem
+    rows = batch.read_prompts(args.prompts_file)
+    jobs = batch.plan_jobs(config, args.prompts_file, rows, folder.absolute(), image=args.image, **wishes_of(args))
+    # Shares first, so that they are the same whatever is there already.
+    jobs = batch.left_to_do(jobs[rank::world_size], args.resume)
+
+    failed = []
+    if jobs:
+        download(args, config)
+        from kandinsky.loading import device_of_rank, load_pipeline
+
+        is_local = args.data_parallel and args.device in (None, "cuda")
+        device = device_of_rank(int(os.environ.get("LOCAL_RANK", rank))) if is_local else args.device
+        options = {"attention_engine": args.attention_engine, "dtype": args.dtype}
+        # Settings that are left open are decided so that the largest of them fits.
+        options["request"] = max((job.request for job in jobs), key=lambda one: one.width * one.height * one.num_frames)
+        load = partial(load_pipeline, config, device, Path(args.cache_dir).absolute(), **options)
+        if args.ray_address is None:
+            outcomes = batch.run_in_turn(load(), jobs, progress=world_size == 1)
+        else:
+            on_cpu = args.device == "cpu"
+            outcomes = batch.run_on_ray(load, jobs, args.ray_address, args.ray_actors, use_gpus=not on_cpu)
+        for outcome in outcomes:
+            if outcome.error is None:
+                print(outcome.job.output, flush=True)
+            else:
+                logging.error("failed: %s", outcome)
+                failed.append(str(outcome))
+    if args.data_parallel:
+        failed = batch.failures_of_all_ranks(failed)
+    if failed:
+        print(f"error: {len(failed)} of {len(rows)} prompts failed; --resume tries them again", file=sys.stderr)
+        print(*(f"  {line}" for line in failed), sep="\n", file=sys.stderr)
+    return len(failed)
+
+
+def processes(args: argparse.Namespace) -> tuple[int, int]:
+    """Which process this is, and of how many that share a prompts file."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not args.data_parallel:
+        raise ValueError(f"{world_size} processes for one prompts file: --data_parallel gives each a share")
+    if args.data_parallel and "RANK" not in os.environ:
+        raise ValueError("--data_parallel needs several processes: torchrun --nproc-per-node 2 test.py ...")
+    if args.data_parallel and args.ray_address is not None:
+        raise ValueError("--data_parallel and --ray_address are two ways of sharing the work: leave one of them out")
+    if args.ray_actors is not None and (args.ray_address is None or args.ray_actors < 1):
+        raise ValueError(f"--ray_actors {args.ray_actors}: give a number from 1, and --ray_address with it")
+    return rank, world_size
 
 
 def finish(args: argparse.Namespace) -> Path:
@@ -231,8 +405,6 @@ def finish(args: argparse.Namespace) -> Path:
     from kandinsky import latents_file, media
     from kandinsky.config import config_from_dict
 
-    if args.prompt is not None or args.image is not None:
-        raise ValueError("--decode_latents goes on from a file that has its prompt and its picture: leave them out")
     record = latents_file.read_records(args.decode_latents)[0]
     config = config_from_dict(record["config"], overrides_of(args))
     suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
@@ -251,31 +423,58 @@ def finish(args: argparse.Namespace) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_intermixed_args(arguments)
-    if args.prompt is None and args.decode_latents is None and not args.plan:
+    starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)
+    if all(given is None for given in starts) and not args.plan:
         parser.error("the following arguments are required: --prompt")
+    for flag in ("prompts_file", "resume_from"):
+        if args.plan and getattr(args, flag) is not None:
+            parser.error(f"--plan is for one request, or for --decode_latents: leave --{flag} out")
+    work = finish if args.decode_latents is not None else resume if args.resume_from is not None else run
+    if work is not run:
+        given = [flag for flag in FIXED_BY_A_FILE if getattr(args, flag) is not None]
+        if given:
+            flag = "decode_latents" if work is finish else "resume_from"
+            parser.error(f"--{flag} goes on from a file that settles this: leave out --{', --'.join(given)}")
+    for flag in ("resume", "data_parallel", "ray_address", "ray_actors"):
+        if getattr(args, flag) and args.prompts_file is None:
+            parser.error(f"--{flag} is for many prompts: give --prompts_file")
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    who = f"rank {os.environ.get('RANK')}: " if args.data_parallel else ""
+    logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        print(plan(args) if args.plan else run(args) if args.decode_latents is None else finish(args))
+        if args.plan:
+            print(plan(args))
+            return 0
+        if args.prompts_file is not None:
+            return 1 if run_many(args) else 0
+        print(work(args))
     except (ValueError, OSError) as error:
-        return fail(error)
+        return fail(*getattr(error, "mistakes", [error]))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
             raise
         return fail("out of GPU memory: --plan says what fits; or try a smaller --width and --height, or less duration")
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        path = getattr(stop, "path", None)
+        if args.prompts_file is not None:
+            how = "--resume goes on"
+        elif path is None:
+            how = "nothing was written"
+        else:
+            how = f"{stop}; go on with: python test.py --resume_from {quote(str(path))}"
+        print(f"interrupted; {how}", file=sys.stderr)
         return 130
     return 0
 
 
-def fail(what: object) -> int:
-    print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
+def fail(*mistakes: object) -> int:
+    for what in mistakes:
+        print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
     return 2
 
 

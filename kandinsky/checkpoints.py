@@ -7,20 +7,28 @@ whether it is complete and which model it belongs to.
 
 Safetensors only: a pickle (.pt, .bin, .ckpt) can run any code when it is opened.
 
-This module does not know torch and reads no tensor.
+    python -m kandinsky.checkpoints PATH
+
+says what a file or a folder is and what is wrong with it. This module does not know torch and reads no tensor.
 """
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
+import os
 import re
 import struct
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from kandinsky.config import Config, DiTConfig
+from kandinsky.config import Config, DiTConfig, load_config
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -35,6 +43,15 @@ BITS = {
 FLOATS = ("F32", "F16", "BF16")
 
 COMFY_PREFIX = "model.diffusion_model."
+# Where the parts of a model are in a published repository, in diffusers' layout and in the original's.
+FOLDERS = {
+    "dit": ("transformer", "model"),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder",),
+    "text_encoder2": ("text_encoder_2", "text_encoder2"),
+}
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")  # diffusers puts a variant's infix behind "index"
 # head_dim -> its split over time, height and width. A checkpoint says the sum only; these are the published splits.
 AXES_DIMS = {64: (16, 24, 24), 128: (32, 48, 48)}
 
@@ -61,7 +78,7 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     _refuse_pickle(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {_why_absent(path, 'file')}")
     size = path.stat().st_size
     again = "download it again"
     with path.open("rb") as file:
@@ -106,7 +123,7 @@ def read_header(path: str | Path) -> Header:
 
 def _explain_start(path: Path, start: bytes) -> None:
     """Name the usual files that are not safetensors, read as which their first bytes are an absurd header length."""
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ValueError(f"{path}: this is a pickle (a torch.save file), whatever its name says; safetensors only")
     if start.startswith(b"version "):
         raise ValueError(f"{path}: this is a Git LFS pointer, not the weights: fetch them with git lfs pull")
@@ -123,6 +140,17 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
         raise ValueError(f"{path}: {what}, it has {data_bytes:,} of {position:,} bytes of tensors: download it again")
 
 
+def _why_absent(path: Path, what: str) -> str:
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a symbolic link that leads back to itself: replace it with the file"
+        if path.is_symlink():
+            return f"a symbolic link to {os.readlink(path)}, where there is nothing"
+    return f"no such {what}"
+
+
 def _refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise ValueError(
@@ -134,18 +162,19 @@ def _refuse_pickle(path: Path) -> None:
 def find_weights(path: str | Path) -> list[Path]:
     """The safetensors files behind a path: a file, or a folder with one file or with an index of shards.
 
+    Names may have a variant's infix (model.fp16.safetensors); where a folder has the same without it, that one is it.
     Raises ValueError where there are none, only pickles, missing shards, or several files to choose from.
     """
     path = Path(path)
     _refuse_pickle(path)
     if path.is_file():
-        if path.name.endswith(".safetensors.index.json"):
+        if _INDEX.fullmatch(path.name):
             return _shards(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: not a .safetensors file")
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
+        raise ValueError(f"{path}: {_why_absent(path, 'file or folder')}")
 
     for stem in ("diffusion_pytorch_model", "model"):
         if (path / f"{stem}.safetensors").is_file():
@@ -153,14 +182,29 @@ def find_weights(path: str | Path) -> list[Path]:
         if (path / f"{stem}.safetensors.index.json").is_file():
             return _shards(path / f"{stem}.safetensors.index.json")
     files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files
+    whole = [file for file in files if not _SHARD.fullmatch(file.name)]
+    choices = whole + sorted(file for file in path.iterdir() if _INDEX.fullmatch(file.name))
+    if len(choices) == 1:
+        return whole or _shards(choices[0])
+    if choices:
+        names = ", ".join(file.name for file in choices[:4])
+        raise ValueError(f"{path}: {len(choices)} .safetensors files ({names}): name the one that you mean")
     if files:
-        names = ", ".join(file.name for file in files[:4])
-        raise ValueError(f"{path}: {len(files)} .safetensors files ({names}): name the one that you mean")
+        raise ValueError(f"{path}: {len(files)} shards without their .safetensors.index.json: download it too")
     for file in sorted(path.iterdir()):
         _refuse_pickle(file)
     raise ValueError(f"{path}: no .safetensors file in this folder")
+
+
+def part_folder(path: str | Path, part: str) -> Path:
+    """The folder of a part (see FOLDERS) where `path` is a whole repository, and else `path` itself."""
+    path = Path(path)
+    return next((path / name for name in FOLDERS[part] if (path / name).is_dir()), path)
+
+
+def folder_of(path: Path) -> Path:
+    """Where config.json and its like are that belong to the weights at `path`: in it, or beside the file."""
+    return path if path.is_dir() else path.parent
 
 
 def _shards(index: Path) -> list[Path]:
@@ -198,6 +242,8 @@ def resolve_path(path: str | Path, config: Config | None = None, cache_dir: str 
 
 def missing_weights_message(path: str | Path, config: Config) -> str:
     """One line for whoever lacks a file: which, the command that gets it, and what runs without any download."""
+    if not (why := _why_absent(Path(path), "file")).startswith("no such"):
+        return f"{path}: {why}"
     if "assets" in Path(path).parts:
         return f"weights not found: {path}. They are part of this repository: restore them with git checkout -- assets"
     known = config.source is not None and config.source.name.startswith("config_") and config.model.hub_repo is not None
@@ -358,6 +404,13 @@ FAMILIES = {
 }
 
 
+def check_floats(path: str | Path, header: Header) -> None:
+    """Raise ValueError where a tensor is not in a dtype that weights are in."""
+    for name, (dtype, _) in header.items():
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is in {dtype}; weights are in {', '.join(FLOATS)}: take another file")
+
+
 def check_dit_header(header: Header, dit: DiTConfig) -> None:
     """Raise one ValueError unless a checkpoint has exactly the parameters that a config asks for.
 
@@ -374,7 +427,7 @@ def check_dit_header(header: Header, dit: DiTConfig) -> None:
         raise ValueError(f"{_describe_variants(found, wanted, scheme)}. Different: {details}")
 
     shapes = expected_dit_shapes(dit)
-    dtypes: dict[str, tuple[str, ...]] = {}  # allowed; any where nothing is said
+    dtypes: dict[str, tuple[str, ...]] = dict.fromkeys(shapes, FLOATS)  # what is allowed
     for layer in [layer for layer in quantized_layers(header) if f"{layer}.weight" in shapes]:
         assert scheme is not None
         for part, (dtype, shape) in quantized_parts(scheme, *shapes.pop(f"{layer}.weight")).items():
@@ -398,19 +451,293 @@ def check_dit_header(header: Header, dit: DiTConfig) -> None:
         )
 
 
+def _family(params: Mapping[str, Any]) -> tuple[str, str]:
+    return FAMILIES.get((params["model_dim"], params["extra_channels"]), ("a model of its own", ""))
+
+
+def _describe_dit(params: Mapping[str, Any], scheme: str | None = None) -> str:
+    """ "Pro (60 visual blocks, dim 4096)" """
+    quantised = f", quantised to {scheme}" if scheme else ""
+    return f"{_family(params)[0]} ({params['num_visual_blocks']} visual blocks, dim {params['model_dim']}{quantised})"
+
+
 def _describe_variants(found: Mapping[str, Any], wanted: Mapping[str, Any], scheme: str | None) -> str:
     """ "this file is Pro (60 visual blocks, dim 4096); the config says Lite (32 visual blocks, dim 1792): use ..." """
-
-    def family(params: Mapping[str, Any]) -> tuple[str, str]:
-        return FAMILIES.get((params["model_dim"], params["extra_channels"]), ("a model of its own", ""))
-
-    def name(params: Mapping[str, Any], scheme: str | None = None) -> str:
-        size = f"{params['num_visual_blocks']} visual blocks, dim {params['model_dim']}"
-        return f"{family(params)[0]} ({size}, quantised to {scheme})" if scheme else f"{family(params)[0]} ({size})"
-
-    config = family(found)[1]
-    if not config or family(found) == family(wanted):  # within a family it is some other number that is wrong
+    config = _family(found)[1]
+    if not config or _family(found) == _family(wanted):  # within a family it is some other number that is wrong
         advice = "the config of that checkpoint"
     else:
         advice = f"a config like {config}"
-    return f"this file is {name(found, scheme)}; the config says {name(wanted)}: use {advice}, or another checkpoint"
+    return (
+        f"this file is {_describe_dit(found, scheme)}; the config says {_describe_dit(wanted)}: use {advice}, or "
+        "another checkpoint"
+    )
+
+
+# --- what is this? ----------------------------------------------------------------------------------------------------
+
+# What a tensor of it is called -> what a file is; the first that fits.
+KINDS = {
+    "LoRA": r"\.lora_(A|B|up|down)\.",
+    "DiT": rf"^({re.escape(COMFY_PREFIX)})?visual_transformer_blocks\.",
+    "video VAE": r"^decoder\.conv_in\.conv\.weight$",
+    "image VAE": r"^decoder\.conv_in\.weight$",
+    "CLIP": r"(^|\.)embeddings\.token_embedding\.weight$",
+    "Qwen2.5-VL": r"(^|\.)embed_tokens\.weight$",
+}
+_LAYER = re.compile(r"(?P<row>.*\b(layers|blocks))\.(?P<index>\d+)\.(?P<name>.+)")
+# How many tensors a published VAE has.
+VAE_TENSORS = {"video VAE": 248, "image VAE": 244}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What weights are, from their headers alone. `str` of it is for people."""
+
+    path: Path
+    kind: str  # one of KINDS, "unknown", or "repository" for a folder of several, which are its `parts`
+    variant: str = ""
+    task: str = ""
+    format: str = ""
+    dtype: str = ""
+    size: int = 0  # bytes
+    configs: tuple[str, ...] = ()  # to use it with
+    problems: tuple[str, ...] = ()  # of the parts too
+    parts: tuple[Report, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [str(self.path)]
+        facts = {
+            "what": ", ".join(word for word in (self.kind, self.variant) if word),
+            "task": self.task,
+            "format": self.format,
+            "dtype": self.dtype,
+            "size": size_text(self.size) if self.size else "",
+            "use with": ", ".join(self.configs),
+        }
+        lines += [f"  {name:9} {value}" for name, value in facts.items() if value]
+        told = {problem for part in self.parts for problem in part.problems}
+        lines += [f"  WRONG     {problem}" for problem in self.problems if problem not in told]
+        return "\n".join([*lines, *(str(part) for part in self.parts)])
+
+
+def inspect(path: str | Path) -> Report:
+    """What a file, a folder or a whole repository of weights is and what is wrong with it. Reads headers only.
+
+    Never raises for what is there: a file that is damaged or missing is a problem in the report. Values are not looked
+    at, so a file without problems may still have NaN in it, which shows when it is first used.
+    """
+    path = Path(path).expanduser()
+    folders = [path / name for names in FOLDERS.values() for name in names if (path / name).is_dir()]
+    parts = tuple(_inspect_weights(place) for folder in folders or [path] for place in _models_in(folder))
+    if not folders and len(parts) == 1:
+        return parts[0]
+    index = _read_json(path / "model_index.json")
+    named = [name for name, value in index.items() if isinstance(value, list) and any(value) and name != "scheduler"]
+    problems = [f"{path}: no {name}/, which model_index.json names" for name in named if not (path / name).is_dir()]
+    return Report(
+        path,
+        "repository",
+        format="diffusers" if index else "",
+        size=sum(part.size for part in parts),
+        problems=(*problems, *(problem for part in parts for problem in part.problems)),
+        parts=parts,
+    )
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """The files of a folder that are a model each, as in weights/model/; else the folder, or whatever it is."""
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not _SHARD.fullmatch(file.name)]
+    usual = any(file.stem in ("model", "diffusion_pytorch_model") for file in files)
+    return files if len(files) > 1 and not usual else [folder]
+
+
+def _inspect_weights(path: Path) -> Report:
+    header: Header = {}
+    size, problems = 0, []
+    try:
+        files = find_weights(path)
+        for file in files:
+            try:
+                header |= read_header(file)
+                size += file.stat().st_size
+            except ValueError as error:
+                problems.append(str(error))
+    except (ValueError, OSError) as error:
+        return Report(path, "unknown", problems=(str(error),))
+
+    kind = next((kind for kind, mark in KINDS.items() if any(re.search(mark, name) for name in header)), "unknown")
+    facts: dict[str, Any] = {}
+    try:
+        if kind == "DiT":
+            facts = _inspect_dit(path, header)
+        elif kind == "LoRA":
+            ranks = sorted({shape[0] for name, (_, shape) in header.items() if re.search(r"lora_(A|down)\.", name)})
+            facts = {"variant": f"rank {', '.join(map(str, ranks))}"}
+        elif kind != "unknown":
+            facts = _inspect_vae(path, kind, header) if "VAE" in kind else _inspect_encoder(path, kind, header)
+            # Old files of CLIP have the numbers of its positions in them, which nobody reads.
+            check_floats(path, {name: entry for name, entry in header.items() if not name.endswith("position_ids")})
+        elif header:
+            problems.append(f"{path}: no part of Kandinsky 5; it has tensors like {', '.join(list(header)[:3])}")
+    except ValueError as error:
+        problems.append(str(error))
+    dtypes = Counter(dtype for dtype, _ in header.values()).most_common()
+    infix = re.match(r"(?:diffusion_pytorch_)?model\.([^.-]+)(?:-\d|\.safetensors)", files[0].name)
+    words = [
+        facts.pop("format", "safetensors"),
+        f"{len(files)} shards" if len(files) > 1 else "",
+        f"variant {infix[1]}" if infix else "",
+    ]
+    return Report(
+        path,
+        kind,
+        format=", ".join(word for word in words if word),
+        dtype=dtypes[0][0] if len(dtypes) == 1 else ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes),
+        size=size,
+        problems=(*problems, *facts.pop("problems", ())),
+        **facts,
+    )
+
+
+def _inspect_dit(path: Path, header: Header) -> dict[str, Any]:
+    params = dit_params_from_header(header)
+    problems = []
+    try:
+        scheme = quantization_from_header(header)
+    except ValueError as error:
+        scheme = None
+        problems.append(f"{path}: {error}")
+
+    # What it has to be: what its name says, else what its weights look like.
+    configs = _published_configs(path)
+    published = [load_config(REPOSITORY / config) for config in configs]
+    config = configs[0] if configs else _family(params)[1]
+    if config:
+        dit = (published or [load_config(REPOSITORY / config)])[0].model.dit_params
+    else:
+        own = {name: value for name, value in params.items() if name not in ("head_dim", "extra_channels", "axes_dims")}
+        dit = DiTConfig(**own, axes_dims=(params["head_dim"], 0, 0), visual_cond=params["extra_channels"])
+    try:
+        check_dit_header(header, dit)
+    except ValueError as error:
+        if str(error) not in "".join(problems):
+            problems.append(f"{path}: {error}")
+
+    names = " ".join(path.absolute().parts[-3:]).lower()
+    task: str
+    if published and not problems:
+        task = " or ".join(sorted({one.task for one in published}, reverse=True))
+    elif "Image" in _family(params)[0]:
+        task = "i2i" if params["extra_channels"] else "t2i"
+    elif config and (word := re.search("t2v|i2v", names)):
+        task = word[0]
+    else:
+        task = "t2v or i2v" if config else "t2v, i2v or i2i" if params["extra_channels"] else "t2v or t2i"
+
+    written = _read_json(folder_of(path) / "config.json")
+    told = {**params, "visual_cond": params["extra_channels"]}
+    for name in written.keys() & told.keys():
+        value = tuple(written[name]) if isinstance(written[name], list) else written[name]
+        if value != told[name]:
+            problems.append(f"{path}: config.json says {name} {written[name]}, the weights say {told[name]}")
+    comfy = any(name.startswith(COMFY_PREFIX) for name in header)
+    return {
+        "variant": _describe_dit(params, scheme),
+        "task": task,
+        "format": "ComfyUI" if comfy else "diffusers" if "_class_name" in written else "original",
+        "configs": tuple(configs if configs and not problems else filter(None, [_family(params)[1]])),
+        "problems": problems,
+    }
+
+
+def _published_configs(path: Path) -> list[str]:
+    """Configs whose checkpoint or repository has a name that is in `path`, also as the hub's cache writes it."""
+    words = {part.rpartition("--")[2].removesuffix("-Diffusers") for part in path.absolute().parts[-5:]}
+    found = []
+    for file in sorted((REPOSITORY / "configs").glob("config_*.yaml")):
+        keys = r"^  (?:checkpoint_path|hub_repo): \S*?([^/\s]+)$"
+        if words & set(re.findall(keys, file.read_text(encoding="utf-8"), re.MULTILINE)):
+            found.append(f"configs/{file.name}")
+    return found
+
+
+def _inspect_vae(path: Path, kind: str, header: Header) -> dict[str, Any]:
+    if any(name.startswith("decoder.mid.") for name in header):
+        problem = "Flux's original names; what loads is the folder vae/ of black-forest-labs/FLUX.1-dev"
+        return {"format": "original", "problems": [f"{path}: {problem}"]}
+    conv = "conv_in.conv.weight" if kind == "video VAE" else "conv_in.weight"
+    width, latents = (header.get(f"{name}.{conv}", ("", (0, 0)))[1] for name in ("encoder", "decoder"))
+    problems = [] if (folder_of(path) / "config.json").is_file() else [f"{path}: no config.json beside it"]
+    if latents[1] != 16:
+        problems.append(f"{path}: {latents[1]} latent channels; Kandinsky 5 has 16")
+    if width[0] == 128 and len(header) != VAE_TENSORS[kind]:
+        problems.append(f"{path}: {len(header)} tensors; the published one has {VAE_TENSORS[kind]}")
+    name = "HunyuanVideo" if kind == "video VAE" else "FLUX.1"
+    return {"variant": name if width[0] == 128 else "a small one", "format": "diffusers", "problems": problems}
+
+
+def _inspect_encoder(path: Path, kind: str, header: Header) -> dict[str, Any]:
+    folder, problems = folder_of(path), []
+    mark = "embed_tokens.weight" if kind == "Qwen2.5-VL" else "token_embedding.weight"
+    embedding = next(name for name in header if name.endswith(mark))
+    rows: dict[str, dict[int, set[str]]] = {}
+    for match in filter(None, map(_LAYER.fullmatch, header)):
+        rows.setdefault(match["row"], {}).setdefault(int(match["index"]), set()).add(match["name"])
+    layers = 0
+    for row, names in rows.items():
+        count = 1 + max(names)
+        layers = count if "vis" not in row else layers
+        every = set().union(*names.values())
+        missing = [f"{row}.{i}.{name}" for i in range(count) for name in sorted(every - names.get(i, set()))]
+        if missing:
+            problems.append(f"{path}: {len(missing)} tensors are missing, like {missing[0]}")
+    width = header[embedding][1][-1]
+
+    written = _read_json(folder / "config.json")
+    text = written.get("text_config") or written
+    if not written:
+        problems.append(f"{path}: no readable config.json beside it")
+    for name, value in (("hidden_size", width), ("num_hidden_layers", layers)):
+        if text.get(name, value) != value:
+            problems.append(f"{path}: config.json says {name} {text[name]}, the weights say {value}")
+    sibling = folder.parent / ("tokenizer" if kind == "Qwen2.5-VL" else "tokenizer_2")
+    if not any((place / name).is_file() for place in (folder, sibling) for name in ("tokenizer.json", "vocab.json")):
+        problems.append(f"{path}: no tokenizer, neither in {folder} nor in {sibling}")
+
+    published = {("Qwen2.5-VL", 28, 3584): "7B", ("CLIP", 12, 768): "ViT-L/14"}.get((kind, layers, width))
+    if kind == "CLIP":
+        style = "the whole model" if any(name.startswith("vision_model.") for name in header) else "text model"
+    else:
+        style = f"names of transformers {5 if 'language_model.' in embedding else 4}"
+    return {"variant": published or f"{layers} layers, dim {width}", "format": style, "problems": problems}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What is in it; empty where there is no such file, or something else in it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def size_text(size: int) -> str:
+    """168000000 -> "168.0 MB", in the units of disks: 1 GB is 1000 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """python -m kandinsky.checkpoints PATH ...: prints the reports; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description="Say what weights are and what is wrong with them.")
+    parser.add_argument("path", nargs="+", type=Path, help="a .safetensors file, a folder, or a whole repository")
+    reports = [inspect(path) for path in parser.parse_args(arguments).path]
+    sys.stdout.write("".join(f"{report}\n" for report in reports))
+    return 1 if any(report.problems for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

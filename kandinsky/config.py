@@ -150,6 +150,7 @@ class ModelConfig:
     guidance_weight: float  # 1: no classifier-free guidance, one model evaluation a step
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which there is guidance
     guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
+    loras: tuple[str, ...] = ()  # adapters that are merged into the DiT, each "PATH" or "PATH:scale"
     dit_params: DiTConfig
     attention: AttentionConfig
     vae: VAEConfig
@@ -177,6 +178,7 @@ class RuntimeConfig:
     dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
     qwen_quantization: bool = False  # NF4
     chunk_tokens: int | None = None  # feed-forward and QKV run over as many tokens at a time; None: over all at once
+    preview: int | None = None  # write a small preview beside the output after every n-th step
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
 
 
@@ -193,6 +195,7 @@ class GenerationConfig:
     negative_caption: str
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"
+    expand_prompts: bool | None = None  # have Qwen write the prompt out; None: where this Qwen can write
     first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
 
 
@@ -257,6 +260,22 @@ def with_settings(config: Config, **sections: Mapping[str, Any]) -> Config:
     except ValueError as error:
         raise ValueError(f"{config.source}: {error}") from None
     return config
+
+
+def split_lora(text: str) -> tuple[str, float]:
+    """An entry of model.loras as path and scale: "loras/dolly_in:0.8" -> ("loras/dolly_in", 0.8); left out it is 1.
+
+    What stands behind the last colon is a part of the path where it is no number. ValueError for what has no path, or a
+    scale that is not finite.
+    """
+    path, _, number = text.rpartition(":")
+    try:
+        scale = float(number)
+    except ValueError:
+        path, scale = text, 1.0
+    if not path.strip() or not math.isfinite(scale):
+        raise ValueError(f"{text!r} is not an adapter: give PATH or PATH:scale, like loras/dolly_in:0.8")
+    return path, scale
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -541,6 +560,12 @@ def _check(config: Config) -> None:
     )
     require(model.guidance_every >= 1, "model.guidance_every", model.guidance_every, "at least 1")
 
+    for text in config.model.loras:
+        try:
+            split_lora(text)
+        except ValueError as error:
+            raise ValueError(f"model.loras: {error}") from None
+
     for field in dataclasses.fields(dit):
         value = getattr(dit, field.name)
         if isinstance(value, (int, tuple)) and not isinstance(value, bool):
@@ -603,6 +628,8 @@ def _check(config: Config) -> None:
     require(magcache.max_skips >= 0, "magcache.max_skips", magcache.max_skips, "0 or more")
     require(0 <= magcache.retention <= 1, "magcache.retention", magcache.retention, "0 to 1")
 
+    preview = config.runtime.preview
+    require(preview is None or preview >= 1, "runtime.preview", preview, "at least 1 step, or left out")
     blocks = config.runtime.blocks_on_gpu
     require(blocks is None or blocks >= 1, "runtime.blocks_on_gpu", blocks, "at least 1, or left out")
     chunk = config.runtime.chunk_tokens

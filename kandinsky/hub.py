@@ -26,7 +26,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kandinsky.checkpoints import REPOSITORY, WEIGHTS_PREFIX, find_weights, model_name, read_header, resolve_path
+from kandinsky.checkpoints import (
+    REPOSITORY,
+    WEIGHTS_PREFIX,
+    find_weights,
+    model_name,
+    part_folder,
+    read_header,
+    resolve_path,
+    size_text,
+)
 from kandinsky.config import Config, load_config
 
 logger = logging.getLogger(__name__)
@@ -144,15 +153,15 @@ def sources(config: Config, cache_dir: str | Path = "./weights/", *, only_missin
     model, encoders = config.model, config.model.text_embedder
     dit = PurePosixPath(model.checkpoint_path)
     # The VAE first: it is small, and it may be refused, which is better known before the large files than after.
-    parts: list[tuple[str, str | None, str, tuple[str, ...]]] = [
-        (model.vae.checkpoint_path, *VAES[model.vae.name]),
-        (model.checkpoint_path, model.hub_repo, str(_below_weights(dit).parent), (dit.name,)),
-        (encoders.qwen.checkpoint_path, *QWEN),
-        (encoders.clip.checkpoint_path, *CLIP),
+    parts: list[tuple[str, str, str | None, str, tuple[str, ...]]] = [
+        ("vae", model.vae.checkpoint_path, *VAES[model.vae.name]),
+        ("dit", model.checkpoint_path, model.hub_repo, str(_below_weights(dit).parent), (dit.name,)),
+        ("text_encoder", encoders.qwen.checkpoint_path, *QWEN),
+        ("text_encoder2", encoders.clip.checkpoint_path, *CLIP),
     ]
     found = []
-    for path, repo, folder, names in parts:
-        if only_missing and _has_weights(resolve_path(path, config, cache_dir)):
+    for part, path, repo, folder, names in parts:
+        if only_missing and _has_weights(part_folder(resolve_path(path, config, cache_dir), part)):
             continue
         below = _below_weights(path)
         if repo is None or not below.parts:
@@ -368,14 +377,6 @@ def _check_access(files: Sequence[File], token: str | None) -> None:
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def size_text(size: int) -> str:
-    """168000000 -> "168.0 MB", in the units of disks: 1 GB is 1000 MB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _endpoint() -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
@@ -27,16 +28,26 @@ from kandinsky.checkpoints import (
     COMFY_PREFIX,
     REPOSITORY,
     check_dit_header,
+    check_floats,
     find_weights,
+    folder_of,
     missing_weights_message,
+    part_folder,
     quantization_from_header,
     read_header,
     resolve_path,
     strip_prefix,
 )
 from kandinsky.config import Config, DiTConfig, load_config, preset_file, with_settings
+from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbedder, load_text_embedder, text_encoder_files
+from kandinsky.models.text_embedder import (
+    PromptEncoder,
+    TextEmbedder,
+    load_text_embedder,
+    text_encoder_files,
+)
+from kandinsky.models.text_generator import TextGenerator, can_generate, load_text_generator
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline, Placement
@@ -45,8 +56,11 @@ from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.plan import CUDA_CONTEXT, Machine, host_memory, resolve_runtime
+from kandinsky.preview import load_latent_rgb
+from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.request import Request
 from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
 from kandinsky.runtime.placement import DeviceMap, FixedPlacement, parse_device_map
@@ -85,10 +99,12 @@ def load_pipeline(
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
     request: Request | None = None,
+    read_text_encoders: bool = True,
 ) -> Pipeline:
     """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
 
     request: what it is loaded for, if that is known: settings that are left open are decided so that this fits.
+    read_text_encoders: False for `Pipeline.resume`, which needs none.
     """
     devices = parse_device_map(device_map)
     if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
@@ -99,10 +115,11 @@ def load_pipeline(
         require_scheme("nf4")
 
     locate = functools.partial(locate_weights, config=config, cache_dir=cache_dir)
-    dit_path = locate(dit_path, model.checkpoint_path)
-    vae_path = locate(vae_path, model.vae.checkpoint_path)
-    qwen_path = locate(text_encoder_path, encoders.qwen.checkpoint_path)
-    clip_path = locate(text_encoder2_path, encoders.clip.checkpoint_path)
+    dit_path = locate("dit", dit_path, model.checkpoint_path)
+    vae_path = locate("vae", vae_path, model.vae.checkpoint_path)
+    qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
+    clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
+    loras = configured_loras(config, cache_dir)
     files = {"dit": dit_path, "vae": vae_path, "qwen": qwen_path, "clip": clip_path}
     if len(set(devices.values())) == 1:  # whoever spreads the models over devices has a plan
         config = resolve_runtime(config, request, machine_memory(devices["dit"]), files, dtype_name(resolved_dtype))
@@ -125,25 +142,45 @@ def load_pipeline(
     # later is only checked now.
     parts: dict[str, list[Part]] = {}
     quantization = config.runtime.dit_quantization
+    originals = reread(dit_path)
+    on_host: dict[str, Tensor] | None = None
     if not offload and resident is None:
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
-        dit, weights = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-        parts["dit"] = dit_parts(dit, weights, resident, devices["dit"])
+        dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
     dit.set_chunk_tokens(config.runtime.chunk_tokens)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
 
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
     text_embedder: PromptEncoder
-    if offload or config.runtime.cache_prompts:
+    if not read_text_encoders:
+        text_embedder = on_demand = TextEncodersOnDemand(no_text_encoders)
+        parts["text_embedder"] = [on_demand]
+    elif offload or config.runtime.cache_prompts:
         load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
         text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
         parts["text_embedder"] = [on_demand]
     else:
         text_embedder = load_encoders(device=devices["text_embedder"])
-    text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype)
+    expander = None
+    if read_text_encoders:
+        wanted = config.generation.expand_prompts
+        if wanted and not can_generate(qwen_path):
+            raise ValueError(
+                f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write"
+            )
+        if wanted is not False and can_generate(qwen_path):
+            expander = prompt_expander(text_embedder, config, qwen_path, devices["text_embedder"], resolved_dtype)
+        text_embedder = cache_prompts(
+            text_embedder, config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
+        )
 
+    adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
+    for name, (file, _) in loras.items():
+        adapters.add(name, file)
+    # Last, because it may read a model of 77 GB.
+    parts["dit"] = [adapters] if on_host is None else dit_parts(dit, on_host, resident, devices["dit"], adapters)
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
@@ -152,8 +189,30 @@ def load_pipeline(
         for part in itertools.chain(*parts.values()):
             part.begin()  # and stay
         placement = FixedPlacement(devices)
+    adapters.activate({name: scale for name, (_, scale) in loras.items()})
     make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
-    return PIPELINES[config.task](config, dit, text_embedder, vae, placement, make_cache=make_cache)
+    latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
+    return PIPELINES[config.task](
+        config,
+        dit,
+        text_embedder,
+        vae,
+        placement,
+        make_cache=make_cache,
+        latent_rgb=latent_rgb,
+        expander=expander,
+        adapters=adapters,
+    )
+
+
+def no_text_encoders() -> TextEmbedder:
+    """Stands where a pipeline was loaded for what comes after the text."""
+    raise RuntimeError("this pipeline was loaded without text encoders")
+
+
+def device_of_rank(local_rank: int) -> str:
+    """Where the process of that number on this machine runs: on the GPU of that number, or the CPU without GPUs."""
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
 
 
 def load_for_decoding(
@@ -166,23 +225,25 @@ def load_for_decoding(
 ) -> Pipeline:
     """A pipeline of which the VAE alone has weights, for `Pipeline.finish`. Errors are those of `load_pipeline`."""
     devices = parse_device_map(device_map)
-    vae_path = locate_weights(vae_path, config.model.vae.checkpoint_path, config, cache_dir)
+    vae_path = locate_weights("vae", vae_path, config.model.vae.checkpoint_path, config, cache_dir)
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
-
-    def no_encoders() -> TextEmbedder:
-        raise RuntimeError("this pipeline was loaded for decoding only")
-
-    return PIPELINES[config.task](config, dit, TextEncodersOnDemand(no_encoders), vae, FixedPlacement(devices))
+    encoders = TextEncodersOnDemand(no_text_encoders)
+    return PIPELINES[config.task](config, dit, encoders, vae, FixedPlacement(devices))
 
 
-def locate_weights(given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path) -> Path:
-    """The path that was given, or else the config's, on this machine. Raises ValueError where there is nothing."""
+def locate_weights(
+    part: str, given: str | Path | None, from_config: str, config: Config, cache_dir: str | Path
+) -> Path:
+    """Where a part of the model is on this machine: at the path that was given, or else at the config's.
+
+    Of a whole repository (see `checkpoints.FOLDERS`) it is the part's folder. Raises ValueError where there is none.
+    """
     path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
     if not path.exists():
         raise ValueError(missing_weights_message(path, config))
-    return path
+    return part_folder(path, part)
 
 
 def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline]:
@@ -214,7 +275,8 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             device_map: one device for all, {"dit": ..., "vae": ..., "text_embedder": ...}, or None: a GPU where there
                 is one, else the CPU.
             cache_dir: the folder that `./weights/` in a config stands for.
-            dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths.
+            dit_path, text_encoder_path, text_encoder2_path, vae_path: instead of the config's paths: a file, a folder,
+                or a whole repository in diffusers' layout, of which the part is taken.
             conf_path: the YAML; None takes the task's first one (see `DEFAULT_CONFIGS`).
             offload, magcache, quantized_qwen: True switches on what the YAML calls runtime.offload, magcache.enabled
                 and runtime.qwen_quantization.
@@ -330,25 +392,51 @@ def load_dit_on_host(
 
 
 def dit_parts(
-    dit: DiffusionTransformer3D, weights: dict[str, Tensor], resident: int | None, device: torch.device
+    dit: DiffusionTransformer3D,
+    weights: dict[str, Tensor],
+    resident: int | None,
+    device: torch.device,
+    adapters: Adapters,
 ) -> list[Part]:
     """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all).
 
     `weights` are its tensors on the host by name. Those of blocks that stream are taken out.
     """
     if resident is None:
-        return [Offloaded(dit, weights, device)]
+        return [Offloaded(dit, weights, device, adapters.merge), adapters]
     swap = BlockSwap(dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device)
-    dit.stream_blocks = swap
+    dit.stream_blocks = adapters.swap = swap
     blocks = len(dit.visual_transformer_blocks)
     logger.info("%d of %d visual blocks stream from %.1f GB of host memory", len(swap.streamed), blocks, swap.host_gb)
-    return [Offloaded(dit, weights, device), swap]
+    return [Offloaded(dit, weights, device, adapters.merge), swap, adapters]
+
+
+def reread(path: Path) -> Callable[[], dict[str, Tensor]]:
+    """What gives a DiT checkpoint's tensors a second time, as `host_weights` does, opened when it is first called.
+
+    It raises ValueError where the checkpoint is gone by then, or not the same any more.
+    """
+    before = fingerprint(find_weights(path))
+
+    @functools.cache
+    def read() -> dict[str, Tensor]:
+        try:
+            same = fingerprint(find_weights(path)) == before
+        except (ValueError, OSError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"{path} has changed since it was loaded, and adapters need it again: load the pipeline anew"
+            )
+        return host_weights(path, COMFY_PREFIX)
+
+    return read
 
 
 def load_vae(
     path: str | Path, device: torch.device | str, dtype: torch.dtype, name: str = "hunyuan", read: bool = True
 ) -> AutoencoderKLHunyuanVideo | AutoencoderKL:
-    """A VAE from a folder with config.json and a safetensors file: the video VAE ("hunyuan") or the image one ("flux").
+    """A VAE from a folder, or a file with config.json beside it: the video VAE ("hunyuan") or the image one ("flux").
 
     read: False leaves the weights in the checked file and the VAE on the meta device, made for `device` in all else.
 
@@ -356,9 +444,13 @@ def load_vae(
     """
     path = Path(path)
     files = find_weights(path)
+    for file in files:
+        check_floats(file, read_header(file))
     model = AutoencoderKL if name == "flux" else AutoencoderKLHunyuanVideo
     with torch.device("meta"):
-        vae: AutoencoderKLHunyuanVideo | AutoencoderKL = model(**known_arguments(model, path / "config.json"))
+        vae: AutoencoderKLHunyuanVideo | AutoencoderKL = model(
+            **known_arguments(model, folder_of(path) / "config.json")
+        )
     load_weights(vae, files, device if read else "meta", lambda name, tensor: dtype)
     on_cpu = torch.device(device).type == "cpu"
     if isinstance(vae, AutoencoderKLHunyuanVideo):
@@ -386,6 +478,33 @@ def load_text_encoders(
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
         quantize=quantize_qwen if quantized else None,
     )
+
+
+def prompt_expander(
+    embedder: PromptEncoder, config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype
+) -> PromptExpander:
+    """Writes prompts out with the embedder's Qwen; keeps what it wrote on disk with `runtime.cache_prompts`."""
+
+    def generator() -> TextGenerator:
+        encoders = embedder.loaded() if isinstance(embedder, TextEncodersOnDemand) else embedder
+        assert isinstance(encoders, TextEmbedder)
+        return load_text_generator(encoders, qwen_path, vision=config.task in ("i2v", "i2i"))
+
+    if not config.runtime.cache_prompts:
+        return PromptExpander(generator)
+    identity = encoder_identity(config, qwen_path, device, dtype)
+    return PromptExpander(generator, identity, default_folder().with_name("captions"))
+
+
+def encoder_identity(config: Config, qwen_path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What Qwen's answers depend on besides what it is given."""
+    return {
+        "files": fingerprint(find_weights(qwen_path)),
+        "dtype": str(dtype),
+        "quantization": config.runtime.qwen_quantization,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": [torch.__version__, transformers.__version__],
+    }
 
 
 def cache_prompts(

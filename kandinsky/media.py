@@ -80,11 +80,15 @@ def default_output_path(folder: str | Path, prompt: str, seed: int, suffix: str 
     seed, both get it.
     """
     folder = Path(folder)
-    words = re.findall(r"\w+", unicodedata.normalize("NFC", prompt).lower())
-    stem = f"{'-'.join(words)[:MAX_SLUG].strip('-_') or 'untitled'}_seed{seed}"
-    path = next(_free_names(folder / f"{stem}{suffix}"))
+    path = next(_free_names(folder / f"{output_stem(prompt, seed)}{suffix}"))
     check_writable(path)
     return path
+
+
+def output_stem(prompt: str, seed: int) -> str:
+    """A file name, without its ending, that tells prompt and seed."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", prompt).lower())
+    return f"{'-'.join(words)[:MAX_SLUG].strip('-_') or 'untitled'}_seed{seed}"
 
 
 def output_paths(path: str | Path, count: int) -> list[Path]:

@@ -22,6 +22,7 @@ from kandinsky.checkpoints import (
     check_dit_header,
     expected_dit_shapes,
     find_weights,
+    folder_of,
     is_quantizable,
     quantized_layers,
     quantized_parts,
@@ -37,6 +38,7 @@ QWEN_PARAMETERS = 7_070_619_136
 QWEN_EMBEDDING_PARAMETERS = 544_997_376  # of those: not a linear layer, so never quantised
 QWEN_VISION_PARAMETERS = 676_550_144
 QWEN_INTERMEDIATE = 18944  # width of its feed-forward
+QWEN_HEAD_PARAMETERS = 544_997_376  # what it writes with
 CLIP_PARAMETERS = 123_060_480
 VAE_PARAMETERS = {"hunyuan": 246_478_803, "flux": 83_819_683}
 VAE_CHANNELS = (128, 256, 512, 512)  # of both
@@ -70,6 +72,7 @@ class Models:
     """What a request's models are made of."""
 
     qwen: Weights
+    writer: Weights | None  # what Qwen needs besides to write prompts out; None: it can't, or is not to
     clip: Weights
     vae: Weights
     dit: Weights
@@ -104,6 +107,7 @@ def models(config: Config, files: Mapping[str, Path], element_size: int) -> Mode
     qwen, intermediate = _qwen(config, files.get("qwen"), element_size)
     return Models(
         qwen=qwen,
+        writer=_writer(config, files.get("qwen"), element_size),
         clip=_clip(files.get("clip")),
         vae=_vae(files.get("vae"), VAE_PARAMETERS[config.model.vae.name], element_size),
         dit=dit,
@@ -178,6 +182,35 @@ def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights
     return Weights(size, read, mapped), intermediate
 
 
+def _writer(config: Config, path: Path | None, element_size: int) -> Weights | None:
+    """Qwen's head, and its vision tower where the encoder has none and there is a picture; see models/text_generator.
+
+    Never quantised.
+    """
+    if config.generation.expand_prompts is False:
+        return None
+    with_vision = config.task == "i2v"
+    if path is None or not path.exists():
+        parameters = QWEN_HEAD_PARAMETERS + with_vision * QWEN_VISION_PARAMETERS
+        return Weights(parameters * element_size, 2 * parameters, 2 * parameters if element_size == 2 else 0)
+    header = _header(path)
+    if "lm_head.weight" not in header and not _has_tied_head(path):
+        return None
+    needed = {name: entry for name, entry in header.items() if name == "lm_head.weight"}
+    needed |= {name: entry for name, entry in header.items() if with_vision and "visual." in name}
+    same = {name: entry for name, entry in needed.items() if entry[0] in FLOATS[element_size]}
+    return Weights(element_size * sum(prod(shape) for _, shape in needed.values()), _stored(needed), _stored(same))
+
+
+def _has_tied_head(path: Path) -> bool:
+    """Whether Qwen writes with its embeddings."""
+    try:
+        config = json.loads((folder_of(path) / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _clip(path: Path | None) -> Weights:
     """CLIP is always computed with in float32."""
     if path is None or not path.exists():
@@ -199,7 +232,7 @@ def _vae(path: Path | None, published: int, element_size: int) -> Weights:
 
 def _vae_channels(path: Path | None) -> tuple[int, ...]:
     """`block_out_channels` of a VAE's config.json, or the published ones where there is none."""
-    file = None if path is None else path / "config.json"
+    file = None if path is None else folder_of(path) / "config.json"
     if file is None or not file.is_file():
         return VAE_CHANNELS
     try:

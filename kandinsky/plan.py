@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky import memory
-from kandinsky.checkpoints import resolve_path
+from kandinsky.checkpoints import part_folder, resolve_path
 from kandinsky.config import Config, with_settings
 from kandinsky.memory import Models, Weights
 from kandinsky.models.vae_memory import GB, RGB, Decoding
@@ -40,6 +40,8 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 STREAM_BUFFERS = 2  # see runtime/block_swap.py
 CHUNK_TOKENS = 8192
 TEMPLATE_TOKENS = 129  # of the video template, the longest
+EXPANSION_TOKENS = 1024  # of the instruction to write a prompt out, with the answer
+PIXELS_PER_TOKEN = 28**2  # of a picture that Qwen sees
 EDIT_TOKENS = 1024  # of a prompt with its picture, at most
 BUDGET_STEP = 0.25  # GB, to which a budget for the VAE is rounded down
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -112,12 +114,12 @@ def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[s
     """Where the files of "dit", "vae", "qwen" and "clip" would be."""
     model = config.model
     paths = {
-        "dit": model.checkpoint_path,
-        "vae": model.vae.checkpoint_path,
-        "qwen": model.text_embedder.qwen.checkpoint_path,
-        "clip": model.text_embedder.clip.checkpoint_path,
+        "dit": ("dit", model.checkpoint_path),
+        "vae": ("vae", model.vae.checkpoint_path),
+        "qwen": ("text_encoder", model.text_embedder.qwen.checkpoint_path),
+        "clip": ("text_encoder2", model.text_embedder.clip.checkpoint_path),
     }
-    return {name: resolve_path(path, config, cache_dir) for name, path in paths.items()}
+    return {name: part_folder(resolve_path(path, config, cache_dir), part) for name, (part, path) in paths.items()}
 
 
 def default_request(config: Config) -> Request:
@@ -166,7 +168,7 @@ def plan_decoding(config: Config, request: Request, machine: Machine, files: Map
     runtime = dataclasses.replace(type(config.runtime)(), offload="off")
     settled, none = dataclasses.replace(config, runtime=runtime), Weights(0, 0, 0)
     models = memory.models(settled, {"vae": files["vae"]}, element_size(dtype))
-    models = dataclasses.replace(models, qwen=none, clip=none, dit=none, dit_block=0)
+    models = dataclasses.replace(models, qwen=none, writer=None, clip=none, dit=none, dit_block=0)
     planned = _with_vae_budget(settled, request, machine, models)
     stages = tuple(s for s in estimate(planned, request, machine, models) if s.name in ("decode", "write"))
     refusal = "; ".join(_too_much(stage, machine) for stage in stages if excess(stage, machine) > 1)
@@ -267,12 +269,15 @@ def nearest(config: Config, request: Request, machine: Machine, files: Mapping[s
     lighter: list[tuple[str, Config, Models]] = []
     as_stored = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dit_quantization=None))
     in_file = memory.models(as_stored, files, ELEMENT_SIZES[dtype]).dit_quantization
+    can_write = memory.models(config, files, ELEMENT_SIZES[dtype]).writer is not None
     for runtime in ({}, *QUANTIZATIONS):
         if in_file is not None and "dit_quantization" in runtime:  # what is quantised already stays so
             continue
-        changed = with_settings(config, runtime=runtime)
-        words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in runtime.items())
-        lighter.append((words, changed, memory.models(changed, files, ELEMENT_SIZES[dtype])))
+        flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in runtime.items()]
+        for generation in ({}, {"expand_prompts": False}) if can_write else ({},):
+            changed = with_settings(config, runtime=runtime, generation=generation)
+            of_changed = memory.models(changed, files, ELEMENT_SIZES[dtype])
+            lighter.append((" ".join(flags + ["--expand_prompt off"] * bool(generation)), changed, of_changed))
     if dtype == "float32":
         lighter.insert(1, ("--dtype bfloat16", config, memory.models(config, files, ELEMENT_SIZES["bfloat16"])))
 
@@ -338,6 +343,12 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
 
     # The text encoders' files are mapped for as long as there are text encoders.
     text_files = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and not on_gpu else 0
+    writer = models.writer if request.expand_prompts is not False else None
+    if writer is not None:
+        weights = models.text.size + writer.size
+        everything += writer.size
+        add("expand prompt", weights, _expanding(config, request, models), files=text_files + writer.left_mapped)
+        everything -= writer.size
     add("encode text", models.text.size, _encoding(config, request, models), files=text_files)
     if config.task in ("i2v", "i2i"):
         picture = memory.encode_bytes(models.vae_channels, request.width, request.height, models.element_size)
@@ -379,6 +390,19 @@ def _encoding(config: Config, request: Request, models: Models) -> int:
         config.model.text_embedder.qwen.emb_size,
         models.qwen_intermediate,
         TEMPLATE_TOKENS + _text_tokens(config, request),
+        models.element_size,
+        nf4=config.runtime.qwen_quantization,
+    )
+
+
+def _expanding(config: Config, request: Request, models: Models) -> int:
+    """Reading the instruction, which is more than writing takes; what is kept of the tokens is little beside it."""
+    share = {"i2v": 1.0, "i2i": 0.25}.get(config.task, 0.0)  # what is edited is shown in half its width and height
+    picture = int(share * request.width * request.height / PIXELS_PER_TOKEN)
+    return memory.text_activations(
+        config.model.text_embedder.qwen.emb_size,
+        models.qwen_intermediate,
+        EXPANSION_TOKENS + picture,
         models.element_size,
         nf4=config.runtime.qwen_quantization,
     )

@@ -30,6 +30,7 @@ class Sample:
     negative_caption: str | None
     seed: int | None
     prompt: int = 0  # which of the request's prompts it belongs to
+    expanded: str | None = None  # what the model is told in place of `text`
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Request:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which there is guidance
     guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
     max_sequence_length: int | None = None  # tokens of a prompt; None: as the YAML says
+    expand_prompts: bool | None = None  # have Qwen write prompts out; None: where it can
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -82,6 +84,7 @@ def resolve_request(
     guidance_every: int | None = None,
     negative_caption: str | Sequence[str] | None = None,
     max_sequence_length: int | None = None,
+    expand_prompts: bool | None = None,
 ) -> Request:
     """A `Request` for the variant `config`; None means as the YAML says, and a random seed.
 
@@ -124,6 +127,7 @@ def resolve_request(
         ),
         guidance_every=_checked_every(config.model.guidance_every if guidance_every is None else guidance_every),
         max_sequence_length=_checked_text_length(max_sequence_length),
+        expand_prompts=_checked_expansion(generation.expand_prompts if expand_prompts is None else expand_prompts),
     )
 
 
@@ -289,6 +293,12 @@ def _checked_text_length(tokens: int | None) -> int | None:
     if tokens is not None and not (whole and 1 <= tokens <= MAX_TEXT_TOKENS):
         raise ValueError(f"max_sequence_length is {tokens!r}; it must be from 1 to {MAX_TEXT_TOKENS} tokens")
     return tokens
+
+
+def _checked_expansion(wanted: bool | None) -> bool | None:
+    if wanted not in (None, True, False) or (isinstance(wanted, int | float) and not isinstance(wanted, bool)):
+        raise ValueError(f"expand_prompts is {wanted!r}; it must be True, False, or None: where the model can")
+    return wanted
 
 
 def _checked_steps(num_steps: int) -> int:

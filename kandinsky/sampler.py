@@ -11,6 +11,7 @@ it does little good (Kynkäänniemi et al. 2024, arXiv 2404.07724), and what it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -21,6 +22,15 @@ GUIDANCE_OFF = 1e-6  # guidance this close to 1 runs one model evaluation a step
 
 Branch = Literal["cond", "uncond"]
 Guidance = Literal["off", "new", "kept"]  # cond alone; cond and uncond; cond, and the last difference between the two
+
+
+@dataclass
+class SamplerState:
+    """Where sampling is after `step` steps: all that the next one takes from those before it. Tensors float32."""
+
+    latents: Tensor  # (B, T, H, W, C)
+    step: int = 0
+    difference: Tensor | None = None  # cond - uncond, the last one computed
 
 
 class Velocity(Protocol):
@@ -78,6 +88,7 @@ def euler_sample(
     *,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_every: int = 1,
+    state: SamplerState | None = None,
 ) -> Tensor:
     """Integrate from `noise` at sigmas[0] to sigmas[-1]; latents come back in float32.
 
@@ -89,20 +100,23 @@ def euler_sample(
         steps: wraps the iteration over steps: for a progress bar, or to end it early.
         on_step_end: (step, latents after it) -> the latents to go on with.
         guidance_interval, guidance_every: as in `guidance_plan`.
+        state: where to go on in place of beginning with `noise`; kept up to date, so that an end before the last step
+            can be gone on from.
     """
-    latents = noise.to(torch.float32)
+    state = state or SamplerState(noise.to(torch.float32))
     sigmas = sigmas.to(device=noise.device, dtype=torch.float32)
     plan = guidance_plan(len(sigmas) - 1, guidance_weight, guidance_interval, guidance_every)
-    difference = torch.zeros_like(latents)  # cond - uncond, the last one computed
-    for step in steps(range(len(sigmas) - 1)):
-        sigma, next_sigma = sigmas[step], sigmas[step + 1]
+    for step in steps(range(state.step, len(sigmas) - 1)):
+        latents, sigma, next_sigma = state.latents, sigmas[step], sigmas[step + 1]
         timestep = sigma * NUM_TRAIN_TIMESTEPS
         v = velocity(latents, timestep, "cond").to(torch.float32)
         if plan[step] == "new":
             uncond = velocity(latents, timestep, "uncond").to(torch.float32)
-            difference = v - uncond
-            v = uncond + guidance_weight * difference
+            state.difference = v - uncond
+            v = uncond + guidance_weight * state.difference
         elif plan[step] == "kept":
-            v = v + (guidance_weight - 1) * difference
-        latents = on_step_end(step, latents + (next_sigma - sigma) * v)
-    return latents
+            assert state.difference is not None  # the first guided step is "new"
+            v = v + (guidance_weight - 1) * state.difference
+        state.latents = on_step_end(step, latents + (next_sigma - sigma) * v)
+        state.step = step + 1
+    return state.latents

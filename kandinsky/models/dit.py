@@ -12,7 +12,7 @@ Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -175,6 +175,16 @@ class DiffusionTransformer3D(nn.Module):
         if tables.nabla is not None:
             hidden = hidden.index_select(1, tables.nabla.inverse)
         return self.out_layer(hidden, inputs.time_embed, tables.grid)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer by name, each to be looked at before the next: visual blocks may stream."""
+        blocks = "visual_transformer_blocks."
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if not name.startswith(blocks):
+                yield name, tensor
+        for i, block in enumerate(self.stream_blocks(self.visual_transformer_blocks)):
+            for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+                yield f"{blocks}{i}.{name}", tensor
 
     def forward(
         self,

@@ -1,6 +1,8 @@
-"""Which precision a computation runs in: float32 inside, whatever dtype a model is stored in."""
+"""Which precision a computation runs in, float32 inside, whatever dtype a model is stored in; and whether it worked."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -9,3 +11,28 @@ from torch import Tensor
 def upcast(x: Tensor) -> Tensor:
     """x in float32, or as it is where it already is float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether x has no NaN and no infinity in it."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())  # no mask as large as x
+
+
+def require_finite(model: str, output: Tensor, weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+    """Raise ValueError where an output is not finite, naming the weights that are not.
+
+    Looking at the first output costs nothing; looking at all weights, which may be 77 GB in a memory-mapped file, is
+    only done when it has gone wrong.
+    """
+    if is_finite(output):
+        return
+    bad = [name for name, weight in weights() if weight.is_floating_point() and not is_finite(weight.float())]
+    if bad:
+        raise ValueError(
+            f"{model} has NaN or infinite values in {len(bad)} of its tensors, like {bad[0]}: the file is damaged, "
+            "download it again (python download_models.py --verify looks for such files)"
+        )
+    raise ValueError(
+        f"{model} computes NaN or infinite values, though its weights have none: numbers above 65504 don't fit into "
+        "float16, so use dtype bfloat16 or float32"
+    )

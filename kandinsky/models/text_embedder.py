@@ -6,7 +6,8 @@ behind the words. CLIP reads the bare prompt, and its state at the first end-of-
 pooled embedding. Both come from transformers; only the parts in use are built, and only the tensors of those are read:
 no lm_head (1.1 GB), and the vision tower (1.4 GB) only where pictures are to be seen.
 
-Files: a folder with config.json and safetensors (one file, or shards with an index), never pickle. Keys may be
+Files: a folder with config.json and safetensors (one file, or shards with an index), or a file with config.json beside
+it; never pickle. Keys may be
 `model.layers.*` as published, `model.language_model.*` or `language_model.*` as newer transformers write them, or the
 text model's own; for CLIP `text_model.*` (a full CLIPModel or a text model alone) or its own. The tokenizer lies in the
 same folder, or beside it as in a diffusers repository (`tokenizer`, `tokenizer_2`), and Qwen's
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +48,8 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
+from kandinsky.checkpoints import check_floats, find_weights, folder_of, read_header
+from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import MAX_TEXT_POSITIONS
 from kandinsky.prompts import IMAGE_TOKEN, check_prefix, check_prompts, get_template, prefix_length, tokenize_prompts
 
@@ -249,9 +251,12 @@ class TextEmbedder(nn.Module):
 
         Raises:
             ValueError: no prompts, an unknown content, pictures missing, not wanted or not one a prompt, no vision
-                tower to see them, or too many tokens with them.
+                tower to see them, or too many tokens with them; weights that are not finite.
         """
-        return self(prompts, content, images, max_length)
+        embeddings = self(prompts, content, images, max_length)
+        require_finite("Qwen2.5-VL", embeddings.text_embeds, self.qwen.named_parameters)
+        require_finite("CLIP", embeddings.pooled_embeds, self.clip.named_parameters)
+        return embeddings
 
     def forward(
         self,
@@ -327,7 +332,7 @@ def load_text_embedder(
     vision: bool = False,
     quantize: Quantize | None = None,
 ) -> TextEmbedder:
-    """Build both encoders from their folders, frozen and in evaluation mode.
+    """Build both encoders from their folders or files (see the module), frozen and in evaluation mode.
 
     The models are built without memory and every tensor is read, cast and assigned by itself: there is never a float32
     copy of Qwen. `dtype` is Qwen's; CLIP is always float32, the precision it is published in, because it is small.
@@ -339,24 +344,27 @@ def load_text_embedder(
         ValueError: a folder, weights, tensors or a tokenizer are missing or do not belong together; only pickle files.
     """
     qwen_path, clip_path = Path(qwen_path), Path(clip_path)
-    for folder in (qwen_path, clip_path):
+    qwen_folder, clip_folder = folder_of(qwen_path), folder_of(clip_path)
+    for folder in (qwen_folder, clip_folder):
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is not a text encoder's folder: it has no config.json")
+            raise ValueError(
+                f"{folder} is not a text encoder's folder: it has no config.json; download it and the tokenizer"
+            )
     device = torch.device(device)
 
     # Tokenizers first: they are quick to read and quick to be found wrong.
-    qwen_tokenizer = _load_tokenizer(qwen_path, "tokenizer")
-    clip_tokenizer = _load_tokenizer(clip_path, "tokenizer_2")
+    qwen_tokenizer = _load_tokenizer(qwen_folder, "tokenizer")
+    clip_tokenizer = _load_tokenizer(clip_folder, "tokenizer_2")
     check_prefix(qwen_tokenizer, get_template(content), crop)
-    image_processor = _load_image_processor(qwen_path) if vision else None
+    image_processor = load_image_processor(qwen_folder) if vision else None
 
     qwen = _load_qwen(qwen_path, vision, device, dtype, quantize)
 
-    clip_config = CLIPTextConfig.from_pretrained(clip_path, local_files_only=True)
+    clip_config = CLIPTextConfig.from_pretrained(clip_folder, local_files_only=True)
     clip_config._attn_implementation = "sdpa"
     with torch.device("meta"):
         clip = CLIPTextModel(clip_config)
-    _assign_weights(clip, clip_path, _CLIP_PREFIXES, device, torch.float32)
+    assign_weights(clip, clip_path, _CLIP_PREFIXES, device, torch.float32)
     for module in clip.modules():
         if isinstance(module, CLIPTextEmbeddings):
             positions = torch.arange(clip_config.max_position_embeddings, device=device)[None]
@@ -382,8 +390,9 @@ def text_encoder_files(qwen_path: str | Path, clip_path: str | Path) -> list[Pat
     Raises ValueError where there are no weights.
     """
     files: list[Path] = []
-    for folder, sibling in ((Path(qwen_path), "tokenizer"), (Path(clip_path), "tokenizer_2")):
-        files += _weight_files(folder)
+    for path, sibling in ((Path(qwen_path), "tokenizer"), (Path(clip_path), "tokenizer_2")):
+        files += find_weights(path)
+        folder = folder_of(path)
         for place in (folder, folder.parent / sibling):
             if place.is_dir():
                 files += sorted(file for file in place.iterdir() if file.suffix in (".json", ".txt", ".jinja"))
@@ -391,16 +400,16 @@ def text_encoder_files(qwen_path: str | Path, clip_path: str | Path) -> list[Pat
 
 
 def _load_qwen(
-    folder: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None
+    path: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None
 ) -> Qwen2_5_VLTextModel | Qwen2_5_VLModel:
-    config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    config = Qwen2_5_VLConfig.from_pretrained(folder_of(path), local_files_only=True)
     text_config, vision_config = config.text_config, config.vision_config
     assert isinstance(text_config, Qwen2_5_VLTextConfig) and isinstance(vision_config, Qwen2_5_VLVisionConfig)
     for section in (config, text_config, vision_config):
         section._attn_implementation = "sdpa"
     with torch.device("meta"):
         qwen = Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config)
-    _assign_weights(qwen, folder, _QWEN_PREFIXES, device, dtype, quantize)
+    assign_weights(qwen, path, _QWEN_PREFIXES, device, dtype, quantize)
 
     # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
     language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
@@ -409,13 +418,21 @@ def _load_qwen(
         if hasattr(module, "rotary_emb"):  # transformers 4 has one in every layer too, which nothing uses
             module.rotary_emb = rotary_emb
     if isinstance(qwen, Qwen2_5_VLModel):
-        # Half of a head's channels turn with the row of a patch, half with its column. No published config names the
-        # base, and what the module wants to be built from depends on the transformers version: so the numbers are set.
-        channels = vision_config.hidden_size // vision_config.num_heads // 2
-        frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
-        for name, _ in list(qwen.visual.rotary_pos_emb.named_buffers()):
-            qwen.visual.rotary_pos_emb.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
+        set_vision_frequencies(qwen.visual, vision_config, device)
     return qwen
+
+
+def set_vision_frequencies(visual: nn.Module, config: Qwen2_5_VLVisionConfig, device: torch.device) -> None:
+    """Give a vision tower its rotary frequencies, which are no part of a checkpoint.
+
+    Half of a head's channels turn with the row of a patch, half with its column. No published config names the base,
+    and what the module wants to be built from depends on the transformers version: so the numbers are set.
+    """
+    channels = config.hidden_size // config.num_heads // 2
+    frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    rotary: Any = visual.rotary_pos_emb
+    for name, _ in list(rotary.named_buffers()):
+        rotary.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -456,7 +473,7 @@ def _check_length(attention_mask: list[list[int]], image_tokens: list[int], crop
             )
 
 
-def _load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     """How Qwen cuts pictures into patches. Not its whole processor: that needs torchvision, for videos."""
     for candidate in (folder, folder.parent / "tokenizer"):
         if (candidate / "preprocessor_config.json").is_file():
@@ -492,31 +509,6 @@ def _load_tokenizer(folder: Path, sibling: str) -> PreTrainedTokenizerBase:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: the shards that the index names, or the one file."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        shards = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(shards)]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {indices[0].name} names; download them")
-        return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) > 1:
-        raise ValueError(
-            f"{folder} has {len(files)} safetensors files, but neither an index nor a model.safetensors: which one is "
-            f"meant? ({', '.join(file.name for file in files)})"
-        )
-    if not files:
-        pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
-        hint = f"; {', '.join(pickles)} will not be read, because pickle can run any code" if pickles else ""
-        raise ValueError(f"{folder} has no *.safetensors file{hint}. Download the model's safetensors files")
-    return files
-
-
 def _own_name(key: str, prefixes: Sequence[str]) -> str:
     for prefix in prefixes:
         if key.startswith(prefix):
@@ -524,43 +516,40 @@ def _own_name(key: str, prefixes: Sequence[str]) -> str:
     return key
 
 
-def _assign_weights(
+def assign_weights(
     model: nn.Module,
-    folder: Path,
+    path: Path,
     prefixes: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     quantize: Quantize | None = None,
 ) -> None:
-    """Give a model on the meta device its tensors from the folder, reading none that it does not have."""
+    """Give a model on the meta device its tensors from a folder or file, reading none that it does not have."""
     # Whether the model's own names carry a prefix depends on the transformers version, so both sides lose it.
-    wanted = {_own_name(name, prefixes): (name, parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = {_own_name(name, prefixes): (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     convert = quantize(model) if quantize else None  # after it the model's names are other ones
     read: set[str] = set()
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors_in_file:
-                for key in tensors_in_file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if (own_name := _own_name(key, prefixes)) not in wanted:
-                        continue  # vision tower, lm_head, projections
-                    name, shape = wanted[own_name]
-                    found = tuple(tensors_in_file.get_slice(key).get_shape())
-                    if found != tuple(shape):
-                        raise ValueError(
-                            f"{key} in {file} has shape {found}, but config.json beside it makes it {tuple(shape)}; "
-                            "the two do not belong together"
-                        )
-                    tensor = tensors_in_file.get_tensor(key).to(device)
-                    tensors |= (convert(name, tensor) if convert else {}) or {name: tensor.to(dtype)}
-                    read.add(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not complete ({error}); download it again") from error
+    for file in find_weights(path):
+        # The others are vision tower, lm_head, projections.
+        header = {key: entry for key, entry in read_header(file).items() if _own_name(key, prefixes) in wanted}
+        check_floats(file, header)
+        with safe_open(file, framework="pt") as tensors_in_file:
+            for key, (_, found) in header.items():
+                name, shape = wanted[_own_name(key, prefixes)]
+                if found != shape:
+                    raise ValueError(
+                        f"{key} in {file} has shape {found}, but config.json beside it makes it {shape}; "
+                        "the two do not belong together"
+                    )
+                tensor = tensors_in_file.get_tensor(key).to(device)
+                tensors |= (convert(name, tensor) if convert else {}) or {name: tensor.to(dtype)}
+                read.add(name)
     missing = [name for name, _ in wanted.values() if name not in read]
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(wanted)} tensors of {type(model).__name__}: {shown}. "
-            "Download the folder again; its files may be of another model"
+            f"{path} lacks {len(missing)} of the {len(wanted)} tensors of {type(model).__name__}: {shown}. "
+            "Download it again; it may be another model's"
         )
     model.load_state_dict(tensors, strict=True, assign=True)

@@ -11,6 +11,7 @@ neighbours, to the last bit.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,18 +39,24 @@ from kandinsky.conditioning import (
 from kandinsky.config import Config, config_to_dict
 from kandinsky.latents_file import SavedLatents
 from kandinsky.latents_file import on_disk as latents_on_disk
+from kandinsky.lora_file import AdapterConfig
 from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
+from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.preview import LatentRGB, Previews
+from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.prompts import check_prompts
 from kandinsky.request import FPS, FRAMES_PER_LATENT, Request, resolve_request, warn_about_size
+from kandinsky.resume import Stopped, StoppedRun, save_run, stopped_path
 from kandinsky.sampler import (
     NUM_TRAIN_TIMESTEPS,
     Branch,
+    SamplerState,
     euler_sample,
     flow_timesteps,
     guidance_plan,
@@ -79,6 +86,19 @@ class Placement(Protocol):
     def use(self, component: str) -> AbstractContextManager[Any]: ...
 
 
+class Adapters(Protocol):
+    """The DiT's LoRA adapters: any number are loaded, and some of these active."""
+
+    def load(self, adapter_config: AdapterConfig, path: Any, name: str, trigger: str | None) -> None: ...
+
+    def activate(self, scales: Mapping[str, float]) -> None: ...
+
+    @property
+    def active(self) -> Sequence[Mapping[str, Any]]:
+        """name, path, scale and trigger of each."""
+        ...
+
+
 class BlockCache(Protocol):
     """What spares one request some of its passes through the DiT's blocks; `skipped` counts them, of all samples."""
 
@@ -86,6 +106,14 @@ class BlockCache(Protocol):
 
     def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
         """What to run in place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""
+        ...
+
+    def saved(self) -> dict[str, Tensor]:
+        """What `restore` needs to go on in another process."""
+        ...
+
+    def restore(self, residuals: Mapping[str, Tensor], done: Mapping[Branch, int], samples: int) -> None:
+        """Go on after so many evaluations of each branch of each sample."""
         ...
 
 
@@ -105,7 +133,7 @@ class Stopwatch:
     def stage(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - begin, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - begin, 3)
 
 
 @dataclass(frozen=True)
@@ -129,7 +157,8 @@ class Pipeline:
     """The stages; subclasses add a task's call signature.
 
     `interrupt` may be set to True while a call runs, from a callback or another thread: the call then ends after the
-    current step and returns what it has.
+    current step and returns what it has, or keeps it in a file (see `generate`). `is_denoising` says whether there is a
+    step to wait for.
     """
 
     def __init__(
@@ -141,15 +170,24 @@ class Pipeline:
         placement: Placement,
         *,
         make_cache: MakeCache | None = None,
+        latent_rgb: LatentRGB | None = None,
+        expander: PromptExpander | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks."""
+        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks. latent_rgb: what
+        previews are made with; None: there are none. expander: writes prompts out; None: this model can't. adapters:
+        the DiT's; None: it can have none."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
         self.make_cache = make_cache
+        self.latent_rgb = latent_rgb
+        self.expander = expander
+        self.adapters = adapters
         self.interrupt = False
+        self.is_denoising = False
 
     def run(
         self,
@@ -161,7 +199,6 @@ class Pipeline:
         prompt_embeds: TextEmbeddings | None = None,
         negative_prompt_embeds: TextEmbeddings | None = None,
         seed: int | Sequence[int] | None = None,
-        expand_prompts: bool = False,
         save_path: str | Path | None = None,
         progress: bool = True,
         output_type: str | None = None,
@@ -169,8 +206,6 @@ class Pipeline:
         **wishes: Any,
     ) -> Any:
         """What every task's call does with its arguments; `wishes` are those of `resolve_request`."""
-        if expand_prompts:
-            raise ValueError("expand_prompts=True: prompt expansion is not part of this version; leave it out")
         if generator is not None and seed is not None:
             raise ValueError("both seed and generator are given: leave one of them out")
         pictures = [media.load_image(image) for image in images]
@@ -202,12 +237,15 @@ class Pipeline:
         progress: bool = True,
         output_type: str | None = None,
         callback: StepCallback | None = None,
+        keep_stopped: bool = False,
     ) -> Any:
         """Run one request; the outputs as `output_type` says (see `convert`), also written where `save_path` says.
 
         None means "uint8" for videos and "pil" for pictures.
 
         Beside every output, a JSON file of the same name holds the prompt, every resolved setting, versions and times.
+        Where `keep_stopped` is set and the run is interrupted before its last step, it is kept beside `save_path` for
+        `resume`, and Stopped is raised.
         """
         output_type = output_type or ("pil" if request.is_image else "uint8")
         self.check_inputs(request, inputs, save_path, output_type)
@@ -216,27 +254,150 @@ class Pipeline:
         size = request.width, request.height
         images = [media.fit_image(image, *size) for image in inputs.images]
         watch = Stopwatch()
+        with watch.stage("expand"):
+            request = self.expand_prompts(request, images)
         with watch.stage("encode"):
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
+        state = SamplerState(conditioning.hold(conditioning.noise).float())
+        run = StoppedRun(request, conditioning, branches, state, image_names=tuple(inputs.image_names))
+        return self._complete(run, save_path, progress, output_type, callback, keep_stopped, watch)
+
+    @torch.no_grad()
+    def resume(
+        self, run: StoppedRun, save_path: str | Path, progress: bool = True, callback: StepCallback | None = None
+    ) -> Any:
+        """Go on with a run that was stopped, as `generate` would have: to the same bits on the same device.
+
+        Raises ValueError where it was stopped with other adapters than are active now.
+        """
+        before, now = ([(one["name"], one["scale"]) for one in a] for a in (run.adapters, self.active_adapters()))
+        if before != now:
+            raise ValueError(
+                f"the run was stopped with the adapters {before or 'none'} active, and now there are {now or 'none'}: "
+                "go on with the same ones (model.loras, or load_adapter and set_adapter)"
+            )
+        self.interrupt = False
+        device = self.placement.device("dit")
+
+        def moved(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device)
+
+        run = dataclasses.replace(
+            run,
+            conditioning=Conditioning(**{name: moved(value) for name, value in vars(run.conditioning).items()}),
+            branches={branch: [text.to(device) for text in texts] for branch, texts in run.branches.items()},
+            state=SamplerState(moved(run.state.latents), run.state.step, moved(run.state.difference)),
+            residuals={name: moved(residual) for name, residual in run.residuals.items()},
+        )
+        watch = Stopwatch(dict(run.seconds), run.evaluations)
+        output_type = "pil" if run.request.is_image else "uint8"
+        return self._complete(run, save_path, progress, output_type, callback, True, watch)
+
+    def _complete(
+        self,
+        run: StoppedRun,
+        save_path: str | Path | None,
+        progress: bool,
+        output_type: str,
+        callback: StepCallback | None,
+        keep_stopped: bool,
+        watch: Stopwatch,
+    ) -> Any:
+        """Everything from the first step, or the next one, on."""
+        request = run.request
+        previews = self._previews(request, save_path)
         with watch.stage("denoise"):
-            latents = self.denoise(request, conditioning, branches, progress, callback, watch)
+            latents = self.denoise(run, progress, callback, watch, previews)
+        if keep_stopped and save_path is not None and run.state.step < request.num_steps:
+            run.evaluations, run.seconds, run.adapters = watch.evaluations, watch.seconds, self.active_adapters()
+            path = stopped_path(save_path)
+            save_run(path, run, config_to_dict(self.config), self.dtype_name)
+            raise Stopped(path, run.state.step, request.num_steps)
         if output_type == "latent":
             return latents
         if watch.skipped_evaluations:
             logger.info("skipped %d of %d model evaluations", watch.skipped_evaluations, watch.evaluations)
-        records = [self.describe(request, inputs, i, watch) for i in range(len(request.samples))]
+        records = [self.describe(request, run.image_names, i, watch) for i in range(len(request.samples))]
         finish = to_unit if output_type in ("np", "pt") else to_uint8
         keep = self.config.runtime.save_latents
         with nullcontext() if save_path is None else latents_on_disk(save_path, latents, records, keep):
             pixels = self.decode_and_write(latents, finish, records, save_path, watch)
+        if previews is not None:
+            previews.clear()
         return convert(pixels, output_type, request.is_image)
+
+    def _previews(self, request: Request, save_path: str | Path | None) -> Previews | None:
+        every = self.config.runtime.preview
+        if every is None or self.latent_rgb is None or save_path is None:
+            return None
+        return Previews(every, self.latent_rgb, media.output_paths(save_path, len(request.samples)))
 
     @torch.no_grad()
     def finish(self, saved: SavedLatents, save_path: str | Path) -> Tensor:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
         watch = Stopwatch(dict(saved.records[0]["seconds"]))
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
+
+    # --- LoRA adapters ------------------------------------------------------------------------------------------------
+
+    def load_adapter(
+        self,
+        adapter_config: AdapterConfig,
+        adapter_path: str | Path,
+        adapter_name: str = "default",
+        trigger: str | None = None,
+    ) -> None:
+        """Load a LoRA adapter and make it the only active one; one of the same name is replaced.
+
+        Args:
+            adapter_config: a JSON file, its content as a dict, or peft's LoraConfig; None: what lies beside the file,
+                or is in it (see kandinsky.lora_file).
+            adapter_path: a safetensors file in the layout of the official adapters, of peft, diffusers or ComfyUI, or
+                a folder with one.
+            adapter_name: what `set_adapter` calls it.
+            trigger: put before every prompt while the adapter is active, as it is: end it with a space or a comma.
+                None: what the file says, which may be nothing. Prompts that come as `prompt_embeds` get none.
+
+        Raises:
+            ValueError: the file does not fit the model in all its parts. Nothing has changed then.
+        """
+        self._adapters().load(adapter_config, adapter_path, adapter_name, trigger)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], scale: float | Sequence[float] = 1.0) -> None:
+        """Have exactly these of the loaded adapters active, with one scale for all or one each; 1 is as trained.
+
+        Raises ValueError for names that are not loaded, and for scales that are not finite or not as many as names.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
+        if len(scales) != len(names) or len(set(names)) != len(names):
+            raise ValueError(f"{len(scales)} scales for the adapters {names}: name each once, with one scale each")
+        self._adapters().activate(dict(zip(names, scales, strict=True)))
+
+    def disable_adapters(self) -> None:
+        """Have none active: the weights are again those of the checkpoint, bit for bit. `set_adapter` brings back."""
+        self._adapters().activate({})
+
+    def active_adapters(self) -> list[dict[str, Any]]:
+        """Name, path, scale and trigger of each."""
+        return [] if self.adapters is None else [dict(one) for one in self.adapters.active]
+
+    def _adapters(self) -> Adapters:
+        if self.adapters is None:
+            raise ValueError(
+                "this pipeline takes no adapters: make one with kandinsky.get_T2V_pipeline or its siblings"
+            )
+        return self.adapters
+
+    def _triggers(self) -> str:
+        """What the active adapters want before every prompt."""
+        return "".join(one["trigger"] for one in self.active_adapters())
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the DiT. Not that of any parameter: time embedding and modulations keep what their file has."""
+        return str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch.")
 
     @property
     def uses_nabla(self) -> bool:
@@ -250,6 +411,8 @@ class Pipeline:
     ) -> None:
         """Raise ValueError for tensors, generators and output settings that don't go with the request."""
         samples = len(request.samples)
+        if request.expand_prompts and self.expander is None:
+            raise ValueError("expand_prompts is on, but this checkpoint's Qwen can read and not write: leave it out")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
         for generator in inputs.generators:
@@ -337,13 +500,38 @@ class Pipeline:
                 for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
             ]
 
+    def expand_prompts(self, request: Request, images: Sequence[Image.Image]) -> Request:
+        """The request with each prompt written out, with the seed of its first sample; or as it is, where that isn't
+        wanted or can't be done, where there are no words, or where it was done before."""
+        first = request.samples[0]
+        if self.expander is None or request.expand_prompts is False or first.text is None or first.expanded is not None:
+            return request
+        task = "t2i" if request.is_image and self.config.task == "t2v" else self.config.task
+        pictures: list[Image.Image | None] = [None] * request.num_prompts
+        if images:
+            shown = [media.halve_image(image) for image in images] if task == "i2i" else images
+            pictures = [*one_each(shown, request.num_prompts)]
+        firsts = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
+        with self.placement.use("text_embedder"):
+            captions = self.expander.expand(
+                [s.text or "" for s in firsts], task, pictures, [s.seed or 0 for s in firsts]
+            )
+        for caption in captions:
+            logger.info("expanded prompt: %s", caption)
+        samples = tuple(replace(sample, expanded=captions[sample.prompt]) for sample in request.samples)
+        return replace(request, samples=samples)
+
     def encode_prompts(
         self, request: Request, inputs: Inputs, images: Sequence[Image.Image]
     ) -> dict[Branch, list[TextEmbeddings]]:
         """For each branch of guidance the embeddings of each sample. No prompt is encoded twice."""
         first_samples = [next(s for s in request.samples if s.prompt == i) for i in range(request.num_prompts)]
+        triggers = self._triggers()
+        if triggers:
+            logger.info("prompts begin with %r, for the adapters", triggers)
         given: dict[Branch, TextEmbeddings | None] = {"cond": inputs.prompt_embeds}
-        words: dict[Branch, list[str | None]] = {"cond": [sample.text for sample in first_samples]}
+        prompts = [sample.expanded or sample.text for sample in first_samples]
+        words: dict[Branch, list[str | None]] = {"cond": [prompt and triggers + prompt for prompt in prompts]}
         if uses_guidance(request.guidance_weight):
             given["uncond"] = inputs.negative_prompt_embeds
             words["uncond"] = [sample.negative_caption for sample in first_samples]
@@ -405,14 +593,18 @@ class Pipeline:
 
     def denoise(
         self,
-        request: Request,
-        conditioning: Conditioning,
-        branches: dict[Branch, list[TextEmbeddings]],
+        run: StoppedRun,
         progress: bool = True,
         callback: StepCallback | None = None,
         watch: Stopwatch | None = None,
+        previews: Previews | None = None,
     ) -> Tensor:
-        """Latents (samples, T, H, W, C), scaled, float32. The evaluations it took are written into `watch`."""
+        """Latents (samples, T, H, W, C), scaled, float32, from where `run` is.
+
+        Keeps `run` up to date: an end before the last step can be gone on from. The evaluations that it took are
+        written into `watch`.
+        """
+        request, conditioning, branches, state = run.request, run.conditioning, run.branches, run.state
         device = self.placement.device("dit")
         sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
         attention = self.config.model.attention
@@ -429,12 +621,15 @@ class Pipeline:
         interval, every = request.guidance_interval, request.guidance_every
         guidance = guidance_plan(request.num_steps, request.guidance_weight, interval, every)
         block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
+        if block_cache is not None and state.step > 0:
+            done: dict[Branch, int] = {"cond": state.step, "uncond": guidance[: state.step].count("new")}
+            block_cache.restore(run.residuals, done, len(request.samples))
         record = watch or Stopwatch()
 
         def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
             record.evaluations += 1
             model_input = conditioning.model_input(latents)
-            return torch.cat(
+            out = torch.cat(
                 [
                     self.dit(
                         sample,
@@ -448,16 +643,32 @@ class Pipeline:
                     for i, (sample, text) in enumerate(zip(model_input.split(1), branches[branch], strict=True))
                 ]
             )
+            if record.evaluations == 1:  # once, because it waits for the device
+                require_finite("the DiT", out, self.dit.named_weights)
+            return out
 
         def until_interrupted(steps: range) -> Iterable[int]:
-            for step in tqdm(steps, desc="denoise", unit="step", disable=not progress):
+            bar = tqdm(
+                steps,
+                desc="denoise",
+                unit="step",
+                initial=state.step,
+                total=request.num_steps,
+                disable=not progress,
+            )
+            for step in bar:
                 if self.interrupt:
-                    logger.warning("interrupted after %d of %d steps", step, len(steps))
+                    logger.warning("interrupted after %d of %d steps", step, request.num_steps)
                     return
                 yield step
 
         def on_step_end(step: int, latents: Tensor) -> Tensor:
             latents = conditioning.hold(latents)
+            if previews is not None:
+                sigma, next_sigma = float(sigmas[step]), float(sigmas[step + 1])
+                # As far along the step's straight line as it takes to get to sigma 0.
+                clean = torch.lerp(state.latents, latents, sigma / (sigma - next_sigma))
+                previews(step, request.num_steps, conditioning.hold(clean))
             if callback is None:
                 return latents
             tensors: dict[str, Any] = {
@@ -476,19 +687,24 @@ class Pipeline:
                 branches["uncond"] = tensors["negative_prompt_embeds"]
             return conditioning.hold(tensors["latents"])
 
-        with self.placement.use("dit"):
-            start = conditioning.hold(conditioning.noise)
-            latents = euler_sample(
-                velocity,
-                start,
-                sigmas,
-                request.guidance_weight,
-                until_interrupted,
-                on_step_end,
-                guidance_interval=interval,
-                guidance_every=every,
-            )
+        self.is_denoising = True
+        try:
+            with self.placement.use("dit"):
+                latents = euler_sample(
+                    velocity,
+                    state.latents,
+                    sigmas,
+                    request.guidance_weight,
+                    until_interrupted,
+                    on_step_end,
+                    guidance_interval=interval,
+                    guidance_every=every,
+                    state=state,
+                )
+        finally:
+            self.is_denoising = False
         if block_cache is not None:
+            run.residuals = block_cache.saved()
             record.skipped_evaluations = block_cache.skipped // len(request.samples)  # the same for all of them
         if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
             return normalize_first_frames(latents)
@@ -510,6 +726,7 @@ class Pipeline:
                     posteriors.append(self.vae.encode(x))
                 else:
                     posteriors.append(self.vae.encode(x[:, :, None]))
+                require_finite("the VAE's encoder", posteriors[-1].mean, self.vae.named_parameters)
         return posteriors
 
     def decode(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -553,6 +770,7 @@ class Pipeline:
             pixels = self.vae.decode(z[:, :, 0], tiling)[:, :, None]
         else:
             pixels = self.vae.decode(z, tiling)
+        require_finite("the VAE's decoder", pixels, self.vae.named_parameters)
         # A few frames at a time: all of them in float32 would be as much memory as the video once or twice more.
         return torch.cat([finish(frames).cpu() for frames in pixels.split(FINISHED_AT_ONCE, dim=2)], dim=2)
 
@@ -589,15 +807,16 @@ class Pipeline:
             logger.info("wrote %s", target)
         return paths
 
-    def describe(self, request: Request, inputs: Inputs, index: int, watch: Stopwatch) -> dict[str, Any]:
+    def describe(self, request: Request, image_names: Sequence[str], index: int, watch: Stopwatch) -> dict[str, Any]:
         """What is needed to make an output again, and how long it took. Names are the command line's."""
         engine = self.dit.block_sparse if self.uses_nabla else self.dit.attention
         settings = dict(vars(request))
         sample = settings.pop("samples")[index]
-        names = one_each(inputs.image_names, request.num_prompts)
+        names = one_each(image_names, request.num_prompts)
         return {
             "task": self.config.task,
             "prompt": sample.text,
+            "expanded_prompt": sample.expanded,
             "negative_prompt": sample.negative_caption,
             "image": names[sample.prompt] if names else None,
             "seed": sample.seed,
@@ -605,8 +824,8 @@ class Pipeline:
             "fps": FPS,
             "attention_engine": getattr(engine, "__name__", str(engine)),
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
-            # Not that of any parameter: time embedding and modulations keep what their file has.
-            "dtype": str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
+            "adapters": self.active_adapters(),
             "config": config_to_dict(self.config),
             "versions": media.versions(),
             "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output

@@ -26,7 +26,7 @@ class TextToImagePipeline(Pipeline):
         guidance_weight: float | None = None,
         scheduler_scale: float | None = None,
         negative_caption: str | Sequence[str] | None = None,
-        expand_prompts: bool = False,
+        expand_prompts: bool | None = None,
         save_path: str | Path | None = None,
         progress: bool = True,
         *,

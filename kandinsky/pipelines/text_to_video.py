@@ -27,7 +27,7 @@ class TextToVideoPipeline(Pipeline):
         guidance_weight: float | None = None,
         scheduler_scale: float | None = None,
         negative_caption: str | Sequence[str] | None = None,
-        expand_prompts: bool = False,
+        expand_prompts: bool | None = None,
         save_path: str | Path | None = None,
         progress: bool = True,
         *,
@@ -55,7 +55,7 @@ class TextToVideoPipeline(Pipeline):
             guidance_weight: classifier-free guidance; 1 switches it off and halves the time.
             scheduler_scale: shift of the schedule towards noise.
             negative_caption: what not to show; used by guidance. One for all prompts or one each.
-            expand_prompts: not part of this version; True raises ValueError.
+            expand_prompts: have Qwen write a short prompt out first; None: as the YAML says, else where it can.
             save_path: MP4 (PNG for a picture) to write, with a JSON file of all settings beside it; further videos
                 get the same name with a number.
             progress: whether to show a progress bar.

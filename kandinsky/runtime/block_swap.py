@@ -63,6 +63,7 @@ class BlockSwap:
         device: torch.device,
     ) -> None:
         self.device = device
+        self._prefix = prefix
         self.streamed = streamed_blocks(len(blocks), num_resident)
         self._turn = {index: turn for turn, index in enumerate(self.streamed)}
         self._layouts = [_Layout(blocks[index]) for index in self.streamed]
@@ -114,6 +115,27 @@ class BlockSwap:
             # This block is done with its buffer. The next one that has it, maybe of the next forward:
             following = turn + BUFFERS
             self._request(following if following < len(self.streamed) else turn % BUFFERS)
+
+    def streams(self, name: str) -> bool:
+        """Whether a tensor, named as in the `weights` that the blocks came with, is a streamed block's."""
+        return name.startswith(self._prefix) and int(name.removeprefix(self._prefix).split(".")[0]) in self._turn
+
+    def overwrite(self, name: str, tensor: Tensor) -> None:
+        """Give a streamed block another tensor, of the same shape, from its next run on. Not while a forward runs."""
+        index, own_name = name.removeprefix(self._prefix).split(".", 1)
+        turn = self._turn[int(index)]
+        if self._copies is not None:
+            self._copies.synchronize()  # one may be reading what is overwritten
+        begin, data = self._layouts[turn].bytes_of(own_name, tensor)
+        for piece in self._host[turn]:
+            end = min(begin + len(data), len(piece))
+            if begin < end:
+                piece[begin:end], data = data[: end - begin], data[end - begin :]
+            begin = max(0, begin - len(piece))
+        assert not len(data)
+        for buffer in self._buffers:
+            if buffer.holds == turn:
+                buffer.holds = None
 
     def _buffer(self, turn: int) -> _Buffer:
         return self._buffers[turn % BUFFERS]
@@ -174,6 +196,13 @@ class _Layout:
         """Make the block's tensors views of `memory`."""
         for _, slot, begin in self._places:
             slot.fill(_view(memory, begin, slot.empty))
+
+    def bytes_of(self, name: str, tensor: Tensor) -> tuple[int, Tensor]:
+        """Where the tensor of this name begins, and the bytes (uint8, on the host) with which it has these values."""
+        slot, begin = next((slot, begin) for own_name, slot, begin in self._places if own_name == name)
+        data = torch.empty(slot.empty.numel() * slot.empty.element_size(), dtype=torch.uint8)
+        _view(data, 0, slot.empty).copy_(tensor)
+        return begin, data
 
     def unbind(self) -> None:
         for _, slot, _ in self._places:

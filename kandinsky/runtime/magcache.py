@@ -111,6 +111,19 @@ class MagCache:
         self.residuals: dict[tuple[Branch, int], Tensor] = {}
         self.done: Counter[tuple[Branch, int]] = Counter()
 
+    def saved(self) -> dict[str, Tensor]:
+        """The residuals by names, for `restore`."""
+        return {f"{branch}.{sample}": residual for (branch, sample), residual in self.residuals.items()}
+
+    def restore(self, residuals: Mapping[str, Tensor], done: Mapping[Branch, int], samples: int) -> None:
+        """Go on where `done` evaluations of each branch and sample had been made, with what `saved` gave then."""
+        for branch, evaluations in done.items():
+            for sample in range(samples):
+                self.done[branch, sample] = evaluations
+                self.skipped += sum(self.skips[branch][:evaluations])
+                if (residual := residuals.get(f"{branch}.{sample}")) is not None:
+                    self.residuals[branch, sample] = residual
+
     def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
         """What takes the place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""
         key = (branch, sample)

@@ -79,21 +79,30 @@ class Offloaded:
         weights: by the names of the model's parameters and buffers, tensors on the host in any dtype. Those that are
             not named are somebody else's (see `BlockSwap`).
         device: where the model runs.
+        adapt: each tensor on the device, with its name -> the one to compute with, of the same dtype and shape.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        adapt: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> None:
         self.device = device
+        self._adapt = adapt
         # By owner and not by name: names change when somebody wraps a part of the model.
-        self._slots = [(slot, weights[name]) for name, slot in slots_of(model) if name in weights]
+        self._slots = [(name, slot, weights[name]) for name, slot in slots_of(model) if name in weights]
         assert len(self._slots) == len(weights), "weights that the model does not have"
 
     def begin(self) -> None:
-        for slot, weight in self._slots:
+        for name, slot, weight in self._slots:
             # Across first, then cast: the device is the faster one at it.
-            slot.fill(torch.empty_like(slot.empty, device=self.device).copy_(weight.to(self.device)))
+            tensor = torch.empty_like(slot.empty, device=self.device).copy_(weight.to(self.device))
+            slot.fill(tensor if self._adapt is None else self._adapt(name, tensor))
 
     def end(self) -> None:
-        for slot, _ in self._slots:
+        for _, slot, _ in self._slots:
             slot.clear()
 
 
@@ -111,9 +120,13 @@ class TextEncodersOnDemand:
         images: Sequence[Image.Image] | None = None,
         max_length: int | None = None,
     ) -> TextEmbeddings:
+        return self.loaded().encode(prompts, content, images, max_length)
+
+    def loaded(self) -> TextEmbedder:
+        """The encoders themselves, until the stage ends."""
         if self._loaded is None:
             self._loaded = self._load()
-        return self._loaded.encode(prompts, content, images, max_length)
+        return self._loaded
 
     def begin(self) -> None:
         """Nothing yet: all prompts of the stage may be in a cache."""

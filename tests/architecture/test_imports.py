@@ -20,19 +20,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
     ("pipelines", "runtime", "plan"),
-    ("latents_file",),  # writes as media does
-    ("conditioning", "sampler", "media", "request", "memory", "prompt_expansion"),
+    ("latents_file", "resume", "preview", "prompt_expansion"),  # write as media does
+    ("conditioning", "sampler", "media", "request", "memory"),
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it
-    ("attention", "prompts", "hub"),
+    ("attention", "prompts", "hub", "lora_file"),
     ("checkpoints", "sizes"),  # request stands on sizes
     ("config",),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_TORCH = (
-    *("__init__", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
-    *("memory", "plan"),
+    *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
+    *("lora_file", "memory", "plan"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

@@ -144,22 +144,71 @@ FLAGS = {
     "dtype": Flag(("--dtype", "bfloat16"), "dtype", "bfloat16"),
     "overrides": Flag(("metrics.scheduler_scale=4.5",), "scheduler_scale", 4.5),
 }  # fmt: skip
-# These have tests of their own below.
+# Flags that stand for a value of the YAML, which the facts repeat. What they do is tested where it is done.
+SETTINGS = {
+    "magcache": Flag(("--magcache",), "magcache.enabled", True),
+    "compile": Flag(("--compile", "off"), "runtime.compile", "off"),
+    "cache_prompts": Flag(("--cache_prompts",), "runtime.cache_prompts", True),
+    "offload": Flag(("--offload",), "runtime.offload", "on"),
+    "blocks_on_gpu": Flag(("--blocks_on_gpu", "1"), "runtime.blocks_on_gpu", 1),
+    "dit_quantization": Flag(("--dit_quantization", "int8"), "runtime.dit_quantization", "int8"),
+    "qwen_quantization": Flag(("--qwen_quantization",), "runtime.qwen_quantization", True),
+    "expand_prompt": Flag(("--expand_prompt", "off"), "generation.expand_prompts", False),
+    "preview": Flag(("--preview", "2"), "runtime.preview", 2),
+    "save_latents": Flag(("--save_latents",), "runtime.save_latents", True),
+}
+# These have tests of their own, below or in the file of that name.
 OTHER_FLAGS = {
-    "config",
-    "video_duration",
-    "output_filename",
-    "cache_dir",
-    "attention_engine",
-    "device",
-    "image",
-    "help",
+    "config": "",
+    "video_duration": "",
+    "output_filename": "",
+    "cache_dir": "",
+    "attention_engine": "",
+    "device": "",
+    "guidance_interval": "",
+    "guidance_every": "",
+    "help": "",
+    "image": "test_tasks",
+    "decode_latents": "test_faults",
+    "lora": "test_lora_cli",
+    "resume_from": "test_faults",
+    "output_dir": "test_many_prompts",
+    "prompts_file": "test_many_prompts",
+    "resume": "test_many_prompts",
+    "data_parallel": "test_many_prompts",
+    "ray_address": "test_many_prompts",
+    "ray_actors": "test_many_prompts",
+    "download": "test_download_on_demand",
+    "hf_token": "test_download_on_demand",
 }
 
 
 def test_no_flag_without_a_test(cli: ModuleType) -> None:
     flags = {action.dest for action in cli.build_parser()._actions}
-    assert flags == set(FLAGS) | OTHER_FLAGS
+    assert flags == {*FLAGS, *SETTINGS, *OTHER_FLAGS}
+    for flag, file in OTHER_FLAGS.items():
+        assert not file or f"--{flag}" in Path(__file__).with_name(f"{file}.py").read_text(), flag
+
+
+def test_settings_reach_the_config(generate: Generate) -> None:
+    _, plain = generate()
+    _, facts = generate(*(word for flag in SETTINGS.values() for word in flag.words))
+    for name, flag in SETTINGS.items():
+        section, key = flag.entry.split(".")
+        assert plain["config"][section][key] != flag.value, name
+        assert facts["config"][section][key] == flag.value, name
+
+
+def test_cheaper_guidance(generate: Generate) -> None:
+    everywhere, _ = generate("--sample_steps", "4", "--guidance_weight", "3")
+    for words, entry, value in (
+        (("--guidance_interval", "0.25", "0.75"), "guidance_interval", [0.25, 0.75]),
+        (("--guidance_every", "2"), "guidance_every", 2),
+    ):
+        path, facts = generate("--sample_steps", "4", "--guidance_weight", "3", *words)
+        assert facts[entry] == value
+        assert facts["evaluations"] == {"all": 6, "skipped": 0}
+        assert not np.array_equal(pixels(path), pixels(everywhere))
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -218,6 +267,12 @@ def test_default_name_replaces_nothing(
         contents[path] = Path(path).read_bytes()
     assert all(Path(path).read_bytes() == content for path, content in contents.items())
     assert len(list(Path("outputs").iterdir())) == 6  # a picture and its facts, three times
+
+
+def test_output_dir_is_where_new_names_go(cli: ModuleType, tiny: Path, tmp_path: Path) -> None:
+    words = ["--config", str(CONFIG), "--prompt", PROMPT, "--seed", "5", "--video_duration", "0", "--sample_steps", "1"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "mine")]) == 0
+    assert {path.name for path in (tmp_path / "mine").glob("*.png")} == {f"{PROMPT.replace(' ', '-')}_seed5.png"}
 
 
 def test_cache_dir_is_what_weights_stands_for(generate: Generate, tiny: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_what_cannot_fit_is_refused_with_what_can(cli: ModuleType, capsys: pytes
     assert cli.main(words("5s_sft", "--memory_gb", "12", "--host_memory_gb", "32")) == 2
     out, err = capsys.readouterr()
     assert "encode text" in out  # the table all the same
-    assert re.fullmatch(r"error: encode text takes .* What fits: --qwen_quantization\n", err)
+    assert re.fullmatch(r"error: expand prompt takes .*; encode text takes .* What fits: --qwen_quantization\n", err)
     assert cli.main(words("5s_sft", "--memory_gb", "12", "--host_memory_gb", "32", "--device_preset", "12gb")) == 0
 
 

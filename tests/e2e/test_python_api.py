@@ -137,15 +137,9 @@ def test_without_guidance_half_of_the_evaluations(
     assert sum(sizes) == evaluations
 
 
-@pytest.mark.parametrize("option", ["magcache", "quantized_qwen"])
-def test_what_is_not_built_is_refused(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option}=True: not part of this version"):
-        get_T2V_pipeline("cpu", conf_path=CONFIG, **{option: True})
-
-
 def test_wrong_requests_are_refused(pipe: TextToVideoPipeline) -> None:
     for options, message in (
-        ({"expand_prompts": True}, "not part of this version"),
+        ({"expand_prompts": True}, "can read and not write"),
         ({"text": ["a", 5]}, "must be a string"),
         ({"text": ""}, "the prompt is empty"),
         ({"width": 100}, "multiple of 16"),

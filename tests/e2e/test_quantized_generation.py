@@ -39,6 +39,11 @@ def load(**options: Any) -> Any:
     return get_T2V_pipeline("cpu", conf_path=CONFIGS / "config_tiny_t2v.yaml", **options)
 
 
+def encoders(pipe: Any) -> Any:
+    """The models behind the cache of embeddings."""
+    return pipe.text_embedder.embedder
+
+
 @pytest.fixture(scope="module")
 def full(tiny: Path) -> tuple[Tensor, Tensor]:
     return generate(load())
@@ -81,7 +86,7 @@ def test_a_written_checkpoint_generates_the_same(tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_qwen_in_nf4(tiny: Path, dtype: str) -> None:
     """All linear layers and nothing else; embeddings near those of full precision; CLIP untouched."""
-    full, quantized = load(dtype=dtype).text_embedder, load(dtype=dtype, quantized_qwen=True).text_embedder
+    full, quantized = encoders(load(dtype=dtype)), encoders(load(dtype=dtype, quantized_qwen=True))
     changed = {name for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
     assert changed == {name for name, m in full.qwen.named_modules(prefix="qwen") if isinstance(m, nn.Linear)}
     assert changed and all(isinstance(quantized.get_submodule(name), NF4Linear) for name in changed)
@@ -108,7 +113,7 @@ def test_qwen_sees_in_nf4() -> None:
     embeddings = []
     for quantized in (False, True):
         pipe = get_I2I_pipeline("cpu", conf_path=CONFIGS / "config_tiny_i2i.yaml", quantized_qwen=quantized)
-        visual = pipe.text_embedder.qwen.visual
+        visual = encoders(pipe).qwen.visual
         kinds = {type(module) for module in visual.modules() if isinstance(module, nn.Linear | QuantizedLinear)}
         assert kinds == {NF4Linear if quantized else nn.Linear}
         assert visual.patch_embed.proj.weight.is_floating_point()

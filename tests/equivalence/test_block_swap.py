@@ -107,6 +107,49 @@ def test_bit_for_bit_the_same_over_several_runs(resident: int, nabla: NablaConfi
         assert {parameter.device.type for parameter in dit.parameters()} == {"meta"}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("piece", [None, 256, 1000])
+def test_tensors_that_are_overwritten(piece: int | None) -> None:
+    """Between forwards, before the first stage and between stages; in one piece of memory or, as if pinned, in many."""
+    dit = random_dit()
+    question = inputs_for(dit)
+    other = copy.deepcopy(dit)
+    swap, placement = swapped(dit, 2)
+    assert swap.streamed == (1, 2, 4, 5, 6)
+    if piece is not None:
+        swap._host = [list(packed.split(piece)) for (packed,) in swap._host]
+        assert all(len(pieces) > 10 for pieces in swap._host)
+    generator = torch.Generator().manual_seed(1)
+
+    def change(*names: str) -> Tensor:
+        for name in names:
+            parameter = other.get_parameter(f"{PREFIX}{name}")
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            assert swap.streams(f"{PREFIX}{name}")
+            swap.overwrite(f"{PREFIX}{name}", parameter.double())  # in any dtype
+        return other(*question)
+
+    before = other(*question)
+    expected = change("1.feed_forward.in_layer.weight")
+    assert not torch.equal(expected, before)
+    with placement.use("dit"):
+        assert torch.equal(dit(*question), expected)
+        expected = change(
+            "6.cross_attention.to_key.bias", "5.self_attention.to_query.weight", "1.feed_forward.in_layer.weight"
+        )
+        assert torch.equal(dit(*question), expected)
+    expected = change("2.feed_forward.out_layer.weight", "4.visual_modulation.out_layer.weight")
+    with placement.use("dit"):
+        assert torch.equal(dit(*question), expected)
+    for name in (
+        f"{PREFIX}0.feed_forward.in_layer.weight",
+        f"{PREFIX}3.x",
+        "text_transformer_blocks.1.x",
+        "out_layer.x",
+    ):
+        assert not swap.streams(name)
+
+
 class Quantised(nn.Module):
     """What a quantised layer looks like: no floats but the scales, buffers of odd sizes and strides, and a scalar."""
 

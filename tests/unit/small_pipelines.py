@@ -82,7 +82,14 @@ def build(task: str, **options: Any) -> Pipeline:
     )  # fmt: skip
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dit_params=dit, num_steps=2),
+        model=dataclasses.replace(
+            config.model, dit_params=dit, num_steps=2,
+            text_embedder=dataclasses.replace(
+                config.model.text_embedder,
+                qwen=dataclasses.replace(config.model.text_embedder.qwen, emb_size=TEXT_DIM),
+                clip=dataclasses.replace(config.model.text_embedder.clip, emb_size=POOLED_DIM),
+            ),
+        ),
         generation=dataclasses.replace(
             config.generation, width=32, height=32, time_length=0.2 if task.endswith("v") else 0,
             resolutions=((32, 32), (48, 32)),

@@ -321,13 +321,6 @@ def test_missing_weights_name_the_download_and_what_runs_without(tmp_path: Path)
     )
 
 
-@pytest.mark.parametrize("name", ["magcache", "quantized_qwen"])
-def test_what_is_not_built_yet_is_refused(name: str) -> None:
-    with pytest.raises(ValueError) as error:
-        get_T2V_pipeline("cpu", conf_path=LITE_YAML, **{name: True})
-    assert_one_line(error, name, "not part of this version")
-
-
 @pytest.mark.parametrize(
     ("device_map", "parts"),
     [

@@ -307,7 +307,7 @@ WRONG: list[Wrong] = [
     ({"output_type": "gif"}, "choose one of uint8, pil, np, pt, latent"),
     ({"output_type": "latent", "save_path": "a.mp4"}, "makes no picture"),
     ({"save_path": "a.gif"}, "ends in '.gif'"),
-    ({"expand_prompts": True}, "not part of this version"),
+    ({"expand_prompts": True}, "can read and not write"),
     ({"num_steps": 0}, "from 1 to 1000"),
 ]
 

@@ -74,6 +74,7 @@ def check_advice(config: Config, plan: Plan) -> None:
         flags = dict(re.findall(r"--(\w+)(?: (\w+))?", way))
         assert flags
         runtime: dict[str, Any] = {name: flags.pop(name) for name in list(flags) if name == "dit_quantization"}
+        generation = {"expand_prompts": False} if flags.pop("expand_prompt", None) == "off" else {}
         runtime |= {"qwen_quantization": True} if flags.pop("qwen_quantization", None) is not None else {}
         size = {name: int(flags.pop(name)) for name in ("width", "height") if name in flags}
         if "video_duration" in flags:
@@ -84,7 +85,7 @@ def check_advice(config: Config, plan: Plan) -> None:
         if config.task == "i2v" and "width" not in size:
             size |= {"width": plan.request.width, "height": plan.request.height}
         request = resolve_request(config, "a cat", image_sizes=sizes, **size)
-        other = with_settings(config, runtime=runtime)
+        other = with_settings(config, runtime=runtime, generation=generation)
         assert make_plan(other, request, plan.machine, {}, dtype).refusal is None, way
 
 
@@ -107,10 +108,13 @@ def test_stages_add_up() -> None:
         planning.estimate(with_settings(config, runtime={"offload": value}), default_request(config), machine, models)
         for value in ("on", "off")
     )
-    assert [stage.name for stage in on] == ["encode text", "encode image", "denoise", "decode", "write"]
+    assert [s.name for s in on] == ["expand prompt", "encode text", "encode image", "denoise", "decode", "write"]
     text, vae, dit = models.text.size, models.vae.size, models.dit.size
-    assert [stage.weights for stage in on] == [text, vae, dit, vae, 0]
-    assert {stage.weights for stage in off} == {text + vae + dit}
+    assert models.writer is not None
+    writer = models.writer.size
+    assert writer == 2 * (544_997_376 + 676_550_144)  # the head, and the tower that sees the picture
+    assert [stage.weights for stage in on] == [text + writer, text, vae, dit, vae, 0]
+    assert [stage.weights for stage in off] == [text + vae + dit + writer] + 5 * [text + vae + dit]
     assert [stage.activations for stage in on] == [stage.activations for stage in off]
     for stage in (*on, *off):
         assert stage.gpu == planning.CUDA_CONTEXT + stage.weights + int(1.1 * stage.activations)
@@ -142,7 +146,7 @@ def test_magcache_and_quantisation_are_counted() -> None:
     assert int8.activations == plain.activations  # a weight that is made into numbers again is not at the peak
     picture = resolve_request(config, "a cat", time_length=0, width=512, height=512)
     few = [
-        plan_for(with_settings(config, runtime={"dit_quantization": scheme}), 24, request=picture).stages[1].activations
+        plan_for(with_settings(config, runtime={"dit_quantization": scheme}), 24, request=picture).stages[2].activations
         for scheme in (None, "int8", "fp8", "nf4")
     ]
     assert few[0] < few[3] < few[1] < few[2]  # where tokens are few, it is
@@ -319,6 +323,23 @@ def schemes_tried(config: Config, files: dict[str, Path], monkeypatch: pytest.Mo
     return seen
 
 
+def test_prompts_are_written_out_where_that_is_wanted_and_can_be_done(tmp_path: Path) -> None:
+    """Their stage is there for the published Qwen, and not where it is switched off or Qwen has no head."""
+
+    def stages(config: Config, **wishes: Any) -> list[str]:
+        files = planning.weight_files(config) if "tiny" in str(config.source) else {}
+        request = resolve_request(config, "a cat", **wishes)
+        return [s.name for s in make_plan(config, request, Machine(64 * GB, 48 * GB), files, "bfloat16").stages]
+
+    assert "expand prompt" in stages(config_of("5s_sft"))
+    assert "expand prompt" not in stages(config_of("5s_sft", None, "generation.expand_prompts=false"))
+    assert "expand prompt" not in stages(config_of("5s_sft"), expand_prompts=False)
+    assert "expand prompt" not in stages(config_of("tiny_t2v"))
+    plan = plan_for(config_of("5s_i2v"), 16)
+    assert plan.refusal is not None and "--expand_prompt off" in plan.refusal
+    check_advice(config_of("5s_i2v"), plan)
+
+
 def test_memory_of_a_container(tmp_path: Path) -> None:
     installed, limit = planning.host_memory(tmp_path / "none"), tmp_path / "memory.max"
     assert installed > 2**28
@@ -406,8 +427,10 @@ def test_report() -> None:
     assert lines[0].startswith(
         "config_5s_t2v_pro.yaml: 121 frames of 768x512, 47,616 tokens, 50 steps; 16.0 GB on the GPU"
     )
-    assert [line[:14].strip() for line in lines[2:7]] == ["stage", "encode text", "denoise", "decode", "write"]
-    assert len({len(line) for line in lines[2:7]}) == 1
+    assert [line[:14].strip() for line in lines[2:8]] == [
+        *("stage", "expand prompt", "encode text", "denoise", "decode", "write"),
+    ]
+    assert len({len(line) for line in lines[2:8]}) == 1
     assert re.search(r"^settings: runtime\.offload=on runtime\.blocks_on_gpu=\d+$", text, re.MULTILINE)
     assert re.search(r"streaming \d+ of 60 blocks: .* at 22 GB/s \(PCIe 4\), .*no time lost", text)
 

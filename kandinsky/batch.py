@@ -1,0 +1,468 @@
+"""Many prompts: a file of them in, an output for each, one after the other, over ranks, or on Ray Data.
+
+Three steps: `read_prompts` reads rows, `plan_jobs` checks all of them and leaves nothing open, and `run_in_turn` or
+`run_on_ray` makes the outputs. A row's seed, its output's name and the rank that makes it follow from the file and the
+flags alone, and not from what there is already or who runs. So a run that died is simply started again, and what it
+had made is left out.
+
+Knows pipelines only by what they can be called for, and no devices. Has no queue, lock or scheduler of its own:
+processes are started and ended by torchrun, which takes a share each, or actors by Ray, which hands rows out and hands
+them out again where an actor or a machine dies.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kandinsky import media
+from kandinsky.config import Config
+from kandinsky.request import MAX_SEED, Request, resolve_request
+
+if TYPE_CHECKING:
+    from kandinsky.models.text_embedder import TextEmbeddings
+    from kandinsky.pipelines.base import Inputs, Pipeline
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("prompt", "negative_prompt", "seed", "width", "height", "image", "output")
+NUMBERS = ("seed", "width", "height")
+ATTEMPTS = 3  # at a prompt on Ray whose actor dies, before it counts as failed
+FOREVER = timedelta(days=365)  # ranks finish hours apart
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt of the file and what stands beside it; `values` has the columns that are filled in."""
+
+    number: int  # from 1
+    line: int  # of the file, where it begins, from 1
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"row {self.number} (line {self.line})"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row with nothing left open."""
+
+    row: Row
+    request: Request  # of one sample
+    image: Path | None
+    output: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    job: Job
+    error: str | None = None  # why there is no output; None: there is one
+
+    def __str__(self) -> str:
+        prompt = " ".join(self.job.row.values["prompt"].split())
+        shortened = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+        return f'{self.job.row} "{shortened}": {self.error or self.job.output}'
+
+
+class RowMistakes(ValueError):
+    """What is wrong with a file's rows, a line each."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = list(mistakes)
+
+
+# ------------------------------------------------------------------------------------------------------------ rows in
+
+
+def read_prompts(path: str | Path) -> list[Row]:
+    """The rows of a .txt (a prompt a line), .csv (the first line names the columns) or .jsonl file (an object a line).
+
+    Columns are those of `COLUMNS`; others are left out, and a line of the log names them. Raises ValueError for a file
+    that cannot be read, and RowMistakes for rows that cannot.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: a file of prompts ends in {', '.join(readers)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it in that encoding") from None
+    except OSError as error:
+        raise ValueError(f"can't read {path}: {error.strerror}") from None
+
+    rows: list[Row] = []
+    mistakes: list[str] = []
+    unknown: dict[str, None] = {}  # a set that keeps the order
+    for line, given in readers[path.suffix.lower()](path, text):
+        if isinstance(given, str):
+            mistakes.append(f"{path}, line {line}: {given}")
+            continue
+        unknown |= dict.fromkeys(name for name in given if name not in COLUMNS)
+        filled = {name: given[name] for name in COLUMNS if given.get(name) not in (None, "")}
+        row = Row(len(rows) + 1, line, filled)
+        try:
+            rows.append(replace(row, values=_typed(filled)))
+        except ValueError as error:
+            mistakes.append(f"{path}, {row}: {error}")
+            rows.append(row)  # the numbers of those that follow stay right
+    if mistakes:
+        raise RowMistakes(mistakes)
+    if not rows:
+        raise ValueError(f"{path} has no prompts in it")
+    if unknown:
+        logger.info("%s: columns that mean nothing here are left out: %s", path, ", ".join(unknown))
+    return rows
+
+
+# Each reader gives the line where a row begins, and its values, or what is wrong with it.
+
+
+def _read_txt(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    # Not splitlines(): it also splits at characters that people paste into prompts.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    table = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        names = [name.strip() for name in next(table, [])]
+        if "prompt" not in names:
+            raise ValueError(f"{path}: no column is called prompt; the first line names {', '.join(names) or 'none'}")
+        while True:
+            line = table.line_num + 1
+            cells = next(table, None)
+            if cells is None:
+                return
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) > len(names):
+                yield line, f"{len(cells)} cells for {len(names)} columns: text with commas belongs in quotes"
+            else:
+                yield line, dict(zip(names, map(str.strip, cells), strict=False))
+    except csv.Error as error:
+        yield line, f"not readable as CSV: {error}"
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, f"not readable as JSON: {error}"
+            continue
+        if not isinstance(values, dict):
+            yield number, 'not an object like {"prompt": "..."}'
+        else:
+            yield number, values
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as whole numbers, also where a table wrote 7.0 or text; everything else must be text."""
+    typed = dict(values)
+    for name, value in values.items():
+        if name in NUMBERS:
+            try:
+                number = float(value) if not isinstance(value, bool) else math.nan
+            except (TypeError, ValueError):
+                number = math.nan
+            if not number.is_integer():
+                raise ValueError(f"{name} is {value!r}; it must be a whole number")
+            typed[name] = int(number)
+        elif not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}; it must be text")
+    return typed
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+def plan_jobs(
+    config: Config,
+    path: Path,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    image: Path | None = None,
+    seed: int | None = None,
+    **wishes: Any,
+) -> list[Job]:
+    """What each row comes to, all of them checked; makes the folders of the outputs.
+
+    Args:
+        path: of the file; pictures that rows name are looked for beside it.
+        folder: where outputs go whose rows name none, or no absolute path.
+        image: for the rows that name none.
+        seed: of the first row that says nothing else; later rows count up from it. None: from the row's number and
+            words, so that the same file gives the same outputs.
+        wishes: of all rows, those of `resolve_request`; a row's own values stand over them.
+
+    Raises RowMistakes with everything that is wrong in any row.
+    """
+    sizes: dict[Path, tuple[int, int]] = {}
+    jobs: list[Job] = []
+    mistakes: dict[int, str] = {}  # by row
+    row_of: dict[Path, Row] = {}
+    for row in rows:
+        try:
+            job = _plan(config, path.parent, row, folder, image, seed, wishes, sizes)
+            if (other := row_of.setdefault(job.output, row)) is not row:
+                raise ValueError(f"its output {job.output} is that of {other} as well: give each its own")
+            jobs.append(job)
+        except ValueError as error:
+            mistakes[row.number] = str(error)
+    if not mistakes:  # now there may be folders
+        for job in jobs:
+            try:
+                media.check_writable(job.output, suffix_of(job.request))
+            except ValueError as error:
+                mistakes[job.row.number] = str(error)
+    if len(mistakes) == len(rows) > 1 and len(set(mistakes.values())) == 1:  # what is wrong for all is no row's mistake
+        raise ValueError(mistakes[1])
+    if mistakes:
+        raise RowMistakes([f"{path}, {row}: {mistakes[row.number]}" for row in rows if row.number in mistakes])
+    return jobs
+
+
+def _plan(
+    config: Config,
+    images_folder: Path,
+    row: Row,
+    folder: Path,
+    image: Path | None,
+    seed: int | None,
+    wishes: Mapping[str, Any],
+    sizes: dict[Path, tuple[int, int]],
+) -> Job:
+    values = dict(row.values)
+    prompt = values.pop("prompt", "")
+    name = values.pop("output", None)
+    if "image" in values:
+        image = images_folder / values.pop("image")
+    image = None if image is None else image.absolute()
+    if image is not None and image not in sizes:
+        sizes[image] = media.load_image(image).size
+    if "seed" not in values:
+        values["seed"] = seed_of(row.number, prompt) if seed is None else seed_after(seed, row.number - 1)
+    if "negative_prompt" in values:
+        values["negative_caption"] = values.pop("negative_prompt")
+    image_sizes = [] if image is None else [sizes[image]]
+    request = resolve_request(config, prompt, image_sizes=image_sizes, **{**wishes, **values})
+    stem = f"{row.number:04d}_{media.output_stem(prompt, values['seed'])}"
+    return Job(row, request, image, folder / (name or stem + suffix_of(request)))
+
+
+def seed_of(number: int, prompt: str) -> int:
+    """The seed of a row that nobody gave one: another one for every row, the same in every run."""
+    words = f"{number} {prompt}".encode(errors="backslashreplace")
+    return int.from_bytes(hashlib.sha256(words).digest()[:4], "big")
+
+
+def seed_after(seed: int, steps: int) -> int:
+    """The seed that many further on, from the largest on to 0. One that is no seed is left for the check to find."""
+    return (seed + steps) % (MAX_SEED + 1) if 0 <= seed <= MAX_SEED else seed
+
+
+def suffix_of(request: Request) -> str:
+    return media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
+
+
+def left_to_do(jobs: Sequence[Job], resume: bool) -> list[Job]:
+    """The jobs whose outputs aren't there. Raises ValueError where some are and nobody said to `resume`."""
+    todo = [job for job in jobs if not job.output.exists()]
+    if done := len(jobs) - len(todo):
+        if not resume:
+            example = next(job.output for job in jobs if job.output.exists())
+            raise ValueError(
+                f"{done} of {len(jobs)} outputs are there already, like {example}: --resume makes the others; "
+                "to make all of them again, name another --output_dir"
+            )
+        logger.info("%d of %d outputs are there already", done, len(jobs))
+    return todo
+
+
+# --------------------------------------------------------------------------------------------------- one after another
+
+
+def run_in_turn(pipeline: Pipeline, jobs: Sequence[Job], progress: bool = True) -> Iterator[Outcome]:
+    """Make the outputs, and tell of each when it is there or has failed. A failure costs one output, never the others.
+
+    All prompts are encoded before the first is denoised: an offloaded text encoder is loaded once and not for each.
+    Their embeddings wait in host memory, about 2 MB a prompt.
+    """
+    encoded: dict[int, tuple[Request, Inputs]] = {}
+    negatives: dict[object, TextEmbeddings] = {}
+    with pipeline.placement.use("text_embedder"):
+        for job in jobs:
+            try:
+                encoded[job.row.number] = _encode(pipeline, job, negatives)
+            except Exception as error:
+                yield Outcome(job, _reason(error))
+    for position, job in enumerate(jobs, 1):
+        if job.row.number not in encoded:
+            continue
+        logger.info("%d of %d, %s: %s", position, len(jobs), job.row, job.request.samples[0].text)
+        try:
+            request, inputs = encoded.pop(job.row.number)
+            pipeline.generate(request, replace(inputs, images=_images(job)), save_path=job.output, progress=progress)
+        except Exception as error:
+            yield Outcome(job, _reason(error))
+        else:
+            yield Outcome(job)
+
+
+def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings]) -> tuple[Request, Inputs]:
+    """What the pipeline takes, with embeddings in place of words and without the picture."""
+    import torch
+
+    from kandinsky.pipelines.base import Inputs
+
+    request, images = job.request, _images(job)
+    # The same negative prompt is encoded once, where the text encoder sees no picture beside it.
+    picture = (job.image, request.width, request.height) if pipeline.config.task == "i2i" else None
+    key = (request.samples[0].negative_caption, picture)
+    inputs = Inputs(images, [str(job.image)] if images else [], negative_prompt_embeds=negatives.get(key))
+    fitted = [media.fit_image(image, request.width, request.height) for image in images]
+    request = pipeline.expand_prompts(request, fitted)
+    with torch.no_grad():
+        branches = pipeline.encode_prompts(request, inputs, fitted)
+    embeds = {branch: texts[0].to("cpu") for branch, texts in branches.items()}
+    if "uncond" in embeds:
+        negatives[key] = embeds["uncond"]
+    return request, replace(
+        inputs, images=(), prompt_embeds=embeds["cond"], negative_prompt_embeds=embeds.get("uncond")
+    )
+
+
+def _images(job: Job) -> list[Any]:
+    return [] if job.image is None else [media.load_image(job.image)]
+
+
+def _reason(error: Exception) -> str:
+    """Why a prompt failed, in one line. What no user can have caused is told in the log in full."""
+    name, words = type(error).__name__, " ".join(str(error).split())
+    if name == "OutOfMemoryError":
+        return "out of GPU memory"
+    if isinstance(error, ValueError | OSError):
+        return words
+    logger.error("a prompt failed unexpectedly", exc_info=error)
+    return f"{name}: {words}"
+
+
+# --------------------------------------------------------------------------------------------------------- over ranks
+
+
+def failures_of_all_ranks(failed: Sequence[str]) -> list[str]:
+    """On rank 0 of torchrun all ranks' failures, in rank order, once the last one is done; elsewhere none, at once.
+
+    torchrun ends all processes as soon as one reports an error. So only rank 0 may do that, and only at the end.
+    Outside of torchrun every process speaks for itself: its own failures.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if not dist.is_torchelastic_launched():
+        return list(failed)
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=FOREVER)))
+    store.set(f"failed_prompts/{rank}", json.dumps(list(failed)))
+    if rank != 0:
+        return []
+    return [line for rank in range(world_size) for line in json.loads(store.get(f"failed_prompts/{rank}"))]
+
+
+# ------------------------------------------------------------------------------------------------------------- on Ray
+
+
+class Maker:
+    """An actor of Ray Data: a loaded pipeline, which makes the outputs of the rows it is given."""
+
+    def __init__(self, load: Callable[[], Pipeline], jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        self.pipeline: Pipeline | None = None
+        try:
+            self.pipeline = load()
+        except (ValueError, OSError) as error:  # what a user can mend is told by the first row, in one line
+            self.refusal = str(error)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """For "index" of some jobs, their "error" (empty: the output is there), or why no pipeline could be loaded."""
+        indices = list(batch["index"])
+        if self.pipeline is None:
+            return {"index": indices, "error": [""] * len(indices), "refusal": [self.refusal] * len(indices)}
+        jobs = [self.jobs[index] for index in indices]
+        # An actor may have died after the output was there and before anybody heard of it.
+        todo = [job for job in jobs if not job.output.exists()]
+        errors = {outcome.job.row.number: outcome.error for outcome in run_in_turn(self.pipeline, todo, progress=False)}
+        errors_by_job = [errors.get(job.row.number) or "" for job in jobs]
+        return {"index": indices, "error": errors_by_job, "refusal": [""] * len(indices)}
+
+
+def run_on_ray(
+    load: Callable[[], Pipeline], jobs: Sequence[Job], address: str, actors: int | None = None, use_gpus: bool = True
+) -> Iterator[Outcome]:
+    """Make the outputs on a Ray cluster; tells of each in the order in which they end.
+
+    Every actor loads a pipeline and has a GPU to itself where the cluster has any. Ray restarts actors that die, on
+    other machines where it must, and gives their rows out again, `ATTEMPTS` times. A row is a task: an offloaded text
+    encoder is loaded for each.
+
+    Args:
+        load: called in each actor. It must find code and weights there, and the outputs' folder is the same on all
+            machines.
+        address: "local" starts a Ray of our own, "auto" finds the cluster that this machine belongs to; or any other
+            address of `ray.init`.
+        actors: None takes one for each GPU that the cluster has now, or one where it has none.
+
+    Raises ValueError where Ray is not installed or no pipeline could be loaded, ConnectionError without a cluster.
+    """
+    try:
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+        from ray.util.annotations import RayDeprecationWarning
+    except ImportError:
+        raise ValueError("--ray_address needs Ray Data: pip install 'ray[data]'") from None
+
+    ray.init(address=address)
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if use_gpus else 0
+        # A prompt whose actor died in every attempt is dropped, and missing at the end; the others go on.
+        DataContext.get_current().max_errored_blocks = len(jobs)
+        rows = ray.data.from_items([{"index": index} for index in range(len(jobs))], override_num_blocks=len(jobs))
+        with warnings.catch_warnings():
+            # Ray 2.64 takes its last two arguments away: attempts are unlimited then, which is what it warns of.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            made = rows.map_batches(
+                Maker,
+                fn_constructor_args=(load, jobs),
+                batch_size=1,
+                # One at a time, so that the death of an actor is an attempt at one row and not at those behind it.
+                compute=ActorPoolStrategy(size=actors or max(gpus, 1), max_tasks_in_flight_per_actor=1),
+                num_gpus=1 if gpus else 0,
+                max_restarts=-1,
+                max_task_retries=ATTEMPTS - 1,
+            )
+        missing = dict(enumerate(jobs))
+        for row in made.iter_rows():
+            if row["refusal"]:
+                raise ValueError(row["refusal"])
+            yield Outcome(missing.pop(row["index"]), row["error"] or None)
+        for job in missing.values():
+            yield Outcome(job, f"its actor died {ATTEMPTS} times")
+    finally:
+        ray.shutdown()

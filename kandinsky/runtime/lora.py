@@ -1,0 +1,184 @@
+"""LoRA adapters added to a DiT's weights: what a run computes with costs no time and no memory more than without.
+
+What is merged is always computed from the weights in the checkpoint's file, never from what was merged before. So
+every change is exact, and taking all adapters out gives back each bit. The price is that a change reads the layers in
+question again, from memory that the system keeps anyway or else from disk: seconds for a 2B model. No second copy of
+the weights exists, on the host or on the device. The adapters' own matrices stay in host memory.
+
+A weight gets its adapters where it is: on the device in place, so that nothing a compiler has looked at changes; in
+host memory where its block streams; and while it is brought where the DiT is offloaded (`Adapters.merge`). All of them
+compute on the device, in float32, and round once, and so to the same bits. To quantised weights nothing can be added
+exactly: there the matrices are on the device, in float32, and are added whenever a weight is dequantised.
+
+Knows neither devices nor where files are; the file format is kandinsky.lora_file's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky.config import DiTConfig
+from kandinsky.lora_file import AdapterConfig, LoraFile, read_lora
+from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.quantization import LowRank, QuantizedLinear, add_low_rank
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What an adapter adds to one layer: scale * up @ down. On the host, in the file's dtype."""
+
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    path: str
+    trigger: str
+    layers: dict[str, Matrices]
+
+
+class Adapters:
+    """The adapters of one DiT, by name; a part of its placement (see `kandinsky.runtime.offload.Part`).
+
+    Args:
+        dit: layers may be quantised, on the meta device, or stream. Who wraps parts of it does so after this.
+        params: its sizes.
+        originals: gives the checkpoint's tensors by name, on the host in any dtype, all but those of quantised layers.
+            Called when the first weight is merged, and then for each change.
+        device: where the DiT runs.
+    """
+
+    def __init__(
+        self,
+        dit: nn.Module,
+        params: DiTConfig,
+        originals: Callable[[], Mapping[str, Tensor]],
+        device: torch.device,
+    ) -> None:
+        self.swap: BlockSwap | None = None  # what streams blocks, where there are any
+        self._params = params
+        self._originals = originals
+        self._device = device
+        self._modules = {name: m for name, m in dit.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)}
+        self._adapters: dict[str, Adapter] = {}
+        self._scales: dict[str, float] = {}  # of those that are active
+        self._changed: set[str] = set()  # layers that may have other weights than their own
+        self._present = False  # whether the DiT is on its device
+
+    # --- which there are ----------------------------------------------------------------------------------------------
+
+    def load(self, adapter_config: AdapterConfig, path: Any, name: str = "default", trigger: str | None = None) -> None:
+        """Read a file and make its adapter the only active one. Arguments and errors: `Pipeline.load_adapter`."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"adapter_name is {name!r}; it must be a string")
+        self.add(name, read_lora(path, self._params, adapter_config), trigger)
+        self.activate({name: 1.0})
+
+    def add(self, name: str, file: LoraFile, trigger: str | None = None) -> None:
+        """Read the matrices of a file into memory, in the place of an adapter of the same name.
+
+        Nothing is merged before `activate`. Raises ValueError for numbers that are not finite.
+        """
+        layers = _read_matrices(file)
+        logger.info("adapter %s: %d layers of %s, alpha from %s", name, len(layers), file.path, file.alpha_from)
+        self._adapters[name] = Adapter(str(file.path), file.trigger if trigger is None else trigger, layers)
+
+    def activate(self, scales: Mapping[str, float]) -> None:
+        """Have exactly these adapters in the weights, each times its scale. Raises ValueError for unknown names."""
+        for name, scale in scales.items():
+            if name not in self._adapters:
+                known = ", ".join(self._adapters) or "none: load_adapter comes first"
+                raise ValueError(f"there is no adapter {name!r}; loaded are {known}")
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+                raise ValueError(f"the scale of {name} is {scale!r}; it must be a finite number")
+        self._scales = {name: float(scale) for name, scale in scales.items()}
+        wanted = {layer for name, scale in self._scales.items() if scale for layer in self._adapters[name].layers}
+        # Should something fail on the way, like memory, then the next change mends what this one left.
+        self._changed |= wanted
+        self._rewrite(self._changed)
+        self._changed = wanted
+
+    @property
+    def active(self) -> list[dict[str, Any]]:
+        """Name, path, scale and trigger of the active adapters."""
+        return [
+            {"name": name, "path": self._adapters[name].path, "scale": scale, "trigger": self._adapters[name].trigger}
+            for name, scale in self._scales.items()
+        ]
+
+    # --- into the weights ---------------------------------------------------------------------------------------------
+
+    def merge(self, name: str, weight: Tensor) -> Tensor:
+        """A parameter on the device with what is active added: a new tensor, or the same where nothing is."""
+        update = self._update(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return weight if update is None else add_low_rank(weight, update)
+
+    def begin(self) -> None:
+        self._present = True
+        self._rewrite(layer for layer in self._changed if isinstance(self._modules[layer], QuantizedLinear))
+
+    def end(self) -> None:
+        self._present = False
+        self._rewrite(layer for layer in self._changed if isinstance(self._modules[layer], QuantizedLinear))
+
+    def _update(self, layer: str) -> LowRank | None:
+        """What the active adapters add to a layer, all in one, on the device."""
+        ups, downs = [], []
+        for name, scale in self._scales.items():
+            own = self._adapters[name].layers.get(layer)
+            if own is not None and scale:
+                ups.append(own.up.to(self._device).float() * (own.scale * scale))
+                downs.append(own.down.to(self._device).float())
+        return LowRank(torch.cat(ups, dim=1), torch.cat(downs)) if ups else None
+
+    @torch.no_grad()
+    def _rewrite(self, layers: Iterable[str]) -> None:
+        """Give layers the weights that they shall have now, wherever these are."""
+        for layer in layers:
+            module = self._modules[layer]
+            if isinstance(module, QuantizedLinear):
+                module.low_rank = self._update(layer) if self._present else None
+                continue
+            name = f"{layer}.weight"
+            streams = self.swap is not None and self.swap.streams(name)
+            if module.weight.is_meta and not streams:
+                continue  # it is merged when it is brought
+            own = self._originals()[name].to(device=self._device, dtype=module.weight.dtype)
+            merged = self.merge(name, own)
+            if streams:
+                assert self.swap is not None
+                self.swap.overwrite(name, merged)
+            else:
+                module.weight.copy_(merged)
+
+
+def _read_matrices(file: LoraFile) -> dict[str, Matrices]:
+    from safetensors import safe_open
+
+    layers = {}
+    with safe_open(file.path, framework="pt") as tensors:
+
+        def read(name: str) -> Tensor:
+            tensor = tensors.get_tensor(name).clone()  # into memory: the file may be written again while it is in use
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file.path}: {name} has NaN or infinite values in it")
+            return tensor
+
+        for layer, names in file.layers.items():
+            scale = names.scale
+            if scale is None:
+                assert names.alpha is not None
+                scale = read(names.alpha).item() / names.rank
+            layers[layer] = Matrices(read(names.up), read(names.down), scale)
+    return layers
