@@ -234,7 +234,7 @@ def touch(pipe: Pipeline) -> None:
     weights = [*pipe.dit.parameters(), *pipe.dit.buffers(), *pipe.vae.parameters()]
     if isinstance(pipe.placement, OffloadPlacement):
         parts = [part for some in pipe.placement.parts.values() for part in some if isinstance(part, Offloaded)]
-        weights += [weight for part in parts for _, weight in part._slots]
+        weights += [weight for part in parts for *_, weight in part._slots]
     for weight in weights:
         if not weight.is_meta and weight.is_contiguous():
             weight.detach().flatten().view(torch.uint8).sum()
