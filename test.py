@@ -13,6 +13,7 @@ Several GPUs make one output together where a launcher starts this program once 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -28,6 +29,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from kandinsky.config import Config
     from kandinsky.pipelines.base import Pipeline
+    from kandinsky.plan import Machine
+    from kandinsky.request import Request
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
 # Flags that stand for a value of the YAML: flag -> (key, help).
@@ -164,6 +167,14 @@ def build_parser() -> Parser:
         if flag in ("blocks_on_gpu", "cfg_parallel", "preview"):
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
+    parser.add_argument(
+        "--device_preset", metavar="NAME", help="settings for 8gb, 12gb, 16gb, 24gb, 48gb, 80gb or a cpu"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what it would take, and load nothing")
+    parser.add_argument(
+        "--memory_gb", type=float, metavar="GB", help="for --plan: a GPU of that size, not the one here"
+    )
+    parser.add_argument("--host_memory_gb", type=float, metavar="GB", help="for --plan: likewise the host's memory")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")
@@ -181,6 +192,14 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return [*args.overrides, *flags]
 
 
+def config_for(args: argparse.Namespace) -> Config:
+    """The variant's config, under the device's preset, under the flags."""
+    from kandinsky.config import load_config, preset_file
+
+    presets = [] if args.device_preset is None else [preset_file(args.device_preset)]
+    return load_config(args.config, overrides_of(args), presets)
+
+
 def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
     """What flags ask of every request; arguments of `resolve_request`."""
     return {
@@ -195,6 +214,69 @@ def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_every": args.guidance_every,
         "negative_caption": args.negative_prompt,
     }
+
+
+def plan(args: argparse.Namespace) -> str:
+    """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
+    from kandinsky.plan import make_plan, plan_decoding, report, weight_files
+
+    if args.decode_latents is not None:
+        make = plan_decoding
+        config, request = recorded(args)
+    else:
+        make = make_plan
+        config, request = asked(args)
+    machine = planned_machine(args)
+    dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
+    made = make(config, request, machine, weight_files(config, args.cache_dir), dtype)
+    if made.refusal is not None:
+        print(report(made))
+        raise ValueError(made.refusal)
+    return report(made)
+
+
+def asked(args: argparse.Namespace) -> tuple[Config, Request]:
+    """What flags ask for; where they name no prompt and no picture, of any prompt, and a picture of the usual size."""
+    from kandinsky import media
+    from kandinsky.request import resolve_request
+
+    config = config_for(args)
+    sizes = [(config.generation.width, config.generation.height)] if config.task in ("i2v", "i2i") else []
+    if args.image is not None:
+        sizes = [media.load_image(args.image).size]
+    prompt = "a prompt" if args.prompt is None else args.prompt
+    return config, resolve_request(config, prompt, image_sizes=sizes, **wishes_of(args))
+
+
+def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
+    """What a run that died was for, as far as its decoding goes."""
+    from kandinsky import latents_file
+    from kandinsky.config import config_from_dict
+    from kandinsky.plan import default_request
+
+    records = latents_file.read_records(args.decode_latents)
+    config = config_from_dict(records[0]["config"], overrides_of(args))
+    request = default_request(config)
+    sizes = {name: records[0][name] for name in ("width", "height", "num_frames", "num_steps")}
+    return config, dataclasses.replace(request, samples=request.samples * len(records), **sizes)
+
+
+def planned_machine(args: argparse.Namespace) -> Machine:
+    """The machine that flags describe, or this one."""
+    from kandinsky.plan import GB, Machine, host_memory
+
+    for flag in ("memory_gb", "host_memory_gb"):
+        if (size := getattr(args, flag)) is not None and not size > 0:
+            raise ValueError(f"--{flag} is {size:g}; it must be more than 0 (GB of 2^30 bytes)")
+    host = host_memory() if args.host_memory_gb is None else args.host_memory_gb * GB
+    if args.device == "cpu":
+        return Machine(host)
+    if args.memory_gb is not None:
+        return Machine(host, args.memory_gb * GB)
+    from kandinsky.loading import machine_memory
+    from kandinsky.runtime.placement import parse_device_map
+
+    return dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
 
 
 def download(args: argparse.Namespace, config: Config, launch: Launch) -> None:
@@ -221,11 +303,11 @@ def download(args: argparse.Namespace, config: Config, launch: Launch) -> None:
 def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
     from kandinsky import latents_file, lora_file, media
-    from kandinsky.config import check_processes, load_config
+    from kandinsky.config import check_processes
     from kandinsky.request import resolve_request
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
-    config = load_config(args.config, overrides_of(args))
+    config = config_for(args)
     check_processes(config, launch.size)
     images = [] if args.image is None else [media.load_image(args.image)]
     sizes = [image.size for image in images]
@@ -253,6 +335,7 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
         attention_engine=args.attention_engine,
         dtype=args.dtype,
         processes=launch.processes,
+        request=request,
     )
     with stop_after_step(pipeline):
         inputs = Inputs(images, [str(args.image)] if images else [])
@@ -315,7 +398,6 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
 def run_many(args: argparse.Namespace) -> int:
     """Generate from every row of a file and print what is there; how many rows failed. Raises as `run` does."""
     from kandinsky import batch
-    from kandinsky.config import load_config
 
     for flag in ("prompt", "output_filename"):
         if getattr(args, flag) is not None:
@@ -323,7 +405,7 @@ def run_many(args: argparse.Namespace) -> int:
                 f"--prompts_file has its own prompts and its own names, in --output_dir: leave --{flag} out"
             )
     rank, world_size = processes(args)
-    config = load_config(args.config, overrides_of(args))
+    config = config_for(args)
     folder = args.output_dir or Path("outputs") / args.prompts_file.stem
     rows = batch.read_prompts(args.prompts_file)
     jobs = batch.plan_jobs(config, args.prompts_file, rows, folder.absolute(), image=args.image, **wishes_of(args))
@@ -338,6 +420,8 @@ def run_many(args: argparse.Namespace) -> int:
         is_local = args.data_parallel and args.device in (None, "cuda")
         device = device_of_rank(int(os.environ.get("LOCAL_RANK", rank))) if is_local else args.device
         options = {"attention_engine": args.attention_engine, "dtype": args.dtype}
+        # Settings that are left open are decided so that the largest of them fits.
+        options["request"] = max((job.request for job in jobs), key=lambda one: one.width * one.height * one.num_frames)
         load = partial(load_pipeline, config, device, Path(args.cache_dir).absolute(), **options)
         if args.ray_address is None:
             outcomes = batch.run_in_turn(load(), jobs, progress=world_size == 1)
@@ -400,8 +484,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     # torch.distributed.launch adds the number that it also has in the environment, with a name like no flag of ours.
     args = parser.parse_intermixed_args([word for word in words if not word.startswith("--local-rank=")])
-    if all(given is None for given in (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)):
+    starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)
+    if all(given is None for given in starts) and not args.plan:
         parser.error("the following arguments are required: --prompt")
+    for flag in ("prompts_file", "resume_from"):
+        if args.plan and getattr(args, flag) is not None:
+            parser.error(f"--plan is for one request, or for --decode_latents: leave --{flag} out")
     work = finish if args.decode_latents is not None else resume if args.resume_from is not None else run
     if work is not run:
         given = [flag for flag in FIXED_BY_A_FILE if getattr(args, flag) is not None]
@@ -423,6 +511,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
+        if args.plan:
+            print(plan(args))
+            return 0
         if args.prompts_file is not None:
             return 1 if run_many(args) else 0
         output = work(args, launch)
@@ -447,7 +538,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
-            memory = "out of GPU memory: try a smaller --width and --height or a shorter --video_duration"
+            memory = "out of GPU memory: --plan says what fits; or try a smaller --width and --height, or less duration"
             return fail(launch, memory)
         if launch.size == 1:
             raise

@@ -43,6 +43,8 @@ MAX_PATCHES = 128
 MAX_TEXT_TOKENS = 1024
 MAX_SECONDS = 21  # 24 fps, 4 frames to a latent frame: 21 s are 127 latent frames
 
+DEVICE_PRESETS = Path(__file__).resolve().parent.parent / "configs" / "devices"
+
 # Keys seen in other people's YAML files that do nothing here. Most of them never did anything anywhere.
 IGNORED_KEYS = (
     "model.attention.causal",
@@ -116,6 +118,7 @@ class VAEConfig:
     name: Literal["hunyuan", "flux"] = "hunyuan"
     spatial_tile: int = 768  # pixels
     spatial_overlap: int = 64  # pixels, at least
+    memory_budget_gb: float | None = None  # of 2^30 bytes, for decoding: tiles shrink until it is enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +177,7 @@ class RuntimeConfig:
     blocks_on_gpu: int | None = None  # visual blocks that stay there, the others stream in; None: as many as fit
     dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
     qwen_quantization: bool = False  # NF4
+    chunk_tokens: int | None = None  # feed-forward and QKV run over as many tokens at a time; None: over all at once
     preview: int | None = None  # write a small preview beside the output after every n-th step
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
     cfg_parallel: int = 1  # 2: of several processes, one half evaluates the prompt, the other the negative prompt
@@ -208,15 +212,16 @@ class Config:
     source: Path | None = dataclasses.field(default=None, metadata={"in_yaml": False})
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Sequence[str | Path] = ()) -> Config:
     """Read and check a YAML file.
 
-    overrides: "dotted.key=value" strings, value in YAML syntax, applied over the file ("model.num_steps=20").
+    presets: YAML files with some of the keys, laid over the file one after the other (see `preset_file`).
+    overrides: "dotted.key=value" strings, value in YAML syntax, applied over all files ("model.num_steps=20").
     Raises ValueError, naming file, key, value and what is allowed, for anything that is not as it should be.
     """
     path = Path(path)
     try:
-        return _from_raw(_read_yaml(path, overrides), path)
+        return _from_raw(_read_yaml(path, overrides, [Path(preset) for preset in presets]), path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -318,7 +323,18 @@ def _plain(value: Any) -> Any:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read_yaml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def preset_file(name: str) -> Path:
+    """The file of a preset in configs/devices/: "12gb" or "cpu". Raises ValueError for one that there isn't."""
+    path = DEVICE_PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(
+            (file.stem for file in DEVICE_PRESETS.glob("*.yaml")), key=lambda stem: (stem.isalpha(), len(stem), stem)
+        )
+        raise ValueError(f"there is no device preset {name!r}: choose one of {', '.join(names)}")
+    return path
+
+
+def _read_yaml(path: Path, overrides: Sequence[str], presets: Sequence[Path]) -> dict[str, Any]:
     import yaml  # comes with OmegaConf
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -329,10 +345,11 @@ def _read_yaml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError("no such config file" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     _check_overrides(overrides)
     try:
-        config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
+        layers = [OmegaConf.load(file) for file in (path, *presets)]
+        config = layers[0]
+        if not all(isinstance(layer, DictConfig) for layer in layers) or not isinstance(config, DictConfig):
             raise ValueError("not a config: the file is not a mapping of keys to values")
-        config.merge_with(OmegaConf.from_dotlist(list(overrides)))
+        config.merge_with(*layers[1:], OmegaConf.from_dotlist(list(overrides)))
         raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from None
@@ -606,6 +623,9 @@ def _check(config: Config) -> None:
         f"a multiple of 8 and at most half of spatial_tile = {tile} (pixels)",
     )
 
+    budget = vae.memory_budget_gb
+    require(budget is None or budget > 0, "model.vae.memory_budget_gb", budget, "more than 0 (GB of 2^30 bytes)")
+
     same_as = "model.dit_params.{} = {}, which the DiT takes it as"
     for section, size, name, dim in (
         ("qwen", qwen.emb_size, "in_text_dim", dit.in_text_dim),
@@ -641,6 +661,8 @@ def _check(config: Config) -> None:
     require(preview is None or preview >= 1, "runtime.preview", preview, "at least 1 step, or left out")
     blocks = config.runtime.blocks_on_gpu
     require(blocks is None or blocks >= 1, "runtime.blocks_on_gpu", blocks, "at least 1, or left out")
+    chunk = config.runtime.chunk_tokens
+    require(chunk is None or chunk >= 64, "runtime.chunk_tokens", chunk, "at least 64, or left out")
     runtime = config.runtime
     require(runtime.cfg_parallel in (1, 2), "runtime.cfg_parallel", runtime.cfg_parallel, "1 or 2")
     for key, is_used in (

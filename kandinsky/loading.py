@@ -38,7 +38,7 @@ from kandinsky.checkpoints import (
     resolve_path,
     strip_prefix,
 )
-from kandinsky.config import Config, DiTConfig, check_processes, load_config, with_settings
+from kandinsky.config import Config, DiTConfig, check_processes, load_config, preset_file, with_settings
 from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.text_embedder import (
@@ -55,8 +55,10 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.plan import CUDA_CONTEXT, Machine, host_memory, resolve_runtime
 from kandinsky.preview import load_latent_rgb
 from kandinsky.prompt_expansion import PromptExpander
+from kandinsky.request import Request
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.compile import compile_blocks, is_wanted, keep_compiled_code, model_evaluations
 from kandinsky.runtime.lora import Adapters
@@ -100,11 +102,13 @@ def load_pipeline(
     vae_path: str | Path | None = None,
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
+    request: Request | None = None,
     read_text_encoders: bool = True,
     processes: Processes | None = None,
 ) -> Pipeline:
     """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
 
+    request: what it is loaded for, if that is known: settings that are left open are decided so that this fits.
     read_text_encoders: False for `Pipeline.resume`, which needs none.
     """
     check_processes(config, processes.size if processes else 1)
@@ -127,6 +131,10 @@ def load_pipeline(
     qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
     clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
     loras = configured_loras(config, cache_dir)
+    files = {"dit": dit_path, "vae": vae_path, "qwen": qwen_path, "clip": clip_path}
+    # Whoever spreads the models over devices or processes has a plan.
+    if processes is None and len(set(devices.values())) == 1:
+        config = resolve_runtime(config, request, machine_memory(devices["dit"]), files, dtype_name(resolved_dtype))
 
     # What visual self-attention is computed with, dense or block by block.
     is_nabla = model.attention.type == "nabla"
@@ -159,6 +167,7 @@ def load_pipeline(
     else:
         dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     setattr(dit, "block_sparse" if is_nabla else "attention", engine)
+    dit.set_chunk_tokens(config.runtime.chunk_tokens)
     if compiled:
         compile_blocks(dit)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
@@ -296,6 +305,7 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
         *,
         dtype: str | torch.dtype | None = None,
         overrides: Sequence[str] = (),
+        device_preset: str | None = None,
         config: Config | None = None,
         processes: Processes | None = None,
         **runtime: Any,
@@ -314,17 +324,19 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             text_token_padding: padding never reaches the model here, which is exact; accepted for compatibility.
             attention_engine: instead of the config's `model.attention.engine`.
             dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 on a GPU and float32 on a CPU.
-            overrides: "key.key=value" over the YAML.
-            config: an already loaded config instead of `conf_path` and `overrides`.
+            overrides: "key.key=value" over the YAML and the preset.
+            device_preset: a file of configs/devices/, over the YAML: "8gb" to "80gb", or "cpu".
+            config: an already loaded config instead of `conf_path`, `device_preset` and `overrides`.
             processes: those that make one output together, from `Processes.join`, each of which calls this with the
                 same arguments. Without a device_map each takes the GPU of its number on its machine.
             runtime: any key of the YAML's section `runtime`, such as compile="off" or blocks_on_gpu=8.
 
         Raises:
-            ValueError: a file is missing, damaged or of another variant, or an argument is wrong; before weights are
-                read.
+            ValueError: a file is missing, damaged or of another variant, an argument is wrong, or what the config makes
+                does not fit this machine; before weights are read.
         """
-        config = config or load_config(conf_path or DEFAULT_CONFIGS[task], overrides)
+        presets = [] if device_preset is None else [preset_file(device_preset)]
+        config = config or load_config(conf_path or DEFAULT_CONFIGS[task], overrides, presets)
         wishes = {**runtime, **({"offload": True} if offload else {})}
         wishes |= {"qwen_quantization": True} if quantized_qwen else {}
         config = with_settings(config, runtime=wishes, magcache={"enabled": True} if magcache else {})
@@ -361,10 +373,23 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     """The dtype to compute in. Raises ValueError for one that models can't run in."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16 and its other spellings."""
+    return str(dtype).removeprefix("torch.")
+
+
+def machine_memory(device: torch.device) -> Machine:
+    """What there is to fit into: the host's memory, and what is free on the GPU if `device` is one."""
+    if device.type == "cpu":
+        return Machine(host_memory())
+    free, total = torch.cuda.mem_get_info(device)  # makes the context, if there was none
+    return Machine(host_memory(), min(free + CUDA_CONTEXT, total))
 
 
 def load_dit(

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from kandinsky.attention.block_sparse import BlockSparseAttention, sdpa_block_sparse
 from kandinsky.attention.engines import Attention, sdpa
 from kandinsky.attention.nabla import NablaConfig, NablaTables, nabla_attention, nabla_tables
-from kandinsky.models.layers import OutLayer, TextBlock, TextProjection, TimeEmbeddings, VisualBlock, VisualEmbeddings
+from kandinsky.models.layers import (
+    FeedForward,
+    MultiheadAttention,
+    OutLayer,
+    TextBlock,
+    TextProjection,
+    TimeEmbeddings,
+    VisualBlock,
+    VisualEmbeddings,
+)
 from kandinsky.models.rope import RotaryTable, text_rotary_table, visual_rotary_table
 
 Grid = tuple[int, int, int]
@@ -127,6 +136,12 @@ class DiffusionTransformer3D(nn.Module):
             text_rope=text_rotary_table(text_length, self.head_dim, device),
             nabla=blocks,
         )
+
+    def set_chunk_tokens(self, chunk_tokens: int | None) -> None:
+        """Feed-forwards, queries, keys and values over that many tokens at a time; None: all at once. Exact."""
+        for module in self.modules():
+            if isinstance(module, FeedForward | MultiheadAttention):
+                module.chunk_tokens = chunk_tokens
 
     def embed(
         self,

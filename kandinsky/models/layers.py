@@ -8,6 +8,7 @@ dtype; everything else runs in the dtype of the weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,24 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update for x, update (B, N, D) and gate (B, 1, D); in the gate's float32, result as x."""
     return torch.addcmul(x, gate, update).to(x.dtype)
+
+
+def by_chunks(function: Callable[[Tensor, slice], Tensor], x: Tensor, chunk_tokens: int | None) -> Tensor:
+    """function(x[:, tokens], tokens) for `chunk_tokens` tokens of x (B, N, D) at a time, as one (B, N, ...).
+
+    What the function makes on its way then exists for one chunk only. None: for all tokens at once.
+    """
+    num_tokens = x.shape[1]
+    if chunk_tokens is None or num_tokens <= chunk_tokens:
+        return function(x, slice(num_tokens))
+    chunk = function(x[:, :chunk_tokens], slice(chunk_tokens))
+    result = chunk.new_empty(len(x), num_tokens, *chunk.shape[2:])
+    result[:, :chunk_tokens] = chunk
+    del chunk
+    for start in range(chunk_tokens, num_tokens, chunk_tokens):
+        tokens = slice(start, start + chunk_tokens)
+        result[:, tokens] = function(x[:, tokens], tokens)  # not named: no chunk is there while the next is made
+    return result
 
 
 class TimeEmbeddings(nn.Module):
@@ -106,10 +125,14 @@ class Modulation(nn.Module):
 
 
 class MultiheadAttention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys; self-attention where `context` is None."""
+    """Multi-head attention with RMS-normalised queries and keys; self-attention where `context` is None.
+
+    `chunk_tokens` is for how many tokens at a time queries, keys and values are made: the same ones, in less memory.
+    """
 
     def __init__(self, model_dim: int, head_dim: int) -> None:
         super().__init__()
+        self.chunk_tokens: int | None = None
         self.num_heads = model_dim // head_dim
         self.to_query = nn.Linear(model_dim, model_dim)
         self.to_key = nn.Linear(model_dim, model_dim)
@@ -128,12 +151,24 @@ class MultiheadAttention(nn.Module):
     ) -> Tensor:
         """x (B, N, D), context (B, M, D); `rope` rotates queries and keys; `mask` (B, 1, 1, M) is True on real keys."""
         context = x if context is None else context
-        q = self.to_query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
-        k = self.to_key(context).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, M, d)
-        v = self.to_value(context).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, M, d)
-        q, k = norm_and_rotate(q, self.query_norm, rope), norm_and_rotate(k, self.key_norm, rope)
+        q = self._split(self.to_query, x, self.query_norm, rope)  # (B, h, N, d)
+        k = self._split(self.to_key, context, self.key_norm, rope)  # (B, h, M, d)
+        v = self._split(self.to_value, context)  # (B, h, M, d)
         out = attention(q, k, v, mask) if mask is not None else attention(q, k, v)
         return self.out_layer(out.transpose(1, 2).flatten(2))
+
+    def _split(
+        self, layer: nn.Module, x: Tensor, norm: nn.RMSNorm | None = None, rope: RotaryTable | None = None
+    ) -> Tensor:
+        """One projection of x (B, N, D) as heads (B, h, N, d), normalised and rotated where there is a norm."""
+
+        def project(x: Tensor, tokens: slice) -> Tensor:
+            heads = layer(x).unflatten(-1, (self.num_heads, -1))  # (B, n, h, d)
+            if norm is None:
+                return heads
+            return norm_and_rotate(heads.transpose(1, 2), norm, rope and rope.of(tokens)).transpose(1, 2)
+
+        return by_chunks(project, x, self.chunk_tokens).transpose(1, 2)
 
 
 def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Tensor:
@@ -150,18 +185,22 @@ def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Te
 
 
 class FeedForward(nn.Module):
-    """Linear, exact GELU, Linear; no biases."""
+    """Linear, exact GELU, Linear; no biases. Over `chunk_tokens` tokens at a time it takes less memory."""
 
     def __init__(self, model_dim: int, ff_dim: int) -> None:
         super().__init__()
+        self.chunk_tokens: int | None = None
         self.in_layer = nn.Linear(model_dim, ff_dim, bias=False)
         self.out_layer = nn.Linear(ff_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.in_layer(
-            x
-        )  # (B, N, ff_dim), the largest tensor there is: once in memory, unless autograd needs it
-        return self.out_layer(F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden))
+        def rows_through(rows: Tensor, _: object) -> Tensor:
+            hidden = self.in_layer(
+                rows
+            )  # (B, n, ff_dim), the largest tensor there is: once in memory, without autograd
+            return self.out_layer(F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden))
+
+        return by_chunks(rows_through, x, self.chunk_tokens)
 
 
 class TextBlock(nn.Module):

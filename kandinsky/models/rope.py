@@ -35,6 +35,10 @@ class RotaryTable:
         """The same as complex numbers of length 1, made once."""
         return torch.complex(self.cos, self.sin)
 
+    def of(self, tokens: slice) -> RotaryTable:
+        """The part of the table that belongs to some of the tokens."""
+        return RotaryTable(self.cos[tokens], self.sin[tokens])
+
 
 def axis_angles(length: int, dim: int, device: torch.device | str, scale: float = 1.0) -> Tensor:
     """Angles (length, dim / 2) of positions 0..length-1 for `dim` rotary channels; positions are divided by `scale`."""

@@ -188,6 +188,7 @@ class AutoencoderKL(nn.Module):
     ) -> None:
         super().__init__()
         self.scaling_factor = scaling_factor
+        self.block_out_channels = tuple(block_out_channels)
         self.shift_factor = shift_factor
         self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 1)
         shared = (latent_channels, block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention)

@@ -428,6 +428,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
     ) -> None:
         super().__init__()
         self.scaling_factor = scaling_factor
+        self.block_out_channels = tuple(block_out_channels)
         self.spatial_compression_ratio = spatial_compression_ratio
         self.temporal_compression_ratio = temporal_compression_ratio
         factors = level_factors(len(block_out_channels), spatial_compression_ratio, temporal_compression_ratio)

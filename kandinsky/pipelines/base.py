@@ -46,11 +46,12 @@ from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.preview import LatentRGB, Previews
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.prompts import check_prompts
-from kandinsky.request import FPS, Request, resolve_request, warn_about_size
+from kandinsky.request import FPS, FRAMES_PER_LATENT, Request, resolve_request, warn_about_size
 from kandinsky.resume import Stopped, StoppedRun, save_run, stopped_path
 from kandinsky.sampler import (
     NUM_TRAIN_TIMESTEPS,
@@ -72,6 +73,7 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 ImageSource: TypeAlias = "str | Path | Image.Image | np.ndarray"
+FINISHED_AT_ONCE = 8  # decoded frames
 OUTPUT_TYPES = ("uint8", "pil", "np", "pt", "latent")
 
 # callback(pipe, step, timestep, tensors) -> tensors to replace, or None
@@ -794,23 +796,49 @@ class Pipeline:
         return posteriors
 
     def decode(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(B, T, H, W, C) scaled latents -> pixels (B, 3, frames, height, width) on the CPU, uint8 or as `finish`es."""
-        vae_config = self.config.model.vae
-        tiling = VAETiling(size=vae_config.spatial_tile, overlap=vae_config.spatial_overlap)
-        device = self.placement.device("vae")
-        videos = []
+        """(B, T, H, W, C) scaled latents -> pixels (B, 3, frames, height, width) on the CPU, uint8 or as `finish`es.
+
+        In tiles of the size that the config gives or its memory budget allows, the smaller of the two. Where memory
+        runs out all the same, in smaller ones: that changes pixels a little, and the log says so. Raises
+        OutOfMemoryError where the smallest are too large as well.
+        """
+        config, device = self.config.model.vae, self.placement.device("vae")
+        videos: list[Tensor] = []
         with self.placement.use("vae"):
             dtype = next(self.vae.parameters()).dtype
+            decoding = self._decoding(latents, dtype)
+            tile = config.spatial_tile
+            if config.memory_budget_gb is not None:
+                tile = decoding.tile_within(config.memory_budget_gb * GB, tile)
             for sample in latents.split(1):
                 z = sample.permute(0, 4, 1, 2, 3).to(device=device, dtype=torch.float32)  # (1, C, T, H, W)
                 z = (z / self.vae.scaling_factor).to(dtype)
-                if isinstance(self.vae, AutoencoderKL):
-                    pixels = self.vae.decode(z[:, :, 0], tiling)[:, :, None]
-                else:
-                    pixels = self.vae.decode(z, tiling)
-                require_finite("the VAE's decoder", pixels, self.vae.named_parameters)
-                videos.append((finish or to_uint8)(pixels).cpu())
+                while True:
+                    try:
+                        videos.append(self._decode_tiles(z, tile, finish or to_uint8))
+                        break
+                    except torch.OutOfMemoryError as error:
+                        tile = next_tile(decoding, tile, error)
+                    torch.cuda.empty_cache()  # only here the error is gone, and with it what the attempt had made
         return torch.cat(videos)
+
+    def _decoding(self, latents: Tensor, dtype: torch.dtype) -> Decoding:
+        """What decoding `latents` comes to, for the choice of tiles."""
+        vae, (frames, rows, columns) = self.config.model.vae, latents.shape[1:4]
+        ratio = self.vae.spatial_compression_ratio
+        size = columns * ratio, rows * ratio, FRAMES_PER_LATENT * (frames - 1) + 1
+        return Decoding(vae.name, self.vae.block_out_channels, dtype.itemsize, *size, vae.spatial_overlap)
+
+    def _decode_tiles(self, z: Tensor, tile: int, finish: Callable[[Tensor], Tensor]) -> Tensor:
+        """Unscaled latents (1, C, T, H, W) -> finished pixels (1, 3, frames, height, width) on the CPU."""
+        tiling = VAETiling(size=tile, overlap=min(self.config.model.vae.spatial_overlap, tile // 2))
+        if isinstance(self.vae, AutoencoderKL):
+            pixels = self.vae.decode(z[:, :, 0], tiling)[:, :, None]
+        else:
+            pixels = self.vae.decode(z, tiling)
+        require_finite("the VAE's decoder", pixels, self.vae.named_parameters)
+        # A few frames at a time: all of them in float32 would be as much memory as the video once or twice more.
+        return torch.cat([finish(frames).cpu() for frames in pixels.split(FINISHED_AT_ONCE, dim=2)], dim=2)
 
     def decode_and_write(
         self,
@@ -870,6 +898,22 @@ class Pipeline:
             "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output
             "seconds": dict(watch.seconds),
         }
+
+
+def next_tile(decoding: Decoding, tile: int, error: Exception) -> int:
+    """The size of tiles to go on with where `tile` took too much memory; says so. Raises where there is none left."""
+    smaller = decoding.smaller_tile(tile)
+    if smaller is None:
+        raise torch.OutOfMemoryError(
+            f"decoding runs out of memory even in tiles of {tile} pixels: set runtime.offload=on where it is not, or "
+            f"ask for something smaller or shorter ({error})"
+        ) from error
+    logger.warning(
+        "decoding ran out of memory in tiles of %d pixels and starts again with %d; model.vae.spatial_tile=%d does so "
+        "at once, with the same result",
+        *(tile, smaller, smaller),
+    )
+    return smaller
 
 
 def as_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:

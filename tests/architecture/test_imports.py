@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
-    ("pipelines", "runtime"),
+    ("pipelines", "runtime", "plan"),
     ("latents_file", "resume", "preview", "prompt_expansion"),  # write as media does
-    ("conditioning", "sampler", "media", "request"),
+    ("conditioning", "sampler", "media", "request", "memory"),
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it
     ("attention", "prompts", "hub", "lora_file"),
@@ -32,7 +32,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
-    "lora_file",
+    *("lora_file", "memory", "plan"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

@@ -182,6 +182,10 @@ OTHER_FLAGS = {
     "ray_actors": "test_many_prompts",
     "download": "test_download_on_demand",
     "hf_token": "test_download_on_demand",
+    "plan": "test_plan_cli",
+    "memory_gb": "test_plan_cli",
+    "host_memory_gb": "test_plan_cli",
+    "device_preset": "test_plan_cli",
 }
 
 

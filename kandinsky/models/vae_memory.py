@@ -1,0 +1,104 @@
+"""How much memory decoding needs, as a formula, and the tile that fits into a budget.
+
+The formula counts the tensors that exist at once where a decoder's peak is: in the first block at full resolution. It
+depends on sizes, channels and the dtype and on nothing else, neither on the device nor on what happens to be free, so
+the same settings cut the same tiles and give the same pixels on every machine. On a CPU it is within 15 % of the
+measured peak; on a GPU kernels may want memory besides that it does not know of.
+
+Knows numbers only, and no torch, so that a plan can be made before anything loads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+GB = 2**30  # bytes, as memory is sold
+
+RGB = 3
+WINDOW_FRAMES = 17  # what videos are decoded in
+SMALLEST_TILE = 256  # pixels; of a smaller one too much is overlap
+TILE_STEP = 64
+# What a layer of the video VAE works on at a time: see `frames_at_once` there.
+ELEMENTS_AT_ONCE = 2**21
+LEAST_FRAMES_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is decoded, and by which VAE.
+
+    channels are its `block_out_channels`, of which the first are those at full resolution; element_size is the bytes of
+    a number: 4 for float32, 2 for bfloat16.
+    """
+
+    vae: Literal["hunyuan", "flux"]
+    channels: tuple[int, ...]
+    element_size: int
+    width: int
+    height: int
+    num_frames: int  # 1 for a picture
+    overlap: int  # of tiles, in pixels, at least
+
+    def tile_bytes(self, width: int, height: int, frames: int) -> int:
+        """Bytes besides the weights at the peak of decoding one tile of one window."""
+        pixels, size = width * height, self.element_size
+        outer, inner = self.channels[0], self.channels[:2][-1]  # of the last block and of what comes into it
+        if self.vae == "flux":
+            # First convolution: input, input normalised, result. Second: input, hidden, hidden normalised, result.
+            return max(2 * inner + outer, inner + 3 * outer) * pixels * size
+        if frames == 1:
+            # Normalising: input, input in float32, result in float32. Convolution: input, two padded copies, result.
+            return max(inner * size + 2 * inner * 4, (3 * inner + outer) * size) * pixels
+        few = min(frames, max(LEAST_FRAMES_AT_ONCE, ELEMENTS_AT_ONCE // (inner * pixels)))
+        # First convolution: input and result; a few padded frames with two of history, the same in the kernel's layout,
+        # the history again; twice the few frames that come out.
+        convolution = (inner + outer) * frames + (2 * few + 6) * inner + 2 * few * outer
+        # Shortcut, where channels change: input, hidden, result; a few frames that go in, and twice what comes out.
+        shortcut = 0 if inner == outer else (inner + 2 * outer) * frames + few * (inner + 2 * outer)
+        return max(convolution, shortcut) * pixels * size
+
+    def peak_bytes(self, tile: int) -> int:
+        """Bytes besides the weights at the peak of decoding all of it, in squares of `tile` pixels.
+
+        To a tile's own peak comes what holds the pixels that are already there.
+        """
+        width, height = min(tile, self.width), min(tile, self.height)
+        frames = min(self.num_frames, WINDOW_FRAMES)
+        finished = 0  # for every axis that is cut, what its tiles are blended into
+        if frames < self.num_frames:
+            finished += self.num_frames * self.width * self.height
+        if height < self.height:
+            finished += frames * self.width * self.height
+        if width < self.width:
+            finished += frames * self.width * height
+        return self.tile_bytes(width, height, frames) + RGB * finished * self.element_size
+
+    def num_tiles(self, tile: int) -> int:
+        """How many squares of `tile` pixels it takes to cover a frame."""
+        stride = tile - min(self.overlap, tile // 2)
+        across, down = (1 + max(0, math.ceil((side - tile) / stride)) for side in (self.width, self.height))
+        return across * down
+
+    def work(self, tile: int) -> float:
+        """Pixels that are decoded in squares of `tile` pixels, over those that are wanted."""
+        return self.num_tiles(tile) * min(tile, self.width) * min(tile, self.height) / (self.width * self.height)
+
+    def tile_within(self, budget: float, spatial_tile: int) -> int:
+        """The side of the tiles for a peak of at most `budget` bytes: `spatial_tile`, or a multiple of 64 below it.
+
+        Of those that fit it is one with the fewest tiles, and of these the one with the least work: tiles are always
+        complete, so those that are larger than they need to be decode more twice. Where none fits, it is the smallest.
+        """
+        below = range((spatial_tile - 1) // TILE_STEP * TILE_STEP, SMALLEST_TILE - 1, -TILE_STEP)
+        tiles = [spatial_tile, *below]
+        fitting = [tile for tile in tiles if self.peak_bytes(tile) <= budget]
+        return min(fitting, key=lambda tile: (self.num_tiles(tile), self.work(tile)), default=tiles[-1])
+
+    def smaller_tile(self, tile: int) -> int | None:
+        """What to try next where `tile` took too much memory, about half its area; None if it was the smallest."""
+        largest_side = -(-max(self.width, self.height) // TILE_STEP) * TILE_STEP
+        cut = min(tile, largest_side)
+        smaller = max(cut * 3 // 4 // TILE_STEP * TILE_STEP, SMALLEST_TILE)
+        return smaller if smaller < cut else None

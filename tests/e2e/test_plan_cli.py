@@ -1,0 +1,125 @@
+"""`--plan` and `--device_preset` as a person types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "configs"
+TINY = ["--config", str(CONFIGS / "config_tiny_t2v.yaml")]
+
+
+def words(name: str, *flags: str) -> list[str]:
+    return ["--config", str(CONFIGS / f"config_{name}.yaml"), "--plan", *flags]
+
+
+def test_plan_is_printed_and_nothing_loaded(tmp_path: Path) -> None:
+    """No prompt, no weights and, with the machine's sizes given, no torch."""
+    flags = words("5s_t2v_pro", "--memory_gb", "24", "--host_memory_gb", "64")
+    command = [sys.executable, "-X", "importtime", str(REPOSITORY / "test.py"), *flags]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0
+    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert "kandinsky.plan" in imported and "torch" not in imported
+    assert "24.0 GB on the GPU, 64.0 GB of host memory" in run.stdout
+    assert re.search(r"^denoise +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d$", run.stdout, re.MULTILINE)
+    assert re.search(r"settings: runtime\.offload=on runtime\.blocks_on_gpu=\d+$", run.stdout, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_request_and_settings_are_those_of_the_flags(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--memory_gb", "12", "--host_memory_gb", "32", "--video_duration", "2", "--width", "512")
+    assert cli.main(words("5s_sft", *flags, "--qwen_quantization", "--sample_steps", "9")) == 0
+    out = capsys.readouterr().out
+    assert "49 frames of 512x512" in out and "9 steps" in out
+    assert "runtime.qwen_quantization=true" in out
+
+
+def test_what_cannot_fit_is_refused_with_what_can(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words("5s_sft", "--memory_gb", "12", "--host_memory_gb", "32")) == 2
+    out, err = capsys.readouterr()
+    assert "encode text" in out  # the table all the same
+    assert re.fullmatch(r"error: expand prompt takes .*; encode text takes .* What fits: --qwen_quantization\n", err)
+    assert cli.main(words("5s_sft", "--memory_gb", "12", "--host_memory_gb", "32", "--device_preset", "12gb")) == 0
+
+
+def test_plan_for_this_machine(tiny: Path, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--plan", "--device", "cpu", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "runtime.offload=off" in out and "because everything fits" in out and "on the GPU" not in out
+
+
+def test_plan_for_decoding_what_a_run_left(
+    tiny: Path, cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.png"
+    flags = ["--prompt", "a red circle", "--video_duration", "0", "--sample_steps", "1", "--device", "cpu"]
+    assert cli.main([*TINY, *flags, "--save_latents", "--output_filename", str(output)]) == 0
+    capsys.readouterr()
+    latents = str(output.with_suffix(".latents.safetensors"))
+    assert cli.main(["--plan", "--decode_latents", latents, "--memory_gb", "8", "--host_memory_gb", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "1 picture of 128x128" in out and "only the VAE is loaded" in out
+    assert re.search(r"^decode ", out, re.MULTILINE) and "denoise" not in out and "encode" not in out
+
+
+@pytest.mark.parametrize("name", ["5s_i2v", "i2i"])
+def test_plan_for_a_picture_needs_none(name: str, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(name, "--memory_gb", "24", "--host_memory_gb", "32")) == 0
+    assert "encode image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--memory_gb", "0"), "error: --memory_gb is 0; it must be more than 0"),
+        (("--memory_gb", "8", "--host_memory_gb", "-1"), "error: --host_memory_gb is -1; it must be more than 0"),
+        (
+            ("--memory_gb", "8", "--device_preset", "9gb"),
+            "error: there is no device preset '9gb': choose one of 8gb, 12gb",
+        ),
+        (("--memory_gb", "8", "--dtype", "int3"), "error: dtype is 'int3'"),
+    ],
+)
+def test_mistakes(flags: tuple[str, ...], message: str, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words("5s_sft", *flags)) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_prompt_is_needed_for_all_but_a_plan(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(TINY)
+    assert stopped.value.code == 2
+    assert "the following arguments are required: --prompt" in capsys.readouterr().err
+
+
+def test_a_run_with_a_preset(tiny: Path, cli: ModuleType, tmp_path: Path) -> None:
+    """A preset's settings and those that were decided are in the facts beside the picture."""
+    output = tmp_path / "a.png"
+    flags = ["--prompt", "a red circle", "--video_duration", "0", "--sample_steps", "1", "--device", "cpu"]
+    assert cli.main([*TINY, *flags, "--device_preset", "cpu", "--output_filename", str(output)]) == 0
+    config = json.loads(output.with_suffix(".json").read_text())["config"]
+    assert config["model"]["vae"]["memory_budget_gb"] == 6
+    assert config["runtime"]["offload"] == "off"
+
+
+def test_a_run_that_cannot_fit_ends_before_anything_is_read(
+    tiny: Path, cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kandinsky.loading as loading
+    from kandinsky.plan import Machine
+
+    monkeypatch.setattr(loading, "machine_memory", lambda device: Machine(2**28))
+    monkeypatch.setattr(loading, "load_dit", lambda *_: pytest.fail("weights are read"))
+    output = tmp_path / "a.png"
+    flags = ["--prompt", "a red circle", "--video_duration", "0", "--device", "cpu", "--output_filename", str(output)]
+    assert cli.main([*TINY, *flags]) == 2
+    assert re.search(r"error: .*GB of host memory.*: runtime\.offload=on", capsys.readouterr().err)
+    assert not output.exists()
