@@ -46,7 +46,7 @@ demo: $(VENV)/.runtime-installed
 	@echo "Look at $(abspath $(DEMO)).mp4, $(notdir $(DEMO))_picture.png, _edited.png and _animated.mp4 beside it"
 
 test: $(VENV)/.dev-installed
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(PY) -m ruff format --check .

@@ -278,20 +278,22 @@ def dit_activations(
     cast = 0 if element_size == FLOAT32 else 1  # whether float32 is a copy
     rows = min(tokens, chunk_tokens or tokens)
     share = rows / tokens
-    rope = tokens * dit.head_dim * FLOAT32  # cosines and sines, and once more as complex numbers where they are used
+    rope = 2 * tokens * dit.head_dim * FLOAT32  # cosines and sines, and once more as complex numbers
 
     # The patch embedding, the block's input, its hidden states so far, the last normalised ones; layer norm in float32.
     norm = 4 * hidden + (1 + cast) * wide
     # The same without hidden states of its own, then q, and k in float32, normalised, rotated; v comes after them.
-    turned = max(2 * wide + rope, cast * (2 * wide + hidden)) + cast * wide
+    turned = max(2 * wide, cast * (2 * wide + hidden)) + cast * wide
     qkv = 5 * hidden + share * (turned + (hidden if rows < tokens else 0))
-    # Block map and kernel; then the result and its projection.
-    attention = 6 * hidden + max(2 * hidden, _nabla_bytes(dit, tokens, hidden, flex) if nabla else 0)
-    # The four of `norm`, and the feed-forward's wide middle before and after its nonlinearity, or one of them and a
-    # weight; of chunks also the result.
+    # Block map and kernel; then the result, its projection, and where v is as its product left it a copy of that.
+    attention = 6 * hidden + max(
+        (2 if rows < tokens else 3) * hidden, _nabla_bytes(dit, tokens, hidden, flex) if nabla else 0
+    )
+    # The four of `norm`, and the feed-forward's wide middle with what comes of it, or with a weight; of chunks also the
+    # result of all of them.
     middle = rows * dit.ff_dim * element_size
     weight = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
-    feed_forward = 4 * hidden + middle + max(middle, weight) + (hidden if rows < tokens else 0)
+    feed_forward = 4 * hidden + middle + max(share * hidden, weight) + (hidden if rows < tokens else 0)
 
     # The four of `norm`, what is added to the hidden states, and the sum: in float32 and then cast.
     residual = 5 * hidden + (hidden if not cast else wide + hidden if on_gpu else 3 * wide)
@@ -308,10 +310,10 @@ def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:
     if flex:
         # The map (a byte), lists of full and of partly masked blocks (int32 both), and running counts in int64.
         return entries * 9 + worked_on * 24
-    # The map, and the kept blocks as int64 indices in five lists; q, k and v block by block, and the result; and keys
-    # and values of one row of blocks.
+    # The map, and the kept blocks as int64 indices in five lists; v block by block, as q and k are already, the result
+    # twice; and keys and values of one row of blocks.
     kept = int(entries * (1 + 5 * 8 * NABLA_DENSITY))
-    return kept + 4 * hidden + 2 * hidden // dit.num_heads
+    return kept + 3 * hidden + 2 * hidden // dit.num_heads
 
 
 def dequantized_bytes(scheme: str, weights: int, element_size: int) -> int:
