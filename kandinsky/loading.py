@@ -175,32 +175,14 @@ def load_pipeline(
         team.sequence.apply(dit)
         vae.map_tiles = team.tiles
 
-    load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=resolved_dtype)
-    text_embedder: PromptEncoder | None
-    if not read_text_encoders:
-        text_embedder = on_demand = TextEncodersOnDemand(no_text_encoders)
-        parts["text_embedder"] = [on_demand]
-    elif not is_first:
-        text_embedder = None
-    elif offload or config.runtime.cache_prompts:
-        load_encoders(device="meta")  # what is wrong with files or tokenizers is said now
-        text_embedder = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=devices["text_embedder"]))
-        parts["text_embedder"] = [on_demand]
-    else:
-        text_embedder = load_encoders(device=devices["text_embedder"])
-    expander = None
-    if read_text_encoders and text_embedder is not None:
-        wanted, device = config.generation.expand_prompts, devices["text_embedder"]
-        if wanted and not can_generate(qwen_path):
-            raise ValueError(
-                f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write"
-            )
-        if wanted is not False and can_generate(qwen_path):
-            expander = prompt_expander(text_embedder, config, qwen_path, device, resolved_dtype)
-        text_embedder = cache_prompts(text_embedder, config, qwen_path, clip_path, device, resolved_dtype)
+    expander: PromptExpander | None = None
+    text_embedder: PromptEncoder = TextEncodersOnDemand(no_text_encoders)
+    if read_text_encoders and is_first:
+        text_embedder, expander, parts["text_embedder"] = load_prompt_side(
+            config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
+        )
     if read_text_encoders and processes is not None:
-        text_embedder = FirstProcessEncodes(text_embedder, processes, devices["text_embedder"])
-    assert text_embedder is not None
+        text_embedder = FirstProcessEncodes(text_embedder if is_first else None, processes, devices["text_embedder"])
 
     adapters = None
     if not is_sharded:
@@ -233,6 +215,31 @@ def load_pipeline(
         expander=expander,
         adapters=adapters,
     )
+
+
+def load_prompt_side(
+    config: Config, qwen_path: Path, clip_path: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[PromptEncoder, PromptExpander | None, list[Part]]:
+    """What makes embeddings of prompts, what writes prompts out (None: it can't), and what comes and goes with a stage.
+
+    Raises ValueError for what is wrong with files or tokenizers, also where the encoders are loaded later.
+    """
+    load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=dtype)
+    encoders: PromptEncoder
+    parts: list[Part] = []
+    if config.runtime.offload == "on" or config.runtime.cache_prompts:
+        load_encoders(device="meta")
+        encoders = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=device))
+        parts = [on_demand]
+    else:
+        encoders = load_encoders(device=device)
+    wanted, is_possible = config.generation.expand_prompts, can_generate(qwen_path)
+    if wanted and not is_possible:
+        raise ValueError(f"generation.expand_prompts is on, but {qwen_path} has no lm_head: it reads and can't write")
+    expander = None
+    if wanted is not False and is_possible:
+        expander = prompt_expander(encoders, config, qwen_path, device, dtype)
+    return cache_prompts(encoders, config, qwen_path, clip_path, device, dtype), expander, parts
 
 
 def connect(processes: Processes, config: Config, device: torch.device) -> Team:

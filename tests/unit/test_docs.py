@@ -148,3 +148,19 @@ def test_functions_of_a_request_exist() -> None:
     names = {name for name in re.findall(r"`([\w.]+)`", life) if not name.endswith(".py")}
     assert len(names) > 20
     assert {name for name in names if not set(name.split(".")) <= defined} == set()
+
+
+def test_memory_table_is_the_plan_s() -> None:
+    from kandinsky.config import preset_file
+    from kandinsky.plan import GB, Machine, default_request, make_plan
+
+    configs = {"Lite 5 s": "5s_sft", "Lite 10 s": "10s_sft", "T2I": "t2i", "Pro 5 s SD": "5s_t2v_pro"}
+    configs["Pro 5 s HD"] = "5s_t2v_pro_hd"
+    rows = table_rows(README, "request")
+    assert len(rows) == len(configs)
+    for name, preset, memory, peak in rows:
+        file = REPOSITORY / "configs" / f"config_{configs[name]}.yaml"
+        config = load_config(file, [], [preset_file(preset.strip("`"))])
+        plan = make_plan(config, default_request(config), Machine(64 * GB, float(memory) * GB), {}, "bfloat16")
+        assert plan.refusal is None
+        assert f"{max(stage.gpu for stage in plan.stages) / GB:.1f}" == peak, name
