@@ -75,12 +75,14 @@ def test_paths_exist(name: str) -> None:
 def test_model_table_is_the_configs() -> None:
     rows = table_rows(README, "config")
     assert {row[0].strip("`") for row in rows} == {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")}
-    for name, task, seconds, steps, guidance, attention, parameters, state in rows:
+    for name, task, seconds, pixels, steps, guidance, nfe, attention, parameters, state in rows:
         config = load_config(REPOSITORY / "configs" / f"{name.strip('`')}.yaml")
         model = config.model
         assert task == config.task
         assert float(seconds) == config.generation.time_length
         assert (int(steps), float(guidance)) == (model.num_steps, model.guidance_weight)
+        assert int(nfe) == model.num_steps * (1 if model.guidance_weight == 1 else 2)
+        assert pixels == f"{config.generation.width}x{config.generation.height}"
         assert attention == model.attention.type
         count = sum(prod(shape) for shape in expected_dit_shapes(model.dit_params).values())
         assert int(parameters.replace(",", "")) == count
@@ -154,13 +156,19 @@ def test_memory_table_is_the_plan_s() -> None:
     from kandinsky.config import preset_file
     from kandinsky.plan import GB, Machine, default_request, make_plan
 
-    configs = {"Lite 5 s": "5s_sft", "Lite 10 s": "10s_sft", "T2I": "t2i", "Pro 5 s SD": "5s_t2v_pro"}
-    configs["Pro 5 s HD"] = "5s_t2v_pro_hd"
-    rows = table_rows(README, "request")
-    assert len(rows) == len(configs)
-    for name, preset, memory, peak in rows:
-        file = REPOSITORY / "configs" / f"config_{configs[name]}.yaml"
-        config = load_config(file, [], [preset_file(preset.strip("`"))])
-        plan = make_plan(config, default_request(config), Machine(64 * GB, float(memory) * GB), {}, "bfloat16")
-        assert plan.refusal is None
-        assert f"{max(stage.gpu for stage in plan.stages) / GB:.1f}" == peak, name
+    heading = "GPU, host with 64 GB"
+    presets = re.findall(r"`(\d+)gb`", README.split(f"| {heading} |")[1].split("\n")[0])
+    named = []
+    for names, *cells in table_rows(README, heading):
+        for name in re.findall(r"`(\w+)`", names):
+            named.append(f"config_{name}")
+            for size, cell in zip(presets, cells, strict=True):
+                file = REPOSITORY / "configs" / f"config_{name}.yaml"
+                config = load_config(file, [], [preset_file(f"{size}gb")])
+                machine = Machine(64 * GB, float(size) * 1e9)
+                plan = make_plan(config, default_request(config), machine, {}, "bfloat16")
+                star = "" if plan.config.runtime.blocks_on_gpu is None else "*"
+                peak = f"{max(stage.gpu for stage in plan.stages) / GB:.1f}{star}"
+                assert cell == ("no" if plan.refusal else peak), (name, size)
+    published = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml") if "tiny" not in path.stem}
+    assert sorted(named) == sorted(published)
