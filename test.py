@@ -140,6 +140,7 @@ def build_parser() -> Parser:
         "--ray_address", metavar="ADDRESS", help="make a prompts file on Ray: auto (this machine's cluster) or local"
     )
     parser.add_argument("--ray_actors", type=int, metavar="N", help="pipelines on Ray; default: one for each GPU")
+    parser.add_argument("--ray_gpus", type=int, metavar="N", help="GPUs that each of them has, 1 to 3; default: 1")
     parser.add_argument(
         "--decode_latents",
         type=Path,
@@ -415,10 +416,12 @@ def run_many(args: argparse.Namespace) -> int:
     failed = []
     if jobs:
         download(args, config, Launch({}))  # by every process for itself
-        from kandinsky.loading import device_of_rank, load_pipeline
+        from kandinsky.loading import device_of_rank, load_pipeline, spread_over
 
         is_local = args.data_parallel and args.device in (None, "cuda")
         device = device_of_rank(int(os.environ.get("LOCAL_RANK", rank))) if is_local else args.device
+        if args.ray_gpus is not None and args.ray_gpus > 1:
+            device = spread_over(args.ray_gpus)
         options = {"attention_engine": args.attention_engine, "dtype": args.dtype}
         # Settings that are left open are decided so that the largest of them fits.
         options["request"] = max((job.request for job in jobs), key=lambda one: one.width * one.height * one.num_frames)
@@ -427,7 +430,8 @@ def run_many(args: argparse.Namespace) -> int:
             outcomes = batch.run_in_turn(load(), jobs, progress=world_size == 1)
         else:
             on_cpu = args.device == "cpu"
-            outcomes = batch.run_on_ray(load, jobs, args.ray_address, args.ray_actors, use_gpus=not on_cpu)
+            gpus = {"use_gpus": not on_cpu, "gpus_each": args.ray_gpus or 1}
+            outcomes = batch.run_on_ray(load, jobs, args.ray_address, args.ray_actors, **gpus)
         for outcome in outcomes:
             if outcome.error is None:
                 print(outcome.job.output, flush=True)
@@ -451,8 +455,9 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
         raise ValueError("--data_parallel needs several processes: torchrun --nproc-per-node 2 test.py ...")
     if args.data_parallel and args.ray_address is not None:
         raise ValueError("--data_parallel and --ray_address are two ways of sharing the work: leave one of them out")
-    if args.ray_actors is not None and (args.ray_address is None or args.ray_actors < 1):
-        raise ValueError(f"--ray_actors {args.ray_actors}: give a number from 1, and --ray_address with it")
+    for flag in ("ray_actors", "ray_gpus"):
+        if (number := getattr(args, flag)) is not None and (args.ray_address is None or number < 1):
+            raise ValueError(f"--{flag} {number}: give a number from 1, and --ray_address with it")
     return rank, world_size
 
 
@@ -496,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given:
             flag = "decode_latents" if work is finish else "resume_from"
             parser.error(f"--{flag} goes on from a file that settles this: leave out --{', --'.join(given)}")
-    for flag in ("resume", "data_parallel", "ray_address", "ray_actors"):
+    for flag in ("resume", "data_parallel", "ray_address", "ray_actors", "ray_gpus"):
         if getattr(args, flag) and args.prompts_file is None:
             parser.error(f"--{flag} is for many prompts: give --prompts_file")
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU

@@ -414,20 +414,25 @@ class Maker:
 
 
 def run_on_ray(
-    load: Callable[[], Pipeline], jobs: Sequence[Job], address: str, actors: int | None = None, use_gpus: bool = True
+    load: Callable[[], Pipeline],
+    jobs: Sequence[Job],
+    address: str,
+    actors: int | None = None,
+    use_gpus: bool = True,
+    gpus_each: int = 1,
 ) -> Iterator[Outcome]:
     """Make the outputs on a Ray cluster; tells of each in the order in which they end.
 
-    Every actor loads a pipeline and has a GPU to itself where the cluster has any. Ray restarts actors that die, on
-    other machines where it must, and gives their rows out again, `ATTEMPTS` times. A row is a task: an offloaded text
-    encoder is loaded for each.
+    Every actor loads a pipeline and has `gpus_each` GPUs to itself where the cluster has any. Ray restarts actors that
+    die, on other machines where it must, and gives their rows out again, `ATTEMPTS` times. A row is a task: an
+    offloaded text encoder is loaded for each.
 
     Args:
         load: called in each actor. It must find code and weights there, and the outputs' folder is the same on all
             machines.
         address: "local" starts a Ray of our own, "auto" finds the cluster that this machine belongs to; or any other
             address of `ray.init`.
-        actors: None takes one for each GPU that the cluster has now, or one where it has none.
+        actors: None takes one for each GPU, or group of them, that the cluster has now, or one where it has none.
 
     Raises ValueError where Ray is not installed or no pipeline could be loaded, ConnectionError without a cluster.
     """
@@ -452,8 +457,8 @@ def run_on_ray(
                 fn_constructor_args=(load, jobs),
                 batch_size=1,
                 # One at a time, so that the death of an actor is an attempt at one row and not at those behind it.
-                compute=ActorPoolStrategy(size=actors or max(gpus, 1), max_tasks_in_flight_per_actor=1),
-                num_gpus=1 if gpus else 0,
+                compute=ActorPoolStrategy(size=actors or max(gpus // gpus_each, 1), max_tasks_in_flight_per_actor=1),
+                num_gpus=gpus_each if gpus else 0,
                 max_restarts=-1,
                 max_task_retries=ATTEMPTS - 1,
             )

@@ -258,6 +258,17 @@ def device_of_rank(local_rank: int) -> str:
     return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
 
 
+def spread_over(gpus: int) -> dict[str, str]:
+    """A device map for one pipeline on that many GPUs: the DiT has the first to itself, the others share what is left.
+
+    Raises ValueError for numbers that can't be.
+    """
+    if not 1 <= gpus <= 3:
+        raise ValueError(f"a pipeline on {gpus} GPUs: it has three models, so give 1 to 3")
+    others = [f"cuda:{min(i, gpus - 1)}" for i in range(3)]
+    return {"dit": others[0], "vae": others[1], "text_embedder": others[2]}
+
+
 def load_for_decoding(
     config: Config,
     device_map: DeviceMap = None,

@@ -180,6 +180,7 @@ OTHER_FLAGS = {
     "data_parallel": "test_many_prompts",
     "ray_address": "test_many_prompts",
     "ray_actors": "test_many_prompts",
+    "ray_gpus": "test_many_prompts",
     "download": "test_download_on_demand",
     "hf_token": "test_download_on_demand",
     "plan": "test_plan_cli",

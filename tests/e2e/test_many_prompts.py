@@ -185,6 +185,8 @@ def test_all_mistakes_are_told_before_anything_is_loaded(tmp_path: Path) -> None
         (("--decode_latents", "a.latents.safetensors"), "settles this: leave out --prompts_file"),
         (("--ray_actors", "2"), "give a number from 1, and --ray_address with it"),
         (("--ray_address", "local", "--ray_actors", "0"), "--ray_actors 0: give a number from 1"),
+        (("--ray_gpus", "2"), "--ray_gpus 2: give a number from 1, and --ray_address with it"),
+        (("--ray_address", "local", "--ray_gpus", "4"), "a pipeline on 4 GPUs: it has three models, so give 1 to 3"),
         (("--sample_steps", "0"), "error: the number of steps is 0; it must be"),  # of no row in particular
         (("--data_parallel",), "--data_parallel needs several processes: torchrun"),
         (("--prompts_file", "nowhere.txt"), "can't read nowhere.txt: No such file"),
@@ -319,11 +321,12 @@ def test_two_actors_on_ray_one_killed_half_way(run: Run, tmp_path: Path) -> None
 
 # A pipeline that does nothing, but for one prompt that ends the process, as the machine would end one.
 DEADLY = """
-import os, signal, sys
+import functools, os, signal, sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import ray
 import torch
 from kandinsky import batch
 from kandinsky.config import load_config
@@ -333,6 +336,9 @@ class Pipeline:
     config = SimpleNamespace(task="t2v")
     placement = SimpleNamespace(use=lambda component: nullcontext())
 
+    def expand_prompts(self, request, images):
+        return request
+
     def encode_prompts(self, request, inputs, images):
         return {"cond": [TextEmbeddings(torch.zeros(1, 1, 8), torch.zeros(1, 8), None)]}
 
@@ -341,7 +347,7 @@ class Pipeline:
             with open(save_path.parent.parent / "attempts", "a") as file:
                 file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
-        save_path.touch()
+        save_path.write_text(str(len(ray.get_gpu_ids())))
 
 def refuse():
     raise ValueError("no weights on this machine")
@@ -354,8 +360,10 @@ try:
     list(batch.run_on_ray(refuse, jobs, "local"))
 except ValueError as error:
     print("refused:", error)
-for outcome in batch.run_on_ray(Pipeline, jobs, "local"):
-    print(outcome.job.row.number, outcome.error, outcome.job.output.exists())
+ray.init = functools.partial(ray.init, num_gpus=4)  # Ray believes what it is told
+for outcome in batch.run_on_ray(Pipeline, jobs, "local", gpus_each=2):
+    output = outcome.job.output
+    print(outcome.job.row.number, outcome.error, output.read_text() if output.exists() else None)
 """
 
 
@@ -369,8 +377,8 @@ def test_a_prompt_that_kills_its_actor_and_a_machine_that_can_load_nothing(tmp_p
     said = (tmp_path / "log").read_text().splitlines()
     assert "refused: no weights on this machine" in said
     assert {line for line in said if line[:2] in ("1 ", "2 ", "3 ")} == {
-        "1 None True",
-        "2 its actor died 2 times False",
-        "3 None True",
+        "1 None 2",  # GPUs
+        "2 its actor died 2 times None",
+        "3 None 2",
     }
     assert (tmp_path / "attempts").read_text() == "xx"

@@ -197,3 +197,14 @@ def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for available, device in ((True, "cuda:3"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert device_of_rank(3) == device
+
+
+def test_a_pipeline_on_several_gpus() -> None:
+    from kandinsky.loading import spread_over
+
+    assert set(spread_over(1).values()) == {"cuda:0"}
+    assert spread_over(2) == {"dit": "cuda:0", "vae": "cuda:1", "text_embedder": "cuda:1"}
+    assert spread_over(3) == {"dit": "cuda:0", "vae": "cuda:1", "text_embedder": "cuda:2"}
+    for gpus in (0, 4):
+        with pytest.raises(ValueError, match="give 1 to 3"):
+            spread_over(gpus)
