@@ -458,6 +458,8 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
     for flag in ("ray_actors", "ray_gpus"):
         if (number := getattr(args, flag)) is not None and (args.ray_address is None or number < 1):
             raise ValueError(f"--{flag} {number}: give a number from 1, and --ray_address with it")
+    if (args.ray_gpus or 1) > 3:
+        raise ValueError(f"--ray_gpus {args.ray_gpus}: a pipeline has three models, so give 1 to 3")
     return rank, world_size
 
 

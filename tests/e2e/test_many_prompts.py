@@ -186,7 +186,7 @@ def test_all_mistakes_are_told_before_anything_is_loaded(tmp_path: Path) -> None
         (("--ray_actors", "2"), "give a number from 1, and --ray_address with it"),
         (("--ray_address", "local", "--ray_actors", "0"), "--ray_actors 0: give a number from 1"),
         (("--ray_gpus", "2"), "--ray_gpus 2: give a number from 1, and --ray_address with it"),
-        (("--ray_address", "local", "--ray_gpus", "4"), "a pipeline on 4 GPUs: it has three models, so give 1 to 3"),
+        (("--ray_address", "local", "--ray_gpus", "4"), "--ray_gpus 4: a pipeline has three models, so give 1 to 3"),
         (("--sample_steps", "0"), "error: the number of steps is 0; it must be"),  # of no row in particular
         (("--data_parallel",), "--data_parallel needs several processes: torchrun"),
         (("--prompts_file", "nowhere.txt"), "can't read nowhere.txt: No such file"),
