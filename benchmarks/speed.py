@@ -12,10 +12,11 @@ VAE and the text encoders are compiled in neither. diffusers has NABLA only comp
 
 Times are medians of calls in which the implementations take turns, without autograd, after a call that isn't counted;
 processor time where there is one thread on a CPU, so that other programs disturb less. The floor is the time that the
-published computation's matrix products would take at the rate of one large product, measured in the same process,
-NABLA's at the density that it is measured to have. "Difference" is that of the results, of diffusers' rounding of rotated queries and keys above all. Peak memory is what
-a call needs beyond what is there before it, on a CPU in a process of its own. First calls are wall
-times in new processes, with nothing compiled on disk ("cold") and with it ("warm"). diffusers runs as it ships.
+published computation's matrix products would take at the rate of one large product, measured in the same process;
+NABLA's are those of the blocks that it keeps in a run of a few steps. "Difference" is that of the results, above all of
+diffusers' rounding of rotated queries and keys. Peak memory is what a call needs beyond what is there before it, on a
+CPU in a process of its own. First calls are wall times in new processes, with nothing compiled on disk ("cold") and
+with it ("warm"). diffusers runs as it ships.
 """
 
 from __future__ import annotations
@@ -288,10 +289,12 @@ def generation_configs(device: str, machine: Machine | None = None) -> tuple[lis
     for path in sorted(set(CONFIGS.glob("*.yaml")) - set(TINY_CONFIGS)):
         config = with_settings(load_config(path), runtime={"offload": "off"}, generation={"expand_prompts": False})
         plan = make_plan(config, default_request(config), machine, {}, "bfloat16")
-        if plan.refusal is None and not plan.overrides:
+        streams = plan.settings["blocks_on_gpu"] is not None or plan.settings["chunk_tokens"] is not None
+        if plan.refusal is None and not streams and not plan.overrides:
             chosen.append(path)
         else:
-            skipped[path.stem] = (plan.refusal or f"it takes {' '.join(plan.overrides)}").split(". What fits")[0]
+            tiles = f"it takes {' '.join(plan.overrides)}"
+            skipped[path.stem] = plan.reason.split("; ")[0] if streams or plan.refusal else tiles
     return chosen, skipped
 
 
