@@ -1,5 +1,7 @@
 """Draws what `benchmarks/speed.py --json` wrote: times beside diffusers' eager ones, and the floor of each part.
 
+Of several whole runs it shows the first; the others would make it too tall.
+
 python benchmarks/_chart.py [benchmarks/results_cpu.json [benchmarks/speed.png]]
 """
 
@@ -26,7 +28,7 @@ FLOOR = "#d1495b"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    parts = results["parts"]
+    parts = list({part["part"]: part for part in reversed(results["parts"])}.values())[::-1]
     bars = sum(len(part["implementations"]) for part in parts)
     figure, axes = plt.subplots(figsize=(8, 0.32 * bars + 0.6 * len(parts) + 0.9))
     y, ticks, labels = 0.0, [], []

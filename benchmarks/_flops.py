@@ -14,20 +14,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from kandinsky.config import DiTConfig
 
 
-def dit_flops(params: DiTConfig, latents: tuple[int, int, int], text_tokens: int) -> int:
-    """One forward of one sample, latents (T, H, W), with dense attention."""
+def dit_flops(params: DiTConfig, latents: tuple[int, int, int], text_tokens: int, density: float = 1) -> int:
+    """One forward of one sample, latents (T, H, W).
+
+    density: the share of its blocks that NABLA keeps in visual self-attention; 1: dense. Its map is not counted: that
+    is a 64^2-th of the dense scores.
+    """
     patch = params.patch_size[0] * params.patch_size[1] * params.patch_size[2]
     n = latents[0] * latents[1] * latents[2] // patch
     m, d, ff, e = text_tokens, params.model_dim, params.ff_dim, params.time_dim
     extra = params.in_visual_dim + 1 if params.visual_cond or params.instruct_type == "channel" else 0
 
-    def attention(queries: int, keys: int) -> int:
+    def attention(queries: int, keys: int, kept: float = 1) -> int:
         """Query and output projections, key and value projections, scores and weighted sums."""
-        return 2 * queries * d * d + 2 * keys * d * d + 2 * queries * keys * d
+        return 2 * queries * d * d + 2 * keys * d * d + round(2 * queries * keys * d * kept)
 
     feed_forward = 2 * d * ff
     text_block = attention(m, m) + m * feed_forward + 6 * d * e
-    visual_block = attention(n, n) + attention(n, m) + n * feed_forward + 9 * d * e
+    visual_block = attention(n, n, density) + attention(n, m) + n * feed_forward + 9 * d * e
     ends = (
         n * d * patch * (params.in_visual_dim + extra + params.out_visual_dim)  # patches in and out
         + m * params.in_text_dim * d

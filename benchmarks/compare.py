@@ -76,9 +76,10 @@ class Case:
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
     """Random values everywhere (a new DiT's modulations are zero) that keep activations of order one."""
-    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
+        values = torch.randn(parameter.shape, generator=generator, device=device)
         if parameter.dim() > 1:
             parameter.copy_(values / math.sqrt(math.prod(parameter.shape[1:])))
         else:

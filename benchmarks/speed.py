@@ -3,19 +3,20 @@
     python benchmarks/speed.py [--device cpu|cuda] [--part forward vae text generation] [--json FILE]
 
     forward      one evaluation of the DiT                  vae    decoding latents with the video VAE
-    text         one prompt through Qwen2.5-VL and CLIP     generation   a whole text-to-video run
+    text         one prompt through Qwen2.5-VL and CLIP     generation   a whole run of every config in --configs
 
-On a CPU sizes are small and `generation` and `text` are the tiny checkpoint's; on a GPU they are the published ones,
-with random weights and embeddings (`text` needs the published encoders in --weights). Ours is compiled as
-`--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`. The VAE and the text encoders are compiled
-in neither.
+On a CPU sizes are small and `generation` and `text` are the tiny checkpoints'; on a GPU they are the published ones,
+with random weights and embeddings (`text` needs the published encoders in --weights), of every config that fits by
+kandinsky/plan.py. Ours is compiled as `--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`. The
+VAE and the text encoders are compiled in neither. diffusers has NABLA only compiled, and on a GPU (see NO_NABLA).
 
 Times are medians of calls in which the implementations take turns, without autograd, after a call that isn't counted;
 processor time where there is one thread on a CPU, so that other programs disturb less. The floor is the time that the
-published computation's matrix products would take at the rate of one large product, measured in the same process.
-"Difference" is that of the results, of diffusers' rounding of rotated queries and keys above all. Peak memory is what
-a call needs beyond what is there before it, on a CPU in a process of its own. First calls are wall
-times in new processes, with nothing compiled on disk ("cold") and with it ("warm"). diffusers runs as it ships.
+published computation's matrix products would take at the rate of one large product, measured in the same process;
+NABLA's are those of the blocks that it keeps in a run of a few steps. "Difference" is that of the results, above all of
+diffusers' rounding of rotated queries and keys. Peak memory is what a call needs beyond what is there before it, on a
+CPU in a process of its own. First calls are wall times in new processes, with nothing compiled on disk ("cold") and
+with it ("warm"). diffusers runs as it ships.
 """
 
 from __future__ import annotations
@@ -30,17 +31,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL as TheirImageVAE
 from diffusers import AutoencoderKLHunyuanVideo as TheirVAE
-from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2IPipeline,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2IPipeline,
+    Kandinsky5T2VPipeline,
+)
 from diffusers import Kandinsky5Transformer3DModel as TheirDiT
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -49,14 +58,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from benchmarks._flops import counted_flops, dit_flops
 from benchmarks.attention import matmul_flops, median_seconds
 from benchmarks.compare import processor_name, randomise, resident, wait_for
+from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
-from kandinsky.config import Config, DiTConfig, load_config
-from kandinsky.loading import KEEP_PRECISION, load_dit, load_text_encoders, load_vae
+from kandinsky.config import AttentionConfig, Config, DiTConfig, load_config, with_settings
+from kandinsky.loading import KEEP_PRECISION, PIPELINES, load_dit, load_text_encoders, load_vae, machine_memory
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import TextEmbeddings
+from kandinsky.models.text_embedder import TextEmbeddings, load_image_processor
+from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
-from kandinsky.pipelines.text_to_video import TextToVideoPipeline
-from kandinsky.prompts import get_template
+from kandinsky.plan import Machine, default_request, make_plan
+from kandinsky.prompts import IMAGE_TOKEN, get_template, render
 from kandinsky.runtime.compile import CACHE_VARIABLE, compile_blocks
 from kandinsky.runtime.placement import FixedPlacement
 
@@ -66,7 +77,23 @@ COMPILED = ("ours compiled", "diffusers compiled")
 PARTS = {"forward": EAGER + COMPILED, "vae": EAGER, "text": EAGER, "generation": EAGER + COMPILED}
 REPEATS = {"forward": 7, "vae": 3, "text": 15, "generation": 3}
 PROMPT = "a red circle moves left on a white background"
-TINY, PUBLISHED = ROOT / "configs" / "config_tiny_t2v.yaml", ROOT / "configs" / "config_5s_sft.yaml"
+CONFIGS = ROOT / "configs"
+TINY, PUBLISHED = CONFIGS / "config_tiny_t2v.yaml", CONFIGS / "config_5s_sft.yaml"
+TINY_CONFIGS = [CONFIGS / f"config_tiny_{name}.yaml" for name in ("t2v", "i2v", "t2i", "i2i", "t2v_10s")]
+THEIR_PIPELINES: dict[str, Any] = {
+    "t2v": Kandinsky5T2VPipeline,
+    "i2v": Kandinsky5I2VPipeline,
+    "t2i": Kandinsky5T2IPipeline,
+    "i2i": Kandinsky5I2IPipeline,
+}
+NO_NABLA = {  # why diffusers has no row for it, by device; tests/parity/test_nabla_diffusers.py shows both
+    "cpu": {
+        "diffusers": "NABLA is computed only where flex_attention is compiled; not compiled it is dense without a word",
+        "diffusers compiled": "the compiler takes no block map such as theirs on a CPU",
+    },
+    "cuda": {"diffusers": "NABLA is computed only where flex_attention is compiled"},
+}
+DENSITY_STEPS = 4  # of a run that is there to see how many blocks NABLA keeps
 SMALL_DIT = DiTConfig(model_dim=512, ff_dim=2048, num_text_blocks=1, num_visual_blocks=4, in_text_dim=256)
 
 
@@ -75,6 +102,7 @@ class Part:
     title: str
     runs: dict[str, Callable[[], object]]
     flops: int  # of the published computation; 0: not counted
+    missing: dict[str, str] = field(default_factory=dict)  # implementations that have no run, and why
 
 
 class OurSchedule(FlowMatchEulerDiscreteScheduler):
@@ -90,9 +118,17 @@ def build_dits(
     device: torch.device,
     dtype: torch.dtype,
     weights: nn.Module | None = None,
+    attention: AttentionConfig | None = None,
 ) -> dict[str, nn.Module]:
-    """The DiT in each implementation, with the weights of `weights` or random ones."""
-    theirs = TheirDiT(**{name: value for name, value in asdict(params).items() if name != "instruct_type"})
+    """The DiT in each implementation, with the weights of `weights` or random ones, the same tensors in all of them."""
+    is_nabla = attention is not None and attention.type == "nabla"
+    arguments = {name: value for name, value in asdict(params).items() if name != "instruct_type"}
+    arguments["visual_cond"] |= params.instruct_type == "channel"
+    if attention is not None and is_nabla:
+        theirs_have = ("type", "P", "wT", "wH", "wW", "add_sta", "method")
+        arguments |= {f"attention_{name}": getattr(attention, name) for name in theirs_have}
+    with device if weights is None else torch.device("cpu"):
+        theirs = TheirDiT(**arguments)
     if weights is None:
         randomise(theirs)
     else:
@@ -107,11 +143,16 @@ def build_dits(
                 dits[name] = ours = DiffusionTransformer3D(**asdict(params))
             ours.load_state_dict(theirs.state_dict(), assign=True)
             ours.eval().requires_grad_(False)
-            ours.attention = resolve_engine("auto", device, dtype, params.head_dim)
+            if is_nabla:
+                ours.block_sparse = resolve_block_sparse("auto", device, dtype, params.head_dim)
+            else:
+                ours.attention = resolve_engine("auto", device, dtype, params.head_dim)
             if name == "ours compiled":
                 compile_blocks(ours)
         elif name == "diffusers compiled":
-            dits[name] = compiled = copy.deepcopy(theirs)
+            dits[name] = compiled = copy.deepcopy(theirs, {id(tensor): tensor for tensor in theirs.parameters()})
+            if is_nabla:
+                compiled.set_attention_backend("flex")
             compiled.compile_repeated_blocks(fullgraph=True)
         else:
             dits[name] = theirs
@@ -180,16 +221,24 @@ def load_their_encoders(config: Config, folders: tuple[Path, Path], device: torc
 
     qwen, clip = folders
     tokenizer = AutoTokenizer.from_pretrained(qwen)
+    image_processor = load_image_processor(qwen) if config.task == "i2i" else None
 
-    class Processor:  # the tiny encoder has no picture processor, and no picture is given
+    class Processor:  # theirs needs torchvision
         decode = tokenizer.decode
 
-        def __call__(self, images: None = None, videos: None = None, **arguments: Any) -> Any:
-            return tokenizer(**arguments)
+        def __call__(self, text: list[str], images: Any = None, videos: None = None, **arguments: Any) -> Any:
+            if not image_processor or not images:
+                return tokenizer(text, **arguments)
+            pixels = image_processor(images=images, return_tensors="pt")
+            count = int(pixels["image_grid_thw"].prod()) // image_processor.merge_size**2
+            tokens = tokenizer([prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * count) for prompt in text], **arguments)
+            is_image = tokens["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+            tokens.update({**pixels, "mm_token_type_ids": is_image.int()})
+            return tokens
 
     limits = config.model.text_embedder
     clip_tokenizer = AutoTokenizer.from_pretrained(clip)
-    theirs: Any = Kandinsky5T2VPipeline(
+    theirs: Any = THEIR_PIPELINES[config.task](
         transformer=None,
         vae=None,
         text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen, dtype=dtype).to(device),
@@ -200,8 +249,10 @@ def load_their_encoders(config: Config, folders: tuple[Path, Path], device: torc
         ),
         scheduler=OurSchedule(shift=config.metrics.scheduler_scale),
     )
-    theirs.prompt_template = get_template("video").text  # they spell the published one differently
-    theirs.prompt_template_encode_start_idx = limits.qwen.crop
+    # They spell the published ones differently.
+    template = get_template({"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"))
+    theirs.prompt_template = render(template, "{}", [1] if image_processor else [])
+    theirs.prompt_template_encode_start_idx = limits.qwen.crop or template.crop
     return theirs
 
 
@@ -225,28 +276,110 @@ def text_part(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, 
     return Part(title, {name: runs[name] for name in names}, 0)
 
 
+def generation_configs(device: str, machine: Machine | None = None) -> tuple[list[Path], dict[str, str]]:
+    """The configs that are measured if none are named, and why others are not.
+
+    On a GPU it is the published ones that fit `machine` at once, text encoders included: these are not there, which
+    leaves room for what diffusers takes more than ours.
+    """
+    if device == "cpu":
+        return TINY_CONFIGS, {}
+    assert machine is not None
+    chosen, skipped = [], {}
+    for path in sorted(set(CONFIGS.glob("*.yaml")) - set(TINY_CONFIGS)):
+        config = with_settings(load_config(path), runtime={"offload": "off"}, generation={"expand_prompts": False})
+        plan = make_plan(config, default_request(config), machine, {}, "bfloat16")
+        streams = plan.settings["blocks_on_gpu"] is not None or plan.settings["chunk_tokens"] is not None
+        if plan.refusal is None and not streams and not plan.overrides:
+            chosen.append(path)
+        else:
+            tiles = f"it takes {' '.join(plan.overrides)}"
+            skipped[path.stem] = plan.reason.split("; ")[0] if streams or plan.refusal else tiles
+    return chosen, skipped
+
+
+def build_vaes(config: Config, device: torch.device, dtype: torch.dtype, is_tiny: bool) -> tuple[Any, Any]:
+    """Ours and theirs with the same weights: the tiny ones', or random ones."""
+    is_image, their_options = config.model.vae.name == "flux", {}
+    if is_tiny:
+        folder = ROOT / config.model.vae.checkpoint_path
+        ours: Any = load_vae(folder, device, dtype, config.model.vae.name)
+        their_options = json.loads((folder / "config.json").read_text())
+    else:
+        ours = (AutoencoderKL if is_image else AutoencoderKLHunyuanVideo)().to(device, dtype)
+        randomise(ours)
+        ours.to(memory_format=torch.channels_last if is_image else torch.channels_last_3d)
+    if is_image:
+        their_options |= (
+            {}
+            if is_tiny
+            else {
+                "latent_channels": 16,
+                "block_out_channels": (128, 256, 512, 512),
+                "layers_per_block": 2,
+                "scaling_factor": ours.scaling_factor,
+            }
+        )
+        levels = len(their_options["block_out_channels"])
+        their_options |= {
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        }
+    theirs: Any = (TheirImageVAE if is_image else TheirVAE).from_config(their_options)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.to(device, dtype)
+    for vae in (ours, theirs):
+        vae.eval().requires_grad_(False)
+    return ours, theirs
+
+
+@torch.no_grad()
+def measured_density(dit: nn.Module, call: Callable[[], object]) -> float:
+    """The share of its blocks that NABLA keeps, over all that a call computes."""
+    kept: list[float] = []
+    kernel: Any = dit.block_sparse
+
+    def watching(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_map: torch.Tensor) -> torch.Tensor:
+        kept.append(block_map.float().mean().item())
+        return kernel(q, k, v, block_map)
+
+    dit.block_sparse = watching  # type: ignore[assignment]
+    call()
+    dit.block_sparse = kernel
+    return sum(kept) / len(kept)
+
+
 def generation_part(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, config_path: Path) -> Part:
-    """A whole run: text encoding too where the config is the tiny one, else random embeddings and weights."""
+    """A whole run: text encoding too where the config is a tiny one, else random embeddings and weights."""
     config = load_config(config_path)
     model, generation = config.model, config.generation
-    is_tiny = device.type == "cpu"
+    is_tiny, is_video = config_path in TINY_CONFIGS, config.task in ("t2v", "i2v")
+    is_nabla = model.attention.type == "nabla"
+    missing = {name: why for name, why in NO_NABLA[device.type].items() if is_nabla and name in names}
+    names = tuple(name for name in names if name not in missing)
     devices = dict.fromkeys(("dit", "vae", "text_embedder"), device)
-    weights, encoder, given = None, SimpleNamespace(), {"ours": {"text": PROMPT}, "diffusers": {"prompt": PROMPT}}
+    our_vae, their_vae = build_vaes(config, device, dtype, is_tiny)
+    weights, encoder = None, SimpleNamespace()
+    given: dict[str, dict[str, Any]] = {"ours": {"text": PROMPT}, "diffusers": {"prompt": PROMPT}}
     if is_tiny:
         weights = load_dit(ROOT / model.checkpoint_path, model.dit_params, "cpu", dtype)
-        our_vae: Any = load_vae(ROOT / model.vae.checkpoint_path, device, dtype)
-        their_vae = TheirVAE.from_config(TheirVAE.load_config(ROOT / model.vae.checkpoint_path))
         folders = encoder_folders(config, Path())
         encoder = load_text_encoders(config, *folders, device, dtype)
         theirs = load_their_encoders(config, folders, device, dtype)
         given["ours"] |= {"negative_caption": "", "expand_prompts": False}
         given["diffusers"] |= {"negative_prompt": ""}
     else:
-        our_vae, their_vae = AutoencoderKLHunyuanVideo().to(device, dtype), TheirVAE()
-        randomise(our_vae)
-        our_vae.to(memory_format=torch.channels_last_3d)
-        theirs = Kandinsky5T2VPipeline(
-            None, None, None, None, None, None, OurSchedule(shift=config.metrics.scheduler_scale)
+        schedule = OurSchedule(shift=config.metrics.scheduler_scale)
+        theirs = THEIR_PIPELINES[config.task](
+            transformer=None,
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            scheduler=schedule,
         )
         embeds = torch.randn(1, 128, model.dit_params.in_text_dim).to(device, dtype)
         pooled = torch.randn(1, model.dit_params.in_text_dim2).to(device, dtype)
@@ -261,41 +394,60 @@ def generation_part(names: tuple[str, ...], device: torch.device, dtype: torch.d
                 strict=True,
             )
         }
-    their_vae.load_state_dict(our_vae.state_dict())
-    our_vae.eval().requires_grad_(False)
-    their_vae.to(device, dtype).eval().requires_grad_(False)
-    dits = build_dits(model.dit_params, names, device, dtype, weights)
     frames = 24 * round(generation.time_length) + 1
+    sizes = {"width": generation.width, "height": generation.height}
+    for arguments in given.values():
+        if is_video:
+            arguments["num_frames"] = frames
+        if config.task in ("i2v", "i2i"):
+            pixels = np.random.default_rng(0).integers(0, 256, (generation.height, generation.width, 3), dtype=np.uint8)
+            arguments["image"] = Image.fromarray(pixels)
+    dits = build_dits(model.dit_params, names, device, dtype, weights, model.attention)
     steps, guidance = model.num_steps, model.guidance_weight
 
-    def run(name: str) -> Callable[[], object]:
+    def run(name: str, num_steps: int = steps) -> Callable[[], object]:
         if name.startswith("ours"):
-            ours = TextToVideoPipeline(config, dits[name], encoder, our_vae, FixedPlacement(devices))  # type: ignore[arg-type]
-            return lambda: ours(**given["ours"], num_frames=frames, seed=1, progress=False)
+            ours: Any = PIPELINES[config.task](config, dits[name], encoder, our_vae, FixedPlacement(devices))  # type: ignore[arg-type]
+            options = {"num_steps": num_steps, "seed": 1, "progress": False, "output_type": "uint8"}
+            return lambda: ours(**given["ours"], **sizes, **options)
         pipe = copy.copy(theirs)
         pipe.register_modules(transformer=dits[name], vae=their_vae)
         pipe.set_progress_bar_config(disable=True)
         pipe._get_scale_factor = lambda height, width: config.metrics.scale_factor
-        sizes = {"width": generation.width, "height": generation.height, "num_frames": frames}
+        pipe.resolutions = list(generation.resolutions)
+        if not generation.first_frame_normalization:
+            pipe.normalize_first_frame = lambda latents: latents
 
         def call() -> object:
             generator = torch.Generator("cpu").manual_seed(1)
-            arguments = {**sizes, "num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
+            arguments = {**sizes, "num_inference_steps": num_steps, "guidance_scale": guidance, "generator": generator}
             return pipe(**given["diffusers"], **arguments, output_type="np", return_dict=False)[0]
 
         return call
 
+    density = 0.0 if is_nabla else 1.0
+    if is_nabla and "ours" in names:
+        density = measured_density(dits["ours"], run("ours", DENSITY_STEPS))
     latents = ((frames - 1) // 4 + 1, generation.height // 8, generation.width // 8)
     z = torch.zeros(1, 16, *latents, device=device, dtype=dtype)
+    picture = torch.zeros(1, 3, 1, generation.height, generation.width, device=device, dtype=dtype)
+    if not is_video:
+        z, picture = z[:, :, 0], picture[:, :, 0]
     evaluations = steps * (2 if guidance > 1 else 1)
-    flops = evaluations * dit_flops(model.dit_params, latents, 16 if is_tiny else 128)
+    flops = evaluations * dit_flops(model.dit_params, latents, 16 if is_tiny else 128, density)
     flops += counted_flops(lambda: their_vae.decode(z))
-    video = f"{frames} frames {generation.width}x{generation.height}"
-    title = f"generation: {config_path.stem}, {video}, {evaluations} evaluations"
-    return Part(title, {name: run(name) for name in names}, flops)
+    if config.task in ("i2v", "i2i"):
+        flops += counted_flops(lambda: their_vae.encode(picture))
+    output = f"{frames} frames" if is_video else "a picture"
+    title = (
+        f"generation: {config_path.stem}, {output} {generation.width}x{generation.height}, {evaluations} evaluations"
+    )
+    if is_nabla:
+        title += f", NABLA at density {density:.2f}" if density else ", NABLA"
+    return Part(title, {name: run(name) for name in names}, flops if density else 0, missing)
 
 
-def build(part: str, names: tuple[str, ...], args: argparse.Namespace) -> Part:
+def build(part: str, names: tuple[str, ...], args: argparse.Namespace, config: Path | None) -> Part:
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if part == "forward":
@@ -304,7 +456,8 @@ def build(part: str, names: tuple[str, ...], args: argparse.Namespace) -> Part:
         return vae_part(names, device, dtype)
     if part == "text":
         return text_part(names, device, dtype, args.weights)
-    return generation_part(names, device, dtype, args.config or (TINY if args.device == "cpu" else PUBLISHED))
+    assert config is not None
+    return generation_part(names, device, dtype, config)
 
 
 @torch.no_grad()
@@ -335,9 +488,20 @@ def as_tensor(result: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def difference(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Of each result from the first one's: root mean square over root mean square."""
-    results = {name: as_tensor(run()) for name, run in runs.items()}
+def difference(built: Part) -> dict[str, float]:
+    """Of each result from the first one's: root mean square over root mean square.
+
+    What there is too little memory for becomes one of the part's missing ones.
+    """
+    results = {}
+    for name, run in list(built.runs.items()):
+        try:
+            results[name] = as_tensor(run()).cpu()
+        except torch.OutOfMemoryError as error:
+            built.missing[name] = str(error).split(". ")[0]
+            del built.runs[name]
+    if not results:
+        raise torch.OutOfMemoryError("; ".join(built.missing.values()))
     first = next(iter(results.values()))
     return {name: ((x - first).square().mean() / first.square().mean()).sqrt().item() for name, x in results.items()}
 
@@ -350,36 +514,41 @@ def measure_first_call(run: Callable[[], object], device: torch.device) -> float
     return time.perf_counter() - begin
 
 
-def in_a_process(what: str, part: str, name: str, args: argparse.Namespace, cache: str) -> float:
+def in_a_process(what: str, part: str, name: str, args: argparse.Namespace, config: Path | None, cache: str) -> float:
     """`measure_peak` or `measure_first_call` of one implementation in a process of its own."""
     command = [sys.executable, __file__, "--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
     command += ["--weights", str(args.weights), "--child", what, part, name]
+    command += ["--configs", str(config)] if config else []
     # glibc: give freed tensors back to the system at once, so that what is resident is what is in use.
     environment = os.environ | {CACHE_VARIABLE: cache} | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if what == "peak" else {})
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return float(result.stdout.split()[-1])
 
 
-def measure(part: str, names: tuple[str, ...], args: argparse.Namespace, rate: float, cache: str) -> dict[str, Any]:
+def measure(
+    part: str, names: tuple[str, ...], args: argparse.Namespace, config: Path | None, rate: float, cache: str
+) -> dict[str, Any]:
     device = torch.device(args.device)
-    built = build(part, names, args)
-    differences = difference(built.runs)
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    built = build(part, names, args, config)
+    differences = difference(built)
     seconds = median_seconds(built.runs, device, args.repeats or REPEATS[part])
-    rows = {name: {"seconds": seconds[name], "difference": differences[name]} for name in names}
+    rows = {name: {"seconds": seconds[name], "difference": differences[name]} for name in built.runs}
     for name, row in rows.items():
         if built.flops:
             row["share_of_floor"] = built.flops / rate / row["seconds"]
         if device.type == "cuda":
             row["peak_mib"] = measure_peak(built.runs[name], device) / 2**20
         elif not args.no_peak:
-            row["peak_mib"] = in_a_process("peak", part, name, args, cache) / 2**20
+            row["peak_mib"] = in_a_process("peak", part, name, args, config, cache) / 2**20
         if part == "forward" and name in COMPILED:
             with tempfile.TemporaryDirectory() as empty:
-                row["first_call_cold"] = in_a_process("first", part, name, args, empty)
-                row["first_call_warm"] = in_a_process("first", part, name, args, empty)
+                row["first_call_cold"] = in_a_process("first", part, name, args, None, empty)
+                row["first_call_warm"] = in_a_process("first", part, name, args, None, empty)
+    unit = next((rows[name]["seconds"] for name in ("diffusers", "diffusers compiled") if name in rows), float("nan"))
     print(f"\n{built.title}\n  {'':20}{'s':>9}{'/ diffusers':>13}{'of floor':>10}{'peak MiB':>10}{'difference':>12}")
     for name, row in rows.items():
-        ratio = row["seconds"] / rows["diffusers"]["seconds"] if "diffusers" in rows else float("nan")
+        ratio = row["seconds"] / unit
         share = f"{row['share_of_floor']:.2f}" if built.flops else ""
         peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
         first = (
@@ -391,7 +560,10 @@ def measure(part: str, names: tuple[str, ...], args: argparse.Namespace, rate: f
             f"  {name:20}{row['seconds']:9.4f}{ratio:13.2f}{share:>10}{peak:>10}{row['difference']:12.1e}{first}",
             flush=True,
         )
-    return {"part": part, "title": built.title, "flops": built.flops, "implementations": rows}
+    for name, why in built.missing.items():
+        print(f"  {name:20} -  {why}", flush=True)
+    measured = {"part": part, "title": built.title, "flops": built.flops, "load": load, "implementations": rows}
+    return measured | ({"missing": built.missing} if built.missing else {})
 
 
 def parse_args() -> argparse.Namespace:
@@ -400,7 +572,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, else bfloat16")
     parser.add_argument("--part", choices=tuple(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--only", choices=EAGER + COMPILED, nargs="+", help="these implementations and no others")
-    parser.add_argument("--config", type=Path, help="of `generation`, a text-to-video one with dense attention")
+    parser.add_argument("--configs", type=Path, nargs="+", help="of `generation`; those of the module's text if not")
     parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="where `text` finds published encoders")
     parser.add_argument("--repeats", type=int, help="timed calls of each implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
@@ -421,7 +593,7 @@ def main() -> None:
     device = torch.device(args.device)
     if args.child:
         what, part, name = args.child
-        run = build(part, (name,), args).runs[name]
+        run = build(part, (name,), args, args.configs[0].resolve() if args.configs else None).runs[name]
         print((measure_peak if what == "peak" else measure_first_call)(run, device))
         return
 
@@ -429,18 +601,35 @@ def main() -> None:
     rate = matmul_flops(2048 if args.device == "cpu" else 8192, device, getattr(torch, args.dtype), 5)
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{machine}; torch {torch.__version__}; {args.dtype}; {rate / 1e12:.3f} TFLOP/s; load {load}")
-    measured = []
+    measured, skipped = [], {}
     with tempfile.TemporaryDirectory() as cache:
         for part in args.part:
             if part == "text" and args.device == "cuda" and not args.weights.exists():
                 print(f"\ntext encoding is left out: no encoders in {args.weights}")
                 continue
             names = tuple(name for name in PARTS[part] if not args.only or name in args.only)
-            measured.append(measure(part, names, args, rate, cache))
+            configs: list[Path | None] = [None]
+            if part == "generation" and args.configs:
+                configs = [path.resolve() for path in args.configs]
+            elif part == "generation":
+                memory = machine_memory(device) if args.device == "cuda" else None
+                configs[:], skipped = generation_configs(args.device, memory)
+            for config in configs:
+                try:
+                    measured.append(measure(part, names, args, config, rate, cache))
+                except torch.OutOfMemoryError as error:
+                    skipped[config.stem if config else part] = str(error).split(". ")[0]
+                gc.collect()
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+    for name, why in skipped.items():
+        print(f"\n{name} is left out: {why}")
     if args.json:
         facts = {"machine": machine, "torch": torch.__version__, "dtype": args.dtype, "flops_rate": rate, "load": load}
         command = " ".join(["python", *sys.argv])
-        args.json.write_text(json.dumps({**facts, "command": command, "parts": measured}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({**facts, "command": command, "parts": measured, "skipped": skipped}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,13 @@ from kandinsky.config import DiTConfig
 from kandinsky.models.dit import DiffusionTransformer3D
 
 
+def test_nabla_saves_its_share_of_the_visual_scores() -> None:
+    """Nothing else gets cheaper: per layer, two products of tokens x tokens x width, of two operations each."""
+    params, latents, tokens = DiTConfig(num_visual_blocks=3), (5, 32, 48), 5 * 16 * 24
+    saved = dit_flops(params, latents, 100) - dit_flops(params, latents, 100, density=0.25)
+    assert saved == 0.75 * 3 * 2 * 2 * tokens**2 * params.model_dim
+
+
 @pytest.mark.parametrize("options", [{}, {"visual_cond": True}, {"instruct_type": "channel"}])
 def test_dit(options: dict[str, Any]) -> None:
     params = DiTConfig(
