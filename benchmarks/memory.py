@@ -40,6 +40,7 @@ from kandinsky.checkpoints import expected_dit_shapes
 from kandinsky.config import DiTConfig
 from kandinsky.loading import dit_parts, host_weights, load_dit
 from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.offload import OffloadPlacement
 
 MODELS = {
@@ -152,7 +153,7 @@ def measure(case: str, path: Path, params: DiTConfig, device: torch.device, size
         else:
             dit = load_dit(path, params, "meta", torch.bfloat16)
             resident = None if case == "offload" else int(case)
-            parts = dit_parts(dit, host_weights(path), resident, device)
+            parts = dit_parts(dit, host_weights(path), resident, device, Adapters(dit, params, dict, device))
         placement = OffloadPlacement({"dit": device}, {"dit": parts})
         with placement.use("dit"):
             if size:

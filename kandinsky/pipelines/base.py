@@ -308,7 +308,10 @@ class Pipeline:
         images = [media.fit_image(image, *size) for image in inputs.images]
         watch = Stopwatch()
         with watch.stage("expand"):
-            request = self.team.agree(self.expand_prompts(request, images))
+            expanded = self.team.agree(self.expand_prompts(request, images))
+        if expanded == request:  # there was nothing to do
+            del watch.seconds["expand"]
+        request = expanded
         with watch.stage("encode"):
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
