@@ -349,17 +349,10 @@ class Pipeline:
             os.kill(os.getpid(), signal.SIGKILL)
         save_path.write_text(str(len(ray.get_gpu_ids())))
 
-def refuse():
-    raise ValueError("no weights on this machine")
-
 path = Path("lines.txt").absolute()
 path.write_text("harmless\\ndeadly\\nalso harmless\\n")
 batch.ATTEMPTS = 2
 jobs = batch.plan_jobs(load_config(sys.argv[1]), path, batch.read_prompts(path), path.parent / "out")
-try:
-    list(batch.run_on_ray(refuse, jobs, "local"))
-except ValueError as error:
-    print("refused:", error)
 ray.init = functools.partial(ray.init, num_gpus=4)  # Ray believes what it is told
 for outcome in batch.run_on_ray(Pipeline, jobs, "local", gpus_each=2):
     output = outcome.job.output
@@ -368,14 +361,13 @@ for outcome in batch.run_on_ray(Pipeline, jobs, "local", gpus_each=2):
 
 
 @pytest.mark.slow
-def test_a_prompt_that_kills_its_actor_and_a_machine_that_can_load_nothing(tmp_path: Path) -> None:
-    """The one is given up after some attempts and the others are made; the other is told and ends everything."""
+def test_a_prompt_that_kills_its_actor(tmp_path: Path) -> None:
+    """It is given up after some attempts, and the others are made; each actor has the GPUs that were asked for."""
     pytest.importorskip("ray")
     (tmp_path / "script.py").write_text(DEADLY)
     process = start(tmp_path, "script.py", T2V[1], PYTHONPATH=str(REPOSITORY))
     assert process.wait(300) == 0, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text().splitlines()
-    assert "refused: no weights on this machine" in said
     assert {line for line in said if line[:2] in ("1 ", "2 ", "3 ")} == {
         "1 None 2",  # GPUs
         "2 its actor died 2 times None",

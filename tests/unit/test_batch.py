@@ -3,11 +3,12 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from kandinsky.batch import Job, RowMistakes, left_to_do, plan_jobs, read_prompts, seed_of
+from kandinsky.batch import Job, Maker, RowMistakes, left_to_do, plan_jobs, read_prompts, seed_of
 from kandinsky.config import load_config
 from kandinsky.request import MAX_SEED
 
@@ -208,3 +209,11 @@ def test_a_pipeline_on_several_gpus() -> None:
     for gpus in (0, 4):
         with pytest.raises(ValueError, match="give 1 to 3"):
             spread_over(gpus)
+
+
+def test_an_actor_that_can_load_nothing_says_why() -> None:
+    def refuse() -> Any:
+        raise ValueError("no weights on this machine")
+
+    rows = Maker(refuse, [])({"index": [0, 1]})
+    assert rows == {"index": [0, 1], "error": ["", ""], "refusal": ["no weights on this machine"] * 2}
