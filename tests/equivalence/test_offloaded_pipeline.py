@@ -78,7 +78,7 @@ def test_the_same_pixels(task: str) -> None:
     expected = picture_of(load(task))
     for name in SETTINGS if task == "t2v" else ("offload", "all"):
         pipe = load(task, *SETTINGS[name])
-        for _ in range(2):
+        for _ in range(2 if name == "all" else 1):
             assert torch.equal(picture_of(pipe), expected), name
         assert isinstance(pipe.dit.stream_blocks, BlockSwap) == (name in ("offload, swap", "swap", "all"))
     assert not torch.equal(picture_of(pipe, seed=2), expected)
