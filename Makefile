@@ -1,12 +1,15 @@
 # Everything here sets itself up in $(VENV) first; a fresh machine needs Python, make, and a network for pip.
 #   make demo    all four tasks on the tiny checkpoints           make check   formatting, linters, types, tests
 #   make test    the tests; ARGS="-k media" passes words on       make bench   the measurements in benchmarks/
+#   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each)
 # Another Python, environment or package source: make demo PYTHON=python3.12 VENV=/tmp/venv PIP_ARGS="--index-url ..."
 
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 ARGS     ?=
+# How long each fuzzer goes on under make fuzz, at the least.
+FUZZ_SECONDS ?= 60
 
 PY    := $(VENV)/bin/python
 DEMO  := outputs/demo
@@ -16,10 +19,10 @@ BENCH := $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wi
 export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench clean
+.PHONY: help demo test fuzz lint check bench clean
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 # Each set of packages has a stamp that is older than its list when there is something to install.
 $(VENV)/.runtime-installed: requirements.txt
@@ -47,6 +50,9 @@ demo: $(VENV)/.runtime-installed
 
 test: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+fuzz: $(VENV)/.dev-installed
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -n 2 tests/robustness -k test_fuzz_ $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(PY) -m ruff format --check .
