@@ -1,4 +1,4 @@
-"""The README's commands do what it says: every one in its code blocks is run here, or known to be run elsewhere.
+"""The documents' commands do what they say: every one in a code block is run here, or known to be run elsewhere.
 
 On the tiny checkpoints they run as they stand. Those for published weights, which are not here, must get as far as
 finding that out: flags, config, sizes and pictures are then right.
@@ -18,7 +18,12 @@ from PIL import Image
 from kandinsky import checkpoints
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "assets" / "tiny" / "README.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
+TEXT = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
 # What runs them instead, or why nobody does: the beginnings of commands.
 ELSEWHERE = {
     "make demo": ".ci/run",
@@ -34,7 +39,8 @@ ELSEWHERE = {
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+    without_python = re.sub(r"```python\n.*?```", "", TEXT, flags=re.DOTALL)
+    blocks = re.findall(r"```\n(.*?)```", without_python, flags=re.DOTALL)
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
     first_words = ("python", "make", "pip", "torchrun", ".")
     return list(dict.fromkeys(line for line in lines if line.split(" ")[0] in first_words))
@@ -59,7 +65,7 @@ def test_all_commands_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a clone, with the pictures and prompts that the README speaks of."""
+    """A folder that looks like a clone, with the pictures and prompts that the documents speak of."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "assets"):
         (folder / name).symlink_to(REPOSITORY / name, target_is_directory=True)

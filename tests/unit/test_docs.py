@@ -1,4 +1,4 @@
-"""What README and ARCHITECTURE say is so: commands parse, files and functions exist, tables hold the real numbers."""
+"""What README, docs/ and ARCHITECTURE say is so: commands parse, files and functions exist, tables hold the real numbers."""
 
 import ast
 import re
@@ -14,9 +14,11 @@ from kandinsky.config import load_config
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = {"README.md": README, "ARCHITECTURE.md": ARCHITECTURE}
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))}
+DOCUMENTS = {"README.md": README, "ARCHITECTURE.md": ARCHITECTURE, **{f"docs/{name}.md": DOCS[name] for name in DOCS}}
 # Made by commands that the documents name.
 GENERATED = ("outputs", "weights", ".venv")
+NAMING_NO_FILES = ("docs/gpus.md", "docs/many_prompts.md")
 
 
 def table_rows(document: str, first_heading: str) -> list[list[str]]:
@@ -26,15 +28,14 @@ def table_rows(document: str, first_heading: str) -> list[list[str]]:
 
 
 def commands(program: str) -> list[list[str]]:
-    """The words of every command line in the README that runs `program`, comments off."""
-    text = README.replace("\\\n", " ")
+    """The words of every command line in README and docs/ that runs `program`, comments off."""
+    text = "\n".join((README, *DOCS.values())).replace("\\\n", " ")
     lines = re.findall(rf"(?:^|`)python {re.escape(program)} ([^`\n]*)", text, flags=re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
 def test_commands_parse() -> None:
     from download_models import build_parser as download_parser
-    from tools.contact_sheet import main as contact_sheet
 
     parser = load_module(REPOSITORY / "test.py")["build_parser"]()
     lines = commands("test.py")
@@ -45,7 +46,6 @@ def test_commands_parse() -> None:
     assert commands("download_models.py")
     for words in commands("download_models.py"):
         download_parser().parse_args(words)
-    assert callable(contact_sheet) and commands("tools/contact_sheet.py")
 
 
 def load_module(path: Path) -> dict:
@@ -66,10 +66,19 @@ def paths_in(document: str) -> set[str]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_exist(name: str) -> None:
     paths = paths_in(DOCUMENTS[name])
-    assert len(paths) > 10
+    assert len(paths) > (10 if name in ("README.md", "ARCHITECTURE.md") else 0) or name in NAMING_NO_FILES
     modules = {path.name for path in (REPOSITORY / "kandinsky").rglob("*.py")}  # may be named without their folder
-    missing = sorted(path for path in paths if not (REPOSITORY / path).exists() and path not in modules)
+    places = (REPOSITORY, (REPOSITORY / name).parent)
+    missing = sorted(path for path in paths if not any((p / path).exists() for p in places) and path not in modules)
     assert not missing
+
+
+def test_readme_is_read_in_one_sitting() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    assert {f"docs/{name}.md" for name in DOCS} <= {link for link in re.findall(r"\]\(([^)]+)\)", README)}
 
 
 def test_model_table_is_the_configs() -> None:
@@ -92,11 +101,11 @@ def test_model_table_is_the_configs() -> None:
 def test_flag_table_is_the_parser() -> None:
     parser = load_module(REPOSITORY / "test.py")["build_parser"]()
     flags = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
-    assert {flag for row in table_rows(README, "flag") for flag in re.findall(r"--\w+", row[0])} == flags
+    assert {flag for row in table_rows(DOCS["command_line"], "flag") for flag in re.findall(r"--\w+", row[0])} == flags
 
 
 def test_proofs_are_tests() -> None:
-    rows = table_rows(README, "what")
+    rows = table_rows(DOCS["proven"], "what")
     proofs = [proof for row in rows for proof in re.findall(r"`(tests/[^`]+)`", row[2])]
     assert len(rows) > 5 and len(proofs) >= len(rows)
     for proof in proofs:
@@ -117,7 +126,7 @@ def test_python_example_uses_the_real_arguments() -> None:
         "pipe": inspect.signature(TextToVideoPipeline.__call__),
         "animate": inspect.signature(ImageToVideoPipeline.__call__),
     }
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README + DOCS["python"], flags=re.DOTALL)
     calls = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
     assert {ast.unparse(call.func) for call in calls} == set(signatures)
     for call in calls:
@@ -132,7 +141,7 @@ def test_arguments_of_the_calls_are_named() -> None:
     from kandinsky.loading import PIPELINES
 
     parameters = [set(inspect.signature(pipeline.__call__).parameters) for pipeline in PIPELINES.values()]
-    rows = table_rows(README, "argument")
+    rows = table_rows(DOCS["python"], "argument")
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert named <= set.union(*parameters)
     plain = {"self", "width", "height", "num_steps", "guidance_weight", "scheduler_scale", "expand_prompts"}
@@ -157,9 +166,9 @@ def test_memory_table_is_the_plan_s() -> None:
     from kandinsky.plan import GB, Machine, default_request, make_plan
 
     heading = "GPU, host with 64 GB"
-    presets = re.findall(r"`(\d+)gb`", README.split(f"| {heading} |")[1].split("\n")[0])
+    presets = re.findall(r"`(\d+)gb`", DOCS["memory"].split(f"| {heading} |")[1].split("\n")[0])
     named = []
-    for names, *cells in table_rows(README, heading):
+    for names, *cells in table_rows(DOCS["memory"], heading):
         for name in re.findall(r"`(\w+)`", names):
             named.append(f"config_{name}")
             for size, cell in zip(presets, cells, strict=True):
