@@ -1,4 +1,4 @@
-"""What README, docs/ and ARCHITECTURE say is so: commands parse, files and functions exist, tables hold the real numbers."""
+"""What README, docs and ARCHITECTURE say is so: commands parse, files and functions exist, tables hold real numbers."""
 
 import ast
 import re
