@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from kandinsky.checkpoints import expected_dit_shapes
 from kandinsky.config import DiTConfig
 from kandinsky.loading import dit_parts, host_weights, load_dit
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.offload import OffloadPlacement
 
@@ -105,17 +105,17 @@ def peaks(result: dict[str, float]) -> Iterator[None]:
         result["anon"] = max(highest, status("RssAnon")) - anon
 
 
-def touch(dit: DiffusionTransformer3D) -> None:
+def touch(dit: DiffusionTransformer3D, execution: Execution) -> None:
     """Read every weight, of streamed blocks when it is their turn."""
     for name, tensor in dit.named_parameters():
         if not name.startswith("visual_transformer_blocks."):
             tensor.sum()
-    for block in dit.stream_blocks(dit.visual_transformer_blocks):
+    for block in execution.hand_out(dit.visual_transformer_blocks):
         for tensor in block.parameters():
             tensor.sum()
 
 
-def forwards(dit: DiffusionTransformer3D, size: Sequence[int], device: torch.device) -> float:
+def forwards(dit: DiffusionTransformer3D, execution: Execution, size: Sequence[int], device: torch.device) -> float:
     """Seconds of the second of two forwards at latents of (T, H, W)."""
 
     def normal(*shape: int) -> Tensor:
@@ -130,7 +130,7 @@ def forwards(dit: DiffusionTransformer3D, size: Sequence[int], device: torch.dev
         if device.type == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        dit(*inputs, tables=tables)
+        dit(*inputs, tables=tables, execution=execution)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
@@ -149,17 +149,19 @@ def measure(case: str, path: Path, params: DiTConfig, device: torch.device, size
     before = status("RssAnon")
     with peaks(result):
         if case == "whole":
-            dit, parts = load_dit(path, params, device, torch.bfloat16), []
+            dit, parts, execution = load_dit(path, params, device, torch.bfloat16), [], Execution()
         else:
             dit = load_dit(path, params, "meta", torch.bfloat16)
             resident = None if case == "offload" else int(case)
-            parts = dit_parts(dit, host_weights(path), resident, device, Adapters(dit, params, dict, device))
+            adapters = Adapters(dit, params, dict, device)
+            parts, hand_out = dit_parts(dit, host_weights(path), resident, device, adapters)
+            execution = Execution(hand_out=hand_out)
         placement = OffloadPlacement({"dit": device}, {"dit": parts})
         with placement.use("dit"):
             if size:
-                result["seconds"] = forwards(dit, size, device)
+                result["seconds"] = forwards(dit, execution, size, device)
             else:
-                touch(dit)
+                touch(dit, execution)
         result["anon_after"] = status("RssAnon") - before
     if device.type == "cuda":
         result["device"] = torch.cuda.max_memory_allocated(device)

@@ -34,7 +34,7 @@ from benchmarks.memory import MODELS, status, write_checkpoint
 from kandinsky.attention.block_sparse import BLOCK_TOKENS
 from kandinsky.config import Config, check_processes, load_config
 from kandinsky.loading import load_sharded_dit
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.request import resolve_request
 from kandinsky.runtime.parallel import Team
 from kandinsky.runtime.processes import Processes
@@ -148,7 +148,7 @@ def count_traffic(team: Team, latents: tuple[int, int, int]) -> tuple[float, flo
     dit = DiffusionTransformer3D(
         in_text_dim=24, in_text_dim2=12, time_dim=32, model_dim=256, ff_dim=64, num_text_blocks=1, num_visual_blocks=3
     )
-    team.sequence.apply(dit)
+    execution = Execution(around=team.sequence.around)
     sent = {"exchange": 0.0, "gather": 0.0}
     exchange, gather = dist.all_to_all_single, dist.all_gather
 
@@ -161,7 +161,13 @@ def count_traffic(team: Team, latents: tuple[int, int, int]) -> tuple[float, flo
         return gather(parts, x, *options)
 
     dist.all_to_all_single, dist.all_gather = counted_exchange, counted_gather  # type: ignore[assignment]
-    dit(torch.randn(1, *latents, 16), torch.randn(1, 7, 24), torch.randn(1, 12), torch.tensor([500.0]))
+    dit(
+        torch.randn(1, *latents, 16),
+        torch.randn(1, 7, 24),
+        torch.randn(1, 12),
+        torch.tensor([500.0]),
+        execution=execution,
+    )
     dist.all_to_all_single, dist.all_gather = exchange, gather
     return sent["exchange"] / len(dit.visual_transformer_blocks), sent["gather"]
 

@@ -229,7 +229,7 @@ def touch(pipe: Pipeline) -> None:
     Else it would depend on how far the kernel reads ahead what a stage finds in memory of those before it.
     """
     if not isinstance(pipe.placement, OffloadPlacement):
-        for _ in pipe.dit.stream_blocks(pipe.dit.visual_transformer_blocks):
+        for _ in pipe.execution.hand_out(pipe.dit.visual_transformer_blocks):
             pass
     weights = [*pipe.dit.parameters(), *pipe.dit.buffers(), *pipe.vae.parameters()]
     if isinstance(pipe.placement, OffloadPlacement):

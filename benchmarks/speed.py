@@ -58,17 +58,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from benchmarks._flops import counted_flops, dit_flops
 from benchmarks.attention import matmul_flops, median_seconds
 from benchmarks.compare import processor_name, randomise, resident, wait_for
-from kandinsky.attention.block_sparse import resolve_block_sparse
+from kandinsky.attention.block_sparse import BlockSparseAttention, resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
 from kandinsky.config import AttentionConfig, Config, DiTConfig, load_config, with_settings
 from kandinsky.loading import KEEP_PRECISION, PIPELINES, load_dit, load_text_encoders, load_vae, machine_memory
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.text_embedder import TextEmbeddings, load_image_processor
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.plan import Machine, default_request, make_plan
 from kandinsky.prompts import IMAGE_TOKEN, get_template, render
-from kandinsky.runtime.compile import CACHE_VARIABLE, compile_blocks
+from kandinsky.runtime.compile import CACHE_VARIABLE, with_compiled_blocks
 from kandinsky.runtime.placement import FixedPlacement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,12 +143,6 @@ def build_dits(
                 dits[name] = ours = DiffusionTransformer3D(**asdict(params))
             ours.load_state_dict(theirs.state_dict(), assign=True)
             ours.eval().requires_grad_(False)
-            if is_nabla:
-                ours.block_sparse = resolve_block_sparse("auto", device, dtype, params.head_dim)
-            else:
-                ours.attention = resolve_engine("auto", device, dtype, params.head_dim)
-            if name == "ours compiled":
-                compile_blocks(ours)
         elif name == "diffusers compiled":
             dits[name] = compiled = copy.deepcopy(theirs, {id(tensor): tensor for tensor in theirs.parameters()})
             if is_nabla:
@@ -157,6 +151,18 @@ def build_dits(
         else:
             dits[name] = theirs
     return dits
+
+
+def our_execution(
+    name: str, head_dim: int, device: torch.device, dtype: torch.dtype, is_nabla: bool = False
+) -> Execution:
+    """How our DiT is run in the implementation of this name."""
+    execution = Execution()
+    if is_nabla:
+        execution = replace(execution, block_sparse=resolve_block_sparse("auto", device, dtype, head_dim))
+    else:
+        execution = replace(execution, attention=resolve_engine("auto", device, dtype, head_dim))
+    return with_compiled_blocks(execution) if name == "ours compiled" else execution
 
 
 def forward_part(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Part:
@@ -176,7 +182,8 @@ def forward_part(names: tuple[str, ...], device: torch.device, dtype: torch.dtyp
         dit = dits[name]
         if name.startswith("ours"):
             tables = dit.request_tables(size, text_tokens, scale, device)
-            return lambda: dit(latents, text, pooled, timesteps, scale, tables=tables)
+            execution = our_execution(name, params.head_dim, device, dtype)
+            return lambda: dit(latents, text, pooled, timesteps, scale, tables=tables, execution=execution)
         return lambda: dit(
             hidden_states=latents,
             encoder_hidden_states=text,
@@ -336,18 +343,15 @@ def build_vaes(config: Config, device: torch.device, dtype: torch.dtype, is_tiny
 
 
 @torch.no_grad()
-def measured_density(dit: nn.Module, call: Callable[[], object]) -> float:
-    """The share of its blocks that NABLA keeps, over all that a call computes."""
+def measured_density(kernel: BlockSparseAttention, call: Callable[[BlockSparseAttention], object]) -> float:
+    """The share of its blocks that NABLA keeps, over all that a call computes with the kernel that it is given."""
     kept: list[float] = []
-    kernel: Any = dit.block_sparse
 
     def watching(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_map: torch.Tensor) -> torch.Tensor:
         kept.append(block_map.float().mean().item())
         return kernel(q, k, v, block_map)
 
-    dit.block_sparse = watching  # type: ignore[assignment]
-    call()
-    dit.block_sparse = kernel
+    call(watching)
     return sum(kept) / len(kept)
 
 
@@ -405,9 +409,14 @@ def generation_part(names: tuple[str, ...], device: torch.device, dtype: torch.d
     dits = build_dits(model.dit_params, names, device, dtype, weights, model.attention)
     steps, guidance = model.num_steps, model.guidance_weight
 
-    def run(name: str, num_steps: int = steps) -> Callable[[], object]:
+    def execution_of(name: str) -> Execution:
+        return our_execution(name, model.dit_params.head_dim, device, dtype, is_nabla)
+
+    def run(name: str, num_steps: int = steps, execution: Execution | None = None) -> Callable[[], object]:
         if name.startswith("ours"):
-            ours: Any = PIPELINES[config.task](config, dits[name], encoder, our_vae, FixedPlacement(devices))  # type: ignore[arg-type]
+            pipeline, placement = PIPELINES[config.task], FixedPlacement(devices)
+            execution = execution or execution_of(name)
+            ours: Any = pipeline(config, dits[name], encoder, our_vae, placement, execution=execution)  # type: ignore[arg-type]
             options = {"num_steps": num_steps, "seed": 1, "progress": False, "output_type": "uint8"}
             return lambda: ours(**given["ours"], **sizes, **options)
         pipe = copy.copy(theirs)
@@ -427,7 +436,10 @@ def generation_part(names: tuple[str, ...], device: torch.device, dtype: torch.d
 
     density = 0.0 if is_nabla else 1.0
     if is_nabla and "ours" in names:
-        density = measured_density(dits["ours"], run("ours", DENSITY_STEPS))
+        plain = execution_of("ours")
+        density = measured_density(
+            plain.block_sparse, lambda kernel: run("ours", DENSITY_STEPS, replace(plain, block_sparse=kernel))()
+        )
     latents = ((frames - 1) // 4 + 1, generation.height // 8, generation.width // 8)
     z = torch.zeros(1, 16, *latents, device=device, dtype=dtype)
     picture = torch.zeros(1, 3, 1, generation.height, generation.width, device=device, dtype=dtype)

@@ -14,7 +14,7 @@ import inspect
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ from kandinsky.checkpoints import (
 )
 from kandinsky.config import Config, DiTConfig, check_processes, load_config, preset_file, with_settings
 from kandinsky.lora_file import configured_loras
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.text_embedder import (
     PromptEncoder,
     TextEmbedder,
@@ -60,7 +60,7 @@ from kandinsky.preview import load_latent_rgb
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.request import Request
 from kandinsky.runtime.block_swap import BlockSwap
-from kandinsky.runtime.compile import compile_blocks, is_wanted, keep_compiled_code, model_evaluations
+from kandinsky.runtime.compile import is_wanted, keep_compiled_code, model_evaluations, with_compiled_blocks
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand, take_weights
@@ -137,11 +137,13 @@ def load_pipeline(
         config = resolve_runtime(config, request, machine_memory(devices["dit"]), files, dtype_name(resolved_dtype))
 
     # What visual self-attention is computed with, dense or block by block.
-    is_nabla = model.attention.type == "nabla"
-    resolve = resolve_block_sparse if is_nabla else resolve_engine
-    name, head_dim = attention_engine or model.attention.engine, model.dit_params.head_dim
+    execution = Execution(chunk_tokens=config.runtime.chunk_tokens)
+    engine = attention_engine or model.attention.engine, devices["dit"], resolved_dtype, model.dit_params.head_dim
     try:
-        engine = resolve(name, devices["dit"], resolved_dtype, head_dim)
+        if model.attention.type == "nabla":
+            execution = dataclasses.replace(execution, block_sparse=resolve_block_sparse(*engine))
+        else:
+            execution = dataclasses.replace(execution, attention=resolve_engine(*engine))
     except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead
         raise ValueError(str(error)) from error
 
@@ -166,14 +168,11 @@ def load_pipeline(
         dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
     else:
         dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-    setattr(dit, "block_sparse" if is_nabla else "attention", engine)
-    dit.set_chunk_tokens(config.runtime.chunk_tokens)
     if compiled:
-        compile_blocks(dit)
+        execution = with_compiled_blocks(execution)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
-    if team is not None:
-        team.sequence.apply(dit)
-        vae.map_tiles = team.tiles
+    if team is not None and team.sequence.size > 1:
+        execution = dataclasses.replace(execution, around=team.sequence.around)
 
     expander: PromptExpander | None = None
     text_embedder: PromptEncoder = TextEncodersOnDemand(no_text_encoders)
@@ -189,8 +188,10 @@ def load_pipeline(
         adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
         for name, (file, _) in loras.items():
             adapters.add(name, file)
-        # Last, because it may read a model of 77 GB.
-        parts["dit"] = [adapters] if on_host is None else dit_parts(dit, on_host, resident, devices["dit"], adapters)
+        parts["dit"] = [adapters]
+        if on_host is not None:  # last, because it may read a model of 77 GB
+            parts["dit"], hand_out = dit_parts(dit, on_host, resident, devices["dit"], adapters)
+            execution = dataclasses.replace(execution, hand_out=hand_out)
     placement: Placement
     if offload:
         parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
@@ -209,6 +210,7 @@ def load_pipeline(
         text_embedder,
         vae,
         placement,
+        execution=execution,
         make_cache=make_cache,
         team=team,
         latent_rgb=latent_rgb,
@@ -286,8 +288,6 @@ def load_for_decoding(
     vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
     encoders, placement = TextEncodersOnDemand(no_text_encoders), FixedPlacement(devices)
     team = connect(processes, with_settings(config, runtime={"cfg_parallel": 1}), devices["vae"]) if processes else None
-    if team is not None:
-        vae.map_tiles = team.tiles
     return PIPELINES[config.task](config, dit, encoders, vae, placement, team=team)
 
 
@@ -483,18 +483,20 @@ def dit_parts(
     resident: int | None,
     device: torch.device,
     adapters: Adapters,
-) -> list[Part]:
-    """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all).
+) -> tuple[list[Part], Callable[[nn.ModuleList], Iterable[nn.Module]]]:
+    """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all); and
+    what hands out its visual blocks.
 
     `weights` are its tensors on the host by name. Those of blocks that stream are taken out.
     """
     if resident is None:
-        return [Offloaded(dit, weights, device, adapters.merge), adapters]
-    swap = BlockSwap(dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device)
-    dit.stream_blocks = adapters.swap = swap
+        return [Offloaded(dit, weights, device, adapters.merge), adapters], iter
+    adapters.swap = swap = BlockSwap(
+        dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device
+    )
     blocks = len(dit.visual_transformer_blocks)
     logger.info("%d of %d visual blocks stream from %.1f GB of host memory", len(swap.streamed), blocks, swap.host_gb)
-    return [Offloaded(dit, weights, device, adapters.merge), swap, adapters]
+    return [Offloaded(dit, weights, device, adapters.merge), swap, adapters], swap
 
 
 def reread(path: Path) -> Callable[[], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ Knows the pipeline by its public call, and its block-sparse kernel as the place 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,8 @@ def measure(config: Path, P: float, num: int, device: str) -> dict[str, Any]:
     import kandinsky
 
     pipe = kandinsky.get_T2V_pipeline(device, conf_path=config, overrides=[f"model.attention.P={P}"])
-    kernel = pipe.dit.block_sparse = CountingKernel(pipe.dit.block_sparse)
+    kernel = CountingKernel(pipe.execution.block_sparse)
+    pipe.execution = dataclasses.replace(pipe.execution, block_sparse=kernel)
 
     def progress(line: str) -> None:
         print(f"P {P}: {line}, density {kernel.density:.3f}", file=sys.stderr, flush=True)

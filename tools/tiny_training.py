@@ -21,11 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import Config
 from kandinsky.loading import KEEP_PRECISION, load_text_encoders
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.text_embedder import TextEmbedder
 
 log = logging.getLogger("train_tiny")
 LATENT_NOISE = 0.1  # std of the noise on the latent mean, in place of a KL term; also the exported posterior's std
+PLAIN = Execution()
 FEW_TOKENS = 128  # up to so many, PyTorch's fused attention is slower backwards on a CPU than the plain one
 
 
@@ -184,6 +185,7 @@ def velocity(
     sigma: Tensor,
     rotary_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
     nabla: NablaConfig | None = None,
+    execution: Execution = PLAIN,
 ) -> Tensor:
     """What `dit` predicts for x (B, T, H, W, C), in float32. `text`: embeddings, pooled, mask.
 
@@ -193,7 +195,7 @@ def velocity(
     weights = {n: p if any(k in n for k in KEEP_PRECISION) else p.bfloat16() for n, p in dit.named_parameters()}
     few = x.shape[1] * x.shape[2] * x.shape[3] // 4 <= FEW_TOKENS
     with sdpa_kernel(SDPBackend.MATH if few else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        options = {"text_mask": mask, "scale_factor": rotary_scale, "nabla": nabla}
+        options = {"text_mask": mask, "scale_factor": rotary_scale, "nabla": nabla, "execution": execution}
         out = torch.func.functional_call(dit, weights, (x, embeds, pooled, sigma * 1000), options)
     return out.float()
 

@@ -27,7 +27,7 @@ from kandinsky.attention.block_sparse import masked_dense
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import load_config
 from kandinsky.loading import load_dit, load_vae
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.text_embedder import TextEmbedder
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
 from tools import tiny_world
@@ -342,7 +342,7 @@ def stage_nabla(args: argparse.Namespace) -> None:
     exported = args.out / "model" / "tiny_t2v.safetensors"
     dit = load_dit(exported, config.model.dit_params, args.device, torch.float32).float().requires_grad_(True)
     # So few blocks are faster under a mask than gathered, and backwards more so.
-    dit.block_sparse = masked_dense
+    execution = Execution(block_sparse=masked_dense)
     attention = config.model.attention
     rng = np.random.default_rng(int(time.time()))
 
@@ -353,7 +353,7 @@ def stage_nabla(args: argparse.Namespace) -> None:
         extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
         text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
         nabla = NablaConfig(float(rng.uniform(0.3, 0.9)), attention.wT, attention.wH, attention.wW)
-        predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, config.metrics.scale_factor, nabla)
+        predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, config.metrics.scale_factor, nabla, execution)
         return F.mse_loss(predicted, wanted)
 
     train("dit_nabla", args.state, dit, dit_optimizers(dit, args.lr / 3), loss, args.nabla_steps, warmup=20)

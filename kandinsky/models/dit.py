@@ -1,10 +1,8 @@
 """Kandinsky 5's diffusion transformer: latents, text and a timestep in, velocity out.
 
-`forward` is embed -> run_blocks -> head. What wraps `run_blocks` (a cache) is handed to `forward`; block swapping is
-set as `dit.stream_blocks`, compilation as `dit.run_block`, sequence parallelism as `dit.run_blocks`, attention engines
-as `dit.attention`, NABLA's kernel as `dit.block_sparse`. The module knows no devices, files or schedules, and keeps no
-state between calls: what depends on the request alone (`RequestTables`) is computed once by `request_tables` and
-handed in.
+`forward` is embed -> run_blocks -> head. Two records are handed to it: `RequestTables`, what depends on the request's
+sizes alone, computed once by `request_tables`; and `Execution`, how the blocks are run: which attention, compiled,
+streamed, cached, over several processes. The module knows no devices, files or schedules, and keeps no state.
 
 Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
 """
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +20,6 @@ from kandinsky.attention.block_sparse import BlockSparseAttention, sdpa_block_sp
 from kandinsky.attention.engines import Attention, sdpa
 from kandinsky.attention.nabla import NablaConfig, NablaTables, nabla_attention, nabla_tables
 from kandinsky.models.layers import (
-    FeedForward,
-    MultiheadAttention,
     OutLayer,
     TextBlock,
     TextProjection,
@@ -55,10 +51,37 @@ class BlockInputs:
     time_embed: Tensor  # (B, E)
     tables: RequestTables
     attention: Attention  # visual self-attention, dense or NABLA's
+    execution: Execution
 
 
 # Visual tokens (B, N, D) before the visual blocks -> after them.
 RunBlocks = Callable[[Tensor, BlockInputs], Tensor]
+
+
+def unchanged(run_blocks: RunBlocks) -> RunBlocks:
+    return run_blocks
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the DiT is run, never what it computes: made where a model is loaded, handed to `forward`.
+
+    attention, block_sparse: what computes visual self-attention, dense or under NABLA's map. run_block: calls a visual
+    block with what its forward takes, compiled perhaps. hand_out: the visual blocks one after the other, each ready
+    to run until the next one is asked for. chunk_tokens: queries, keys, values and feed-forwards are computed for so
+    many tokens at a time; None: for all. around: what wraps the passage through all visual blocks.
+    """
+
+    attention: Attention = sdpa
+    block_sparse: BlockSparseAttention = sdpa_block_sparse
+    run_block: Callable[..., Tensor] = VisualBlock.__call__
+    hand_out: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
+    chunk_tokens: int | None = None
+    around: Callable[[RunBlocks], RunBlocks] = unchanged
+
+    def within(self, wrap: Callable[[RunBlocks], RunBlocks]) -> Execution:
+        """The same, with `wrap` around all that is around the blocks already."""
+        return replace(self, around=lambda run_blocks: wrap(self.around(run_blocks)))
 
 
 class DiffusionTransformer3D(nn.Module):
@@ -95,11 +118,6 @@ class DiffusionTransformer3D(nn.Module):
         self.axes_dims = tuple(axes_dims)
         self.head_dim = head_dim
         self.num_heads = model_dim // head_dim
-        self.attention: Attention = sdpa
-        self.block_sparse: BlockSparseAttention = sdpa_block_sparse
-        # The visual blocks one after the other, each ready to run when it is handed out.
-        self.stream_blocks: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
-        self.run_block: Callable[..., Tensor] = VisualBlock.__call__  # a block and what its forward takes
 
         self.time_embeddings = TimeEmbeddings(model_dim, time_dim)
         self.text_embeddings = TextProjection(in_text_dim, model_dim)
@@ -137,12 +155,6 @@ class DiffusionTransformer3D(nn.Module):
             nabla=blocks,
         )
 
-    def set_chunk_tokens(self, chunk_tokens: int | None) -> None:
-        """Feed-forwards, queries, keys and values over that many tokens at a time; None: all at once. Exact."""
-        for module in self.modules():
-            if isinstance(module, FeedForward | MultiheadAttention):
-                module.chunk_tokens = chunk_tokens
-
     def embed(
         self,
         latents: Tensor,
@@ -151,25 +163,27 @@ class DiffusionTransformer3D(nn.Module):
         timesteps: Tensor,
         tables: RequestTables,
         text_mask: Tensor | None,
+        execution: Execution = Execution(),
     ) -> tuple[Tensor, BlockInputs]:
         """Patch tokens (B, N, D), in NABLA's order if any, and what blocks see besides them; runs the text blocks."""
         mask = None if text_mask is None else text_mask[:, None, None, :]
         time_embed = self.time_embeddings(timesteps) + self.pooled_text_embeddings(pooled_embeds)
         text = self.text_embeddings(text_embeds)  # (B, L, D)
         for block in self.text_transformer_blocks:
-            text = block(text, time_embed, tables.text_rope, mask)
+            text = block(text, time_embed, tables.text_rope, mask, execution.chunk_tokens)
         hidden = self.visual_embeddings(latents.to(text.dtype)).flatten(1, 3)  # (B, N, D)
-        attention = self.attention
+        attention = execution.attention
         if tables.nabla is not None:
             hidden = hidden.index_select(1, tables.nabla.order)
-            attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=self.block_sparse)
-        return hidden, BlockInputs(text, mask, time_embed, tables, attention)
+            attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=execution.block_sparse)
+        return hidden, BlockInputs(text, mask, time_embed, tables, attention, execution)
 
     def run_blocks(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """All visual blocks, (B, N, D) -> (B, N, D)."""
-        shared = (inputs.text, inputs.time_embed, inputs.tables.visual_rope, inputs.text_mask, inputs.attention)
-        for block in self.stream_blocks(self.visual_transformer_blocks):
-            hidden = self.run_block(block, hidden, *shared)
+        execution, rope = inputs.execution, inputs.tables.visual_rope
+        shared = (inputs.text, inputs.time_embed, rope, inputs.text_mask, inputs.attention, execution.chunk_tokens)
+        for block in execution.hand_out(self.visual_transformer_blocks):
+            hidden = execution.run_block(block, hidden, *shared)
         return hidden
 
     def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
@@ -179,13 +193,15 @@ class DiffusionTransformer3D(nn.Module):
             hidden = hidden.index_select(1, tables.nabla.inverse)
         return self.out_layer(hidden, inputs.time_embed, tables.grid)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(
+        self, hand_out: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and buffer by name, each to be looked at before the next: visual blocks may stream."""
         blocks = "visual_transformer_blocks."
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             if not name.startswith(blocks):
                 yield name, tensor
-        for i, block in enumerate(self.stream_blocks(self.visual_transformer_blocks)):
+        for i, block in enumerate(hand_out(self.visual_transformer_blocks)):
             for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
                 yield f"{blocks}{i}.{name}", tensor
 
@@ -200,7 +216,7 @@ class DiffusionTransformer3D(nn.Module):
         text_mask: Tensor | None = None,
         *,
         tables: RequestTables | None = None,
-        run_blocks: RunBlocks | None = None,
+        execution: Execution = Execution(),
     ) -> Tensor:
         """Velocity at `latents`.
 
@@ -213,7 +229,7 @@ class DiffusionTransformer3D(nn.Module):
             nabla: visual self-attention is block-sparse, with this config; None: dense, or as `tables` say.
             text_mask: (B, L) bool, True on real tokens; None where all are real.
             tables: this request's `request_tables`; computed here when None.
-            run_blocks: in place of the model's own, which it may call; None: the model's own.
+            execution: how the blocks are run; the default is plain PyTorch, all at once.
 
         Returns:
             (B, T, H, W, out_visual_dim) in the model's dtype.
@@ -225,6 +241,6 @@ class DiffusionTransformer3D(nn.Module):
             tables = self.request_tables((t, h, w), text_embeds.shape[1], scale_factor, latents.device, nabla)
         elif nabla is not None and (tables.nabla is None or tables.nabla.config != nabla):
             raise ValueError(f"nabla is {nabla}, but the tables were made for another config: hand in one of the two")
-        hidden, inputs = self.embed(latents, text_embeds, pooled_embeds, timesteps, tables, text_mask)
-        hidden = (run_blocks or self.run_blocks)(hidden, inputs)
+        hidden, inputs = self.embed(latents, text_embeds, pooled_embeds, timesteps, tables, text_mask, execution)
+        hidden = execution.around(self.run_blocks)(hidden, inputs)
         return self.head(hidden, inputs)

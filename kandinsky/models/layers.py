@@ -125,14 +125,10 @@ class Modulation(nn.Module):
 
 
 class MultiheadAttention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys; self-attention where `context` is None.
-
-    `chunk_tokens` is for how many tokens at a time queries, keys and values are made: the same ones, in less memory.
-    """
+    """Multi-head attention with RMS-normalised queries and keys; self-attention where `context` is None."""
 
     def __init__(self, model_dim: int, head_dim: int) -> None:
         super().__init__()
-        self.chunk_tokens: int | None = None
         self.num_heads = model_dim // head_dim
         self.to_query = nn.Linear(model_dim, model_dim)
         self.to_key = nn.Linear(model_dim, model_dim)
@@ -148,17 +144,26 @@ class MultiheadAttention(nn.Module):
         rope: RotaryTable | None = None,
         mask: Tensor | None = None,
         attention: Attention = sdpa,
+        chunk_tokens: int | None = None,
     ) -> Tensor:
-        """x (B, N, D), context (B, M, D); `rope` rotates queries and keys; `mask` (B, 1, 1, M) is True on real keys."""
+        """x (B, N, D), context (B, M, D); `rope` rotates queries and keys; `mask` (B, 1, 1, M) is True on real keys.
+
+        `chunk_tokens` is for how many tokens at a time queries, keys and values are made: the same, in less memory.
+        """
         context = x if context is None else context
-        q = self._split(self.to_query, x, self.query_norm, rope)  # (B, h, N, d)
-        k = self._split(self.to_key, context, self.key_norm, rope)  # (B, h, M, d)
-        v = self._split(self.to_value, context)  # (B, h, M, d)
+        q = self._split(self.to_query, x, chunk_tokens, self.query_norm, rope)  # (B, h, N, d)
+        k = self._split(self.to_key, context, chunk_tokens, self.key_norm, rope)  # (B, h, M, d)
+        v = self._split(self.to_value, context, chunk_tokens)  # (B, h, M, d)
         out = attention(q, k, v, mask) if mask is not None else attention(q, k, v)
         return self.out_layer(out.transpose(1, 2).flatten(2))
 
     def _split(
-        self, layer: nn.Module, x: Tensor, norm: nn.RMSNorm | None = None, rope: RotaryTable | None = None
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        chunk_tokens: int | None,
+        norm: nn.RMSNorm | None = None,
+        rope: RotaryTable | None = None,
     ) -> Tensor:
         """One projection of x (B, N, D) as heads (B, h, N, d), normalised and rotated where there is a norm."""
 
@@ -168,7 +173,7 @@ class MultiheadAttention(nn.Module):
                 return heads
             return norm_and_rotate(heads.transpose(1, 2), norm, rope and rope.of(tokens)).transpose(1, 2)
 
-        return by_chunks(project, x, self.chunk_tokens).transpose(1, 2)
+        return by_chunks(project, x, chunk_tokens).transpose(1, 2)
 
 
 def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Tensor:
@@ -189,18 +194,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, model_dim: int, ff_dim: int) -> None:
         super().__init__()
-        self.chunk_tokens: int | None = None
         self.in_layer = nn.Linear(model_dim, ff_dim, bias=False)
         self.out_layer = nn.Linear(ff_dim, model_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunk_tokens: int | None = None) -> Tensor:
         def rows_through(rows: Tensor, _: object) -> Tensor:
-            hidden = self.in_layer(
-                rows
-            )  # (B, n, ff_dim), the largest tensor there is: once in memory, without autograd
+            # (B, n, ff_dim), the largest tensor there is: once in memory, without autograd.
+            hidden = self.in_layer(rows)
             return self.out_layer(F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden))
 
-        return by_chunks(rows_through, x, self.chunk_tokens)
+        return by_chunks(rows_through, x, chunk_tokens)
 
 
 class TextBlock(nn.Module):
@@ -212,11 +215,19 @@ class TextBlock(nn.Module):
         self.self_attention = MultiheadAttention(model_dim, head_dim)
         self.feed_forward = FeedForward(model_dim, ff_dim)
 
-    def forward(self, x: Tensor, time_embed: Tensor, rope: RotaryTable, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time_embed: Tensor,
+        rope: RotaryTable,
+        mask: Tensor | None,
+        chunk_tokens: int | None = None,
+    ) -> Tensor:
         """x (B, L, D), mask None or (B, 1, 1, L)."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.text_modulation(time_embed)
-        x = gated_residual(x, self.self_attention(modulated_norm(x, shift_a, scale_a), rope=rope, mask=mask), gate_a)
-        return gated_residual(x, self.feed_forward(modulated_norm(x, shift_f, scale_f)), gate_f)
+        normed = modulated_norm(x, shift_a, scale_a)
+        x = gated_residual(x, self.self_attention(normed, rope=rope, mask=mask, chunk_tokens=chunk_tokens), gate_a)
+        return gated_residual(x, self.feed_forward(modulated_norm(x, shift_f, scale_f), chunk_tokens), gate_f)
 
 
 class VisualBlock(nn.Module):
@@ -237,17 +248,22 @@ class VisualBlock(nn.Module):
         rope: RotaryTable,
         text_mask: Tensor | None,
         attention: Attention,
+        chunk_tokens: int | None = None,
     ) -> Tensor:
         """x (B, N, D), text (B, L, D), text_mask None or (B, 1, 1, L); `attention` is the self-attention's engine."""
         params = self.visual_modulation(time_embed)
         shift_s, scale_s, gate_s, shift_c, scale_c, gate_c, shift_f, scale_f, gate_f = params
         # No name for the updates: it would keep one in memory while the next is computed.
         normed = modulated_norm(x, shift_s, scale_s)
-        x = gated_residual(x, self.self_attention(normed, rope=rope, attention=attention), gate_s)
+        x = gated_residual(
+            x, self.self_attention(normed, rope=rope, attention=attention, chunk_tokens=chunk_tokens), gate_s
+        )
         normed = modulated_norm(x, shift_c, scale_c)
-        x = gated_residual(x, self.cross_attention(normed, context=text, mask=text_mask), gate_c)
+        x = gated_residual(
+            x, self.cross_attention(normed, context=text, mask=text_mask, chunk_tokens=chunk_tokens), gate_c
+        )
         normed = modulated_norm(x, shift_f, scale_f)
-        return gated_residual(x, self.feed_forward(normed), gate_f)
+        return gated_residual(x, self.feed_forward(normed, chunk_tokens), gate_f)
 
 
 class OutLayer(nn.Module):

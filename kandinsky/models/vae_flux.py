@@ -194,7 +194,6 @@ class AutoencoderKL(nn.Module):
         shared = (latent_channels, block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention)
         self.encoder = Encoder(in_channels, *shared)
         self.decoder = Decoder(out_channels, *shared)
-        self.map_tiles: MapTiles = map  # who decodes which tile
 
     def encode(self, x: Tensor, tiling: VAETiling | None = None) -> DiagonalGaussian:
         """x (B, 3, H, W) in [-1, 1], sides in multiples of 8 -> distribution over latents (B, C, H / 8, W / 8)."""
@@ -204,7 +203,7 @@ class AutoencoderKL(nn.Module):
         axes = tiling.spatial_axes(ratio, decoding=False) if tiling else []
         return DiagonalGaussian(apply_tiled(self.encoder, x, axes))
 
-    def decode(self, z: Tensor, tiling: VAETiling | None = None) -> Tensor:
+    def decode(self, z: Tensor, tiling: VAETiling | None = None, map_tiles: MapTiles = map) -> Tensor:
         """z (B, C, h, w) unscaled latents -> pixels (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         axes = tiling.spatial_axes(self.spatial_compression_ratio, decoding=True) if tiling else []
-        return apply_tiled(self.decoder, z, axes, self.map_tiles)
+        return apply_tiled(self.decoder, z, axes, map_tiles)

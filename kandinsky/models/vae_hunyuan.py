@@ -437,7 +437,6 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         self.decoder = Decoder(out_channels, *shared, factors, mid_block_add_attention)
         self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1)
-        self.map_tiles: MapTiles = map  # who decodes which tile
 
     def encode(self, x: Tensor, tiling: VAETiling | None = None) -> DiagonalGaussian:
         """x (B, 3, T, H, W) in [-1, 1], T = 4n + 1 -> distribution over latents (B, C, n + 1, H / 8, W / 8)."""
@@ -449,10 +448,10 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         axes = self._tiled_axes(tiling, decoding=False)
         return DiagonalGaussian(apply_tiled(lambda tile: self.quant_conv(self.encoder(tile)), x, axes))
 
-    def decode(self, z: Tensor, tiling: VAETiling | None = None) -> Tensor:
+    def decode(self, z: Tensor, tiling: VAETiling | None = None, map_tiles: MapTiles = map) -> Tensor:
         """z (B, C, n + 1, h, w) unscaled latents -> pixels (B, 3, 4n + 1, 8h, 8w), about [-1, 1], not clamped."""
         axes = self._tiled_axes(tiling, decoding=True)
-        return apply_tiled(lambda tile: self.decoder(self.post_quant_conv(tile)), z, axes, self.map_tiles)
+        return apply_tiled(lambda tile: self.decoder(self.post_quant_conv(tile)), z, axes, map_tiles)
 
     def convolve_by_frame(self, enabled: bool = True) -> None:
         """For CPUs: channels-last memory, and 2-D convolutions (see `CausalConv3d`) wherever 3-D ones are slow there.

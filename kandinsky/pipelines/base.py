@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
@@ -40,14 +40,14 @@ from kandinsky.config import Config, config_to_dict
 from kandinsky.latents_file import SavedLatents
 from kandinsky.latents_file import on_disk as latents_on_disk
 from kandinsky.lora_file import AdapterConfig
-from kandinsky.models.dit import DiffusionTransformer3D, RequestTables, RunBlocks
+from kandinsky.models.dit import DiffusionTransformer3D, Execution, RequestTables, RunBlocks
 from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import text_rotary_table
 from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_memory import GB, Decoding
-from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.models.vae_tiling import MapTiles, VAETiling
 from kandinsky.preview import LatentRGB, Previews
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.prompts import check_prompts
@@ -132,6 +132,11 @@ class Team(Protocol):
     is_first: bool
     size: int
 
+    @property
+    def map_tiles(self) -> MapTiles:
+        """Who decodes which of the VAE's tiles."""
+        ...
+
     def agree(self, value: Value) -> Value:
         """The first process's value, in all of them."""
         ...
@@ -154,6 +159,7 @@ class Alone:
 
     is_first = True
     size = 1
+    map_tiles: MapTiles = map
 
     def agree(self, value: Value) -> Value:
         return value
@@ -216,21 +222,23 @@ class Pipeline:
         vae: AutoencoderKLHunyuanVideo | AutoencoderKL,
         placement: Placement,
         *,
+        execution: Execution | None = None,
         make_cache: MakeCache | None = None,
         team: Team | None = None,
         latent_rgb: LatentRGB | None = None,
         expander: PromptExpander | None = None,
         adapters: Adapters | None = None,
     ) -> None:
-        """make_cache: makes each request a cache of its own; None: every evaluation runs all blocks. team: the
-        processes that this one works with; None: it works alone. latent_rgb: what previews are made with; None: there
-        are none. expander: writes prompts out; None: this model, or this process, can't. adapters: the DiT's; None: it
-        can have none."""
+        """execution: how the DiT is run; None: in plain PyTorch. make_cache: makes each request a cache of its own;
+        None: every evaluation runs all blocks. team: the processes that this one works with; None: it works alone.
+        latent_rgb: what previews are made with; None: there are none. expander: writes prompts out; None: this model,
+        or this process, can't. adapters: the DiT's; None: it can have none."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
         self.vae = vae
         self.placement = placement
+        self.execution = execution or Execution()
         self.make_cache = make_cache
         self.team: Team = team or Alone()
         self.latent_rgb = latent_rgb
@@ -689,23 +697,25 @@ class Pipeline:
         record = watch or Stopwatch()
 
         def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
-            model_input = conditioning.model_input(latents)
-            out = torch.cat(
-                [
-                    self.dit(
-                        sample,
-                        text.text_embeds,
-                        text.pooled_embeds,
-                        timestep.expand(1),
-                        text_mask=text.text_mask,
-                        tables=tables(text.text_embeds.shape[1]),
-                        run_blocks=block_cache and block_cache.run_blocks(branch, i, self.dit.run_blocks),
-                    )
-                    for i, (sample, text) in enumerate(zip(model_input.split(1), branches[branch], strict=True))
-                ]
-            )
+            velocities = []
+            samples = conditioning.model_input(latents).split(1)
+            for i, (sample, text) in enumerate(zip(samples, branches[branch], strict=True)):
+                execution = self.execution
+                if block_cache is not None:
+                    execution = execution.within(partial(block_cache.run_blocks, branch, i))
+                velocity = self.dit(
+                    sample,
+                    text.text_embeds,
+                    text.pooled_embeds,
+                    timestep.expand(1),
+                    text_mask=text.text_mask,
+                    tables=tables(text.text_embeds.shape[1]),
+                    execution=execution,
+                )
+                velocities.append(velocity)
+            out = torch.cat(velocities)
             if record.evaluations == 1:  # once, because it waits for the device
-                require_finite("the DiT", out, self.dit.named_weights)
+                require_finite("the DiT", out, partial(self.dit.named_weights, self.execution.hand_out))
             return out
 
         divided = self.team.split_guidance(evaluate, guidance[state.step :])
@@ -836,9 +846,9 @@ class Pipeline:
         """Unscaled latents (1, C, T, H, W) -> finished pixels (1, 3, frames, height, width) on the CPU."""
         tiling = VAETiling(size=tile, overlap=min(self.config.model.vae.spatial_overlap, tile // 2))
         if isinstance(self.vae, AutoencoderKL):
-            pixels = self.vae.decode(z[:, :, 0], tiling)[:, :, None]
+            pixels = self.vae.decode(z[:, :, 0], tiling, self.team.map_tiles)[:, :, None]
         else:
-            pixels = self.vae.decode(z, tiling)
+            pixels = self.vae.decode(z, tiling, self.team.map_tiles)
         require_finite("the VAE's decoder", pixels, self.vae.named_parameters)
         # A few frames at a time: all of them in float32 would be as much memory as the video once or twice more.
         return torch.cat([finish(frames).cpu() for frames in pixels.split(FINISHED_AT_ONCE, dim=2)], dim=2)
@@ -878,7 +888,7 @@ class Pipeline:
 
     def describe(self, request: Request, image_names: Sequence[str], index: int, watch: Stopwatch) -> dict[str, Any]:
         """What is needed to make an output again, and how long it took. Names are the command line's."""
-        engine = self.dit.block_sparse if self.uses_nabla else self.dit.attention
+        engine = self.execution.block_sparse if self.uses_nabla else self.execution.attention
         settings = dict(vars(request))
         sample = settings.pop("samples")[index]
         names = one_each(image_names, request.num_prompts)

@@ -7,7 +7,7 @@ those that stay alternate as evenly as they can, which gives every copy the same
 
 Each streamed block has one of the two buffers for good, and its parameters are views of it. So a block that is not the
 one to run next may hold another's weights, and a state dict of the model says nothing: only what `BlockSwap` hands out,
-as `dit.stream_blocks`, may be computed with, and only until the next one is asked for. In return nothing that a
+as `Execution.hand_out`, may be computed with, and only until the next one is asked for. In return nothing that a
 compiler looks at ever changes: shapes, strides and addresses stay.
 
 Knows neither files nor what a block computes. The device may be the CPU: then the buffers are a second copy there, and
@@ -40,7 +40,7 @@ def streamed_blocks(num_blocks: int, num_resident: int) -> tuple[int, ...]:
 
 
 class BlockSwap:
-    """Hands out visual blocks one after the other, each with its own weights: the DiT's `stream_blocks`.
+    """Hands out visual blocks one after the other, each with its own weights: what `Execution.hand_out` asks for.
 
     For one forward at a time. A forward may end early, by an error or because nobody asks for more blocks: the next one
     begins at the first block all the same.

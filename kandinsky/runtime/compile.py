@@ -2,7 +2,7 @@
 
 Only the visual blocks: they are nearly all of the work, and their norms, rotations, modulations and gates become a few
 kernels. The text blocks see few tokens and would need a graph of their own. What wraps blocks knows nothing of it: a
-cache around `dit.run_blocks` and `dit.stream_blocks` go on calling blocks.
+cache and block swap go on calling blocks.
 
 One graph serves a whole run. Prompts differ in length, so the number of text tokens is left open; a mask over them
 makes a second graph. The first size that is asked for is built into the graph; from the second on the number of visual
@@ -16,6 +16,7 @@ by every process. Knows nothing of configs' files, tasks or samplers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from kandinsky.attention.engines import Attention, first_line, sdpa
 from kandinsky.config import ModelConfig
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import Execution
 from kandinsky.models.layers import VisualBlock
 from kandinsky.models.rope import RotaryTable
 from kandinsky.sampler import uses_guidance
@@ -74,20 +75,21 @@ def is_wanted(setting: str, device: torch.device, evaluations: int) -> bool:
     return True
 
 
-def compile_blocks(dit: DiffusionTransformer3D, backend: str | Callable[..., Any] = "inductor") -> None:
-    """From now on the visual blocks run compiled, with the attention that `dit` has; their weights stay where they are.
+def with_compiled_blocks(execution: Execution, backend: str | Callable[..., Any] = "inductor") -> Execution:
+    """The same with visual blocks that run compiled; their weights stay where they are.
 
     Compilation itself happens when a block is first called, and so does its failure: a ValueError that says what to do.
     """
-    dense: Callable[..., Tensor] = dit.attention
-    block_sparse: Callable[..., Tensor] = dit.block_sparse
+    dense: Callable[..., Tensor] = execution.attention
     if dense is not sdpa:
-        dit.attention = opaque(dense, "(Tensor q, Tensor k, Tensor v) -> Tensor")
-    dit.block_sparse = opaque(block_sparse, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
+        dense = opaque(dense, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    kernel: Callable[..., Tensor] = execution.block_sparse
+    block_sparse = opaque(kernel, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
     # The function of the class, with the block as an argument like the others: so all blocks share what is made of it.
     compiled = torch.compile(VisualBlock.forward, fullgraph=True, backend=backend)
-    dit.run_block = functools.partial(run_compiled, compiled)
     logger.info("the DiT's blocks are compiled when they first run: that evaluation takes longer")
+    run_block = functools.partial(run_compiled, compiled)
+    return dataclasses.replace(execution, attention=dense, block_sparse=block_sparse, run_block=run_block)
 
 
 def keep_compiled_code() -> None:
@@ -113,6 +115,7 @@ def run_compiled(
     rope: RotaryTable,
     text_mask: Tensor | None,
     attention: Attention,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """`VisualBlock.forward`, compiled for any number of text tokens."""
     if text.shape[1] == 1:
@@ -127,7 +130,7 @@ def run_compiled(
         torch._dynamo.mark_dynamic(text_mask, 3)
     try:
         with torch._dynamo.config.patch(recompile_limit=LARGEST_NUMBER_OF_GRAPHS):
-            return compiled(block, x, text, time_embed, rope, text_mask, attention)
+            return compiled(block, x, text, time_embed, rope, text_mask, attention, chunk_tokens)
     except Exception as error:
         if not type(error).__module__.startswith(COMPILERS):
             raise

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kandinsky.attention.block_sparse import BLOCK_TOKENS
 from kandinsky.attention.engines import Attention
-from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D, RunBlocks
+from kandinsky.models.dit import BlockInputs, RunBlocks
 from kandinsky.models.rope import RotaryTable
 from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.runtime.processes import Processes, Value
@@ -41,7 +41,10 @@ BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """Shards tokens over a process group; `apply` puts it around a DiT's visual blocks."""
+    """Shards tokens over a process group, around a DiT's visual blocks (see `Execution.around`).
+
+    The group's size has to divide the number of heads (see `config.check_processes`).
+    """
 
     group: dist.ProcessGroup
 
@@ -49,11 +52,9 @@ class SequenceParallel:
     def size(self) -> int:
         return self.group.size()
 
-    def apply(self, dit: DiffusionTransformer3D) -> None:
-        """The group's size has to divide the number of heads (see `config.check_processes`)."""
-        assert dit.num_heads % self.size == 0
-        # An attribute of this one object: the class's method stays what it is.
-        dit.run_blocks = functools.partial(self.run_blocks, dit.run_blocks)  # type: ignore[method-assign]
+    def around(self, run_blocks: RunBlocks) -> RunBlocks:
+        """`run_blocks` of which this process computes its part."""
+        return functools.partial(self.run_blocks, run_blocks)
 
     def run_blocks(self, run_blocks: RunBlocks, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """`run_blocks` on this process's slice of the tokens (B, N, D); returns all of them, the same everywhere."""
@@ -144,7 +145,7 @@ class GuidanceParallel:
 
 @dataclass(frozen=True)
 class TileParallel:
-    """Divides the VAE's tiles among all processes: what `vae.map_tiles` asks for."""
+    """Divides the VAE's tiles among all processes: a `MapTiles` (kandinsky/models/vae_tiling.py)."""
 
     processes: Processes
 
@@ -208,7 +209,7 @@ class Team:
         self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=("guidance", "sequence"))
         self.sequence = SequenceParallel(self.mesh["sequence"].get_group())
         self.guidance = GuidanceParallel(self.mesh["guidance"].get_group()) if cfg_parallel > 1 else None
-        self.tiles = TileParallel(processes)
+        self.map_tiles = TileParallel(processes)
 
     def agree(self, value: Value) -> Value:
         """The first process's value."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from kandinsky.attention.engines import sdpa
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution, RunBlocks
 from kandinsky.runtime.block_swap import BlockSwap, _pinned, streamed_blocks
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, take_weights
 
@@ -60,7 +61,6 @@ def swapped(
     weights = take_weights(dit)
     swap = RecordedSwap(dit.visual_transformer_blocks, weights, PREFIX, resident, device)
     swap.log = []
-    dit.stream_blocks = swap
     return swap, OffloadPlacement({"dit": device}, {"dit": [Offloaded(dit, weights, device), swap]})
 
 
@@ -99,11 +99,12 @@ def test_bit_for_bit_the_same_over_several_runs(resident: int, nabla: NablaConfi
     questions = [inputs_for(dit, seed) for seed in range(3)]
     expected = [dit(*question, nabla=nabla) for question in questions]
     assert not torch.equal(expected[0], expected[1])
-    _, placement = swapped(dit, resident)
+    swap, placement = swapped(dit, resident)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     for _ in range(2):
         with placement.use("dit"):
             for question, answer in zip(questions, expected, strict=True):
-                assert torch.equal(dit(*question, nabla=nabla), answer)
+                assert torch.equal(run(*question, nabla=nabla), answer)
         assert {parameter.device.type for parameter in dit.parameters()} == {"meta"}
 
 
@@ -115,6 +116,7 @@ def test_tensors_that_are_overwritten(piece: int | None) -> None:
     question = inputs_for(dit)
     other = copy.deepcopy(dit)
     swap, placement = swapped(dit, 2)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     assert swap.streamed == (1, 2, 4, 5, 6)
     if piece is not None:
         swap._host = [list(packed.split(piece)) for (packed,) in swap._host]
@@ -133,14 +135,14 @@ def test_tensors_that_are_overwritten(piece: int | None) -> None:
     expected = change("1.feed_forward.in_layer.weight")
     assert not torch.equal(expected, before)
     with placement.use("dit"):
-        assert torch.equal(dit(*question), expected)
+        assert torch.equal(run(*question), expected)
         expected = change(
             "6.cross_attention.to_key.bias", "5.self_attention.to_query.weight", "1.feed_forward.in_layer.weight"
         )
-        assert torch.equal(dit(*question), expected)
+        assert torch.equal(run(*question), expected)
     expected = change("2.feed_forward.out_layer.weight", "4.visual_modulation.out_layer.weight")
     with placement.use("dit"):
-        assert torch.equal(dit(*question), expected)
+        assert torch.equal(run(*question), expected)
     for name in (
         f"{PREFIX}0.feed_forward.in_layer.weight",
         f"{PREFIX}3.x",
@@ -190,15 +192,15 @@ def test_weights_are_cast_once_when_they_are_packed() -> None:
     weights = take_weights(dit)
     dit.bfloat16()  # on the meta device: what the tensors shall be
     swap = BlockSwap(dit.visual_transformer_blocks, weights, PREFIX, 3, CPU)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     half_a_block = sum(p.numel() for p in expected.visual_transformer_blocks[0].parameters()) * 2
     assert 4 * half_a_block <= swap.host_gb * 1e9 < 4.5 * half_a_block  # but for alignment, which weighs here
-    dit.stream_blocks = swap
     for part in (Offloaded(dit, weights, CPU), swap):
         part.begin()
     question = inputs_for(dit)
     with torch.no_grad():
-        assert torch.equal(dit(*question), expected(*question))
+        assert torch.equal(run(*question), expected(*question))
 
 
 # --- order, prefetch, eviction ----------------------------------------------------------------------------------------
@@ -290,7 +292,8 @@ def test_an_error_in_a_block_leaves_a_usable_model(at: int) -> None:
     dit = random_dit()
     question = inputs_for(dit)
     expected = dit(*question)
-    _, placement = swapped(dit, 2)
+    swap, placement = swapped(dit, 2)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     calls = 0
 
     def failing(*args: Any, **kwargs: Any) -> Tensor:
@@ -301,12 +304,10 @@ def test_an_error_in_a_block_leaves_a_usable_model(at: int) -> None:
         return sdpa(*args, **kwargs)
 
     with placement.use("dit"):
-        dit.attention = failing
         with pytest.raises(Stop) as kept:  # with its frames, and in them the iterator that was left in the middle
-            dit(*question)
-        dit.attention = sdpa
-        assert torch.equal(dit(*question), expected)
-        assert torch.equal(dit(*question), expected)
+            run(*question, execution=Execution(attention=failing, hand_out=swap))
+        assert torch.equal(run(*question), expected)
+        assert torch.equal(run(*question), expected)
     assert kept.value.__traceback__ is not None
 
 
@@ -318,6 +319,7 @@ def test_an_error_in_a_copy_leaves_a_usable_model(at: int, error: type[BaseExcep
     question = inputs_for(dit)
     expected = dit(*question)
     swap, placement = swapped(dit, 2)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     calls = 0
 
     class Torn:
@@ -339,10 +341,10 @@ def test_an_error_in_a_copy_leaves_a_usable_model(at: int, error: type[BaseExcep
     with placement.use("dit"):
         with pytest.raises(error):
             for _ in range(2):
-                dit(*question)
-        assert torch.equal(dit(*question), expected)
+                run(*question)
+        assert torch.equal(run(*question), expected)
     with placement.use("dit"):
-        assert torch.equal(dit(*question), expected)
+        assert torch.equal(run(*question), expected)
 
 
 @torch.no_grad()
@@ -351,12 +353,13 @@ def test_a_forward_that_is_left_early_does_not_disturb_the_next() -> None:
     question = inputs_for(dit)
     expected = dit(*question)
     swap, placement = swapped(dit, 2)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     with placement.use("dit"):
         for stop in range(BLOCKS):
             for index, _ in enumerate(swap(dit.visual_transformer_blocks)):
                 if index == stop:
                     break
-            assert torch.equal(dit(*question), expected)
+            assert torch.equal(run(*question), expected)
 
 
 # --- with what else there is ------------------------------------------------------------------------------------------
@@ -367,20 +370,23 @@ def test_an_evaluation_that_a_cache_skips_copies_nothing() -> None:
     dit = random_dit()
     question = inputs_for(dit)
     swap, placement = swapped(dit, 2)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
 
-    def skip(hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        return hidden + 1
+    def skip(run_blocks: RunBlocks) -> RunBlocks:
+        return lambda hidden, inputs: hidden + 1
 
-    def pass_on(hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        return dit.run_blocks(hidden, inputs) + 1
+    def pass_on(run_blocks: RunBlocks) -> RunBlocks:
+        return lambda hidden, inputs: run_blocks(hidden, inputs) + 1
+
+    cached, skipping = (Execution(hand_out=swap).within(around) for around in (pass_on, skip))
 
     with placement.use("dit"):
-        expected, shifted = dit(*question), dit(*question, run_blocks=pass_on)
+        expected, shifted = run(*question), run(*question, execution=cached)
         swap.log.clear()
-        dit(*question, run_blocks=skip)
+        run(*question, execution=skipping)
         assert swap.log == []
-        assert torch.equal(dit(*question), expected)
-        assert torch.equal(dit(*question, run_blocks=pass_on), shifted) and not torch.equal(shifted, expected)
+        assert torch.equal(run(*question), expected)
+        assert torch.equal(run(*question, execution=cached), shifted) and not torch.equal(shifted, expected)
 
 
 @torch.no_grad()
@@ -393,7 +399,8 @@ def test_compiled_blocks_share_one_graph_over_all_stages(wrapped: bool) -> None:
     dit = random_dit()
     question = inputs_for(dit)
     expected = dit(*question)
-    _, placement = swapped(dit, 3)
+    swap, placement = swapped(dit, 3)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     counter = CompileCounter()
     for index, block in enumerate(dit.visual_transformer_blocks):
         if wrapped:
@@ -403,7 +410,7 @@ def test_compiled_blocks_share_one_graph_over_all_stages(wrapped: bool) -> None:
     for _ in range(2):
         with placement.use("dit"):
             for _ in range(2):
-                assert torch.equal(dit(*question), expected)
+                assert torch.equal(run(*question), expected)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -426,13 +433,14 @@ def test_on_a_gpu_bit_for_bit_the_same_within_its_memory(resident: int) -> None:
     block = sum(p.nbytes for p in dit.visual_transformer_blocks[0].parameters())
     others = sum(p.nbytes for p in dit.parameters()) - 10 * block
     del on_gpu
-    _, placement = swapped(dit, resident, device)
+    swap, placement = swapped(dit, resident, device)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(2):
         with placement.use("dit"):
-            answers = [dit(*question) for question in questions]  # queued without waiting
+            answers = [run(*question) for question in questions]  # queued without waiting
             for answer, right in zip(answers, expected, strict=True):
                 assert torch.equal(answer, right)
     peak = torch.cuda.max_memory_allocated(device) - before
@@ -447,7 +455,8 @@ def test_on_a_gpu_an_error_leaves_a_usable_model() -> None:
     device = torch.device("cuda:0")
     dit = random_dit(num_blocks=6, **GPU_SIZES)
     question = inputs_for(dit, 0, device)
-    _, placement = swapped(dit, 2, device)
+    swap, placement = swapped(dit, 2, device)
+    run = functools.partial(dit, execution=Execution(hand_out=swap))
     calls = 0
 
     def failing(*args: Any, **kwargs: Any) -> Tensor:
@@ -458,12 +467,10 @@ def test_on_a_gpu_an_error_leaves_a_usable_model() -> None:
         return sdpa(*args, **kwargs)
 
     with placement.use("dit"):
-        expected = dit(*question)
-        dit.attention = failing
+        expected = run(*question)
         with pytest.raises(Stop):
-            dit(*question)
-        dit.attention = sdpa
-        assert torch.equal(dit(*question), expected)
+            run(*question, execution=Execution(attention=failing, hand_out=swap))
+        assert torch.equal(run(*question), expected)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import DiTConfig, load_config
 from kandinsky.loading import load_pipeline
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.layers import by_chunks
 from tests.unit.small_pipelines import randomised
 
@@ -73,12 +73,10 @@ def test_bit_for_bit_in_float32(batch: int, grid: tuple[int, int, int], nabla: N
     rows_of_linears(dit, rows)
     for chunk in (64, 100, 10_000):
         rows.clear()
-        dit.set_chunk_tokens(chunk)
-        assert torch.equal(dit(**given, nabla=nabla), expected), chunk
+        assert torch.equal(dit(**given, nabla=nabla, execution=Execution(chunk_tokens=chunk)), expected), chunk
         tokens = grid[0] * grid[1] * grid[2]
         last = {tokens % chunk} - {0} if chunk < tokens else set()
         assert set(rows) == {min(chunk, tokens), *last}
-    dit.set_chunk_tokens(None)
     rows.clear()
     assert torch.equal(dit(**given, nabla=nabla), expected) and set(rows) == {tokens}
 
@@ -101,8 +99,8 @@ def test_close_with_any_number_of_threads_and_quantised_layers() -> None:
     given = inputs(1, (2, 8, 16), torch.Generator().manual_seed(1))
     for model in (dit, quantised.eval()):
         expected = model(**given)
-        model.set_chunk_tokens(100)
-        assert ((model(**given) - expected).abs().max() / expected.abs().max()).item() <= 1e-5
+        chunked = model(**given, execution=Execution(chunk_tokens=100))
+        assert ((chunked - expected).abs().max() / expected.abs().max()).item() <= 1e-5
 
 
 def test_chunks_are_in_their_places() -> None:
@@ -122,6 +120,6 @@ def test_the_setting_reaches_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path
     for chunk in (None, 64):
         overrides = ["model.num_steps=2", f"runtime.chunk_tokens={chunk or 'null'}"]
         pipe: Any = load_pipeline(load_config(CONFIGS / "config_tiny_t2v.yaml", overrides), "cpu")
-        assert pipe.dit.visual_transformer_blocks[0].feed_forward.chunk_tokens == chunk
+        assert pipe.execution.chunk_tokens == chunk
         pictures.append(pipe("a red circle", seed=1, time_length=0.5, progress=False))
     assert torch.equal(*pictures)

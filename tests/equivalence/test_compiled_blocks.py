@@ -20,12 +20,13 @@ from torch._dynamo.utils import counters
 from kandinsky import get_T2V_pipeline
 from kandinsky.attention.engines import sdpa
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D
-from kandinsky.runtime.compile import CACHE_VARIABLE, compile_blocks
+from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D, Execution, RunBlocks
+from kandinsky.runtime.compile import CACHE_VARIABLE, with_compiled_blocks
 from kandinsky.runtime.quantization import FP8Linear, Int8Linear, NF4Linear
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOLERANCE = 1e-4
+PLAIN = Execution()
 SAME = 1e-5  # where a graph is run as it is, uncompiled
 LATENT_SIZE = (2, 16, 16)
 SPARSE = NablaConfig(P=0.5, wT=1, wH=1, wW=1)
@@ -77,9 +78,15 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def assert_same(dit: DiffusionTransformer3D, plain: DiffusionTransformer3D, inputs: Inputs, **options: Any) -> None:
+def compiled(dit: DiffusionTransformer3D, backend: Any, execution: Execution = PLAIN) -> Callable[..., Tensor]:
+    return functools.partial(dit, execution=with_compiled_blocks(execution, backend))
+
+
+def assert_same(dit: Callable[..., Tensor], plain: DiffusionTransformer3D, inputs: Inputs, **options: Any) -> None:
     with torch.no_grad():
-        assert largest_difference(dit(*inputs, **options), plain(*inputs, **options)) <= SAME
+        ours = dit(*inputs, **options)
+        options.pop("execution", None)
+        assert largest_difference(ours, plain(*inputs, **options)) <= SAME
 
 
 # --- graphs, counted; they are run without being compiled -------------------------------------------------------------
@@ -87,8 +94,8 @@ def assert_same(dit: DiffusionTransformer3D, plain: DiffusionTransformer3D, inpu
 
 def test_one_graph_for_all_blocks_and_texts() -> None:
     """Of any length; with a mask over them it is another one."""
-    dit, plain, graphs = build_dit(), build_dit(), CompileCounter()
-    compile_blocks(dit, graphs)
+    plain, graphs = build_dit(), CompileCounter()
+    dit = compiled(build_dit(), graphs)
     for length in (7, 1, 23, 1, 256):
         assert_same(dit, plain, make_inputs(length))
         assert graphs.frame_count == 1
@@ -99,8 +106,8 @@ def test_one_graph_for_all_blocks_and_texts() -> None:
 
 
 def test_a_second_size_is_the_last_graph() -> None:
-    dit, plain, graphs = build_dit(), build_dit(), CompileCounter()
-    compile_blocks(dit, graphs)
+    plain, graphs = build_dit(), CompileCounter()
+    dit = compiled(build_dit(), graphs)
     for latent_size, expected in ((LATENT_SIZE, 1), ((1, 8, 8), 2), ((3, 16, 8), 2), (LATENT_SIZE, 2)):
         assert_same(dit, plain, make_inputs(5, latent_size))
         assert graphs.frame_count == expected
@@ -109,7 +116,6 @@ def test_a_second_size_is_the_last_graph() -> None:
 def test_a_cache_around_the_blocks_and_streamed_weights() -> None:
     """As block swapping does it: blocks' parameters are views of one buffer, filled when it is the block's turn."""
     dit, plain, graphs = build_dit(), build_dit(), CompileCounter()
-    compile_blocks(dit, graphs)
     weights = [[parameter.clone() for parameter in block.parameters()] for block in dit.visual_transformer_blocks]
     size = sum(parameter.numel() for parameter in weights[0])
     buffer, last_seen = torch.zeros(size), []
@@ -125,15 +131,19 @@ def test_a_cache_around_the_blocks_and_streamed_weights() -> None:
                 parameter.copy_(tensor)
             yield block
 
-    def cached(hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        last_seen.append(dit.run_blocks(hidden, inputs) - hidden)
-        return hidden + last_seen[-1]
+    def around(run_blocks: RunBlocks) -> RunBlocks:
+        def cached(hidden: Tensor, inputs: BlockInputs) -> Tensor:
+            last_seen.append(run_blocks(hidden, inputs) - hidden)
+            return hidden + last_seen[-1]
 
-    dit.stream_blocks = stream
+        return cached
+
+    execution = with_compiled_blocks(Execution(hand_out=stream), graphs)
     for length in (7, 12):
-        assert_same(dit, plain, make_inputs(length))
+        assert_same(dit, plain, make_inputs(length), execution=execution)
         with torch.no_grad():
-            assert largest_difference(dit(*make_inputs(length), run_blocks=cached), plain(*make_inputs(length))) <= SAME
+            cached = dit(*make_inputs(length), execution=execution.within(around))
+            assert largest_difference(cached, plain(*make_inputs(length))) <= SAME
     assert len(last_seen) == 2 and graphs.frame_count == 1
 
 
@@ -145,12 +155,11 @@ def test_other_engines_are_one_operation_of_the_graph() -> None:
         calls.append(q.abs().max().item())
         return sdpa(q, k, v, mask)
 
-    dit, plain, graphs = build_dit(), build_dit(), CompileCounter()
-    dit.attention = engine
-    compile_blocks(dit, graphs)
-    assert dit.attention.__name__ == "engine"  # for the record beside the video
+    plain, graphs = build_dit(), CompileCounter()
+    execution = with_compiled_blocks(Execution(attention=engine), graphs)
+    assert execution.attention.__name__ == "engine"  # for the record beside the video
     for length in (7, 12):
-        assert_same(dit, plain, make_inputs(length))
+        assert_same(functools.partial(build_dit(), execution=execution), plain, make_inputs(length))
     assert graphs.frame_count == 1 and len(calls) == 2 * 3
 
 
@@ -158,9 +167,7 @@ def test_what_a_kernel_raises_is_not_taken_for_the_compilers_failure() -> None:
     def engine(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         raise torch.OutOfMemoryError("no memory left")
 
-    dit = build_dit()
-    dit.attention = engine
-    compile_blocks(dit, CompileCounter())
+    dit = compiled(build_dit(), CompileCounter(), Execution(attention=engine))
     with pytest.raises(torch.OutOfMemoryError, match="no memory left"), torch.no_grad():
         dit(*make_inputs())
 
@@ -169,8 +176,7 @@ def test_a_failure_says_what_to_do() -> None:
     def broken(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         raise RuntimeError("there is no g++ here\nand more of it")
 
-    dit = build_dit()
-    compile_blocks(dit, broken)
+    dit = compiled(build_dit(), broken)
     with pytest.raises(ValueError, match=r"could not be compiled .*no g\+\+ here.*--compile off") as error:
         dit(*make_inputs())
     assert "\n" not in str(error.value)
@@ -215,7 +221,9 @@ def test_with_what_else_is_switched_on(
 ) -> None:
     """The graph is run without being compiled further."""
     spared: list[int] = []
-    monkeypatch.setattr("kandinsky.loading.compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(
+        "kandinsky.loading.with_compiled_blocks", functools.partial(with_compiled_blocks, backend="aot_eager")
+    )
     expected = generate("config_tiny_t2v.yaml", False, **options)
     assert not counters["stats"]
     with caplog.at_level("INFO", logger="kandinsky"):
@@ -228,7 +236,9 @@ def test_with_what_else_is_switched_on(
 
 def test_with_nabla_and_streamed_quantised_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The map is part of the graph, the kernel one operation of it."""
-    monkeypatch.setattr("kandinsky.loading.compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(
+        "kandinsky.loading.with_compiled_blocks", functools.partial(with_compiled_blocks, backend="aot_eager")
+    )
     options: dict[str, Any] = {"blocks_on_gpu": 2, "dit_quantization": "int8"}
     expected = generate("config_tiny_t2v_10s.yaml", False, **options)
     latents = generate("config_tiny_t2v_10s.yaml", True, **options)

@@ -13,7 +13,7 @@ from kandinsky.attention import nabla
 from kandinsky.attention.block_sparse import BlockSparseAttention, masked_dense, sdpa_block_sparse
 from kandinsky.attention.engines import sdpa
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 
 TOLERANCE = 1e-5
 LATENT_SIZE = (3, 32, 48)  # 2 x 3 blocks a frame, 18 blocks
@@ -63,11 +63,7 @@ def make_inputs(dit: DiffusionTransformer3D, batch: int = 1, latent_size: tuple[
 
 @torch.no_grad()
 def run(dit: DiffusionTransformer3D, inputs: Inputs, kernel: BlockSparseAttention | None = None, **options) -> Tensor:
-    dit.block_sparse = kernel or sdpa_block_sparse
-    try:
-        return dit(*inputs, **options)
-    finally:
-        dit.block_sparse = sdpa_block_sparse
+    return dit(*inputs, execution=Execution(block_sparse=kernel or sdpa_block_sparse), **options)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

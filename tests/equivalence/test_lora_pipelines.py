@@ -97,7 +97,7 @@ def test_the_same_wherever_weights_are(quantization: str | None, loras: dict[str
     expected: list[Tensor] = []
     for name, overrides in PLACES.items():
         pipe = load(*overrides, *more, dtype="bfloat16", dit_path=wide)
-        assert isinstance(pipe.dit.stream_blocks, BlockSwap) == ("swap" in name)
+        assert isinstance(pipe.execution.hand_out, BlockSwap) == ("swap" in name)
         assert any(isinstance(module, QuantizedLinear) for module in pipe.dit.modules()) == bool(quantization)
         seen = went_through(pipe, loras)
         expected = expected or seen

@@ -80,7 +80,7 @@ def test_the_same_pixels(task: str) -> None:
         pipe = load(task, *SETTINGS[name])
         for _ in range(2 if name == "all" else 1):
             assert torch.equal(picture_of(pipe), expected), name
-        assert isinstance(pipe.dit.stream_blocks, BlockSwap) == (name in ("offload, swap", "swap", "all"))
+        assert isinstance(pipe.execution.hand_out, BlockSwap) == (name in ("offload, swap", "swap", "all"))
     assert not torch.equal(picture_of(pipe, seed=2), expected)
 
 

@@ -27,7 +27,7 @@ from benchmarks.memory import status, write_checkpoint
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import DiTConfig, MagCacheConfig
 from kandinsky.loading import load_dit, load_sharded_dit
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.request import resolve_request
 from kandinsky.resume import Stopped, load_run
 from kandinsky.runtime.magcache import cache_for_request
@@ -77,8 +77,9 @@ def velocity(name: str, team: Team | None, folder: Path) -> Tensor:
     """Of one request, with a masked text. Each process's blocks see its share of the tokens, in whole NABLA blocks."""
     dit = peaked_dit()
     batch, size, nabla = VELOCITIES[name]
+    execution = Execution()
     if team is not None:
-        team.sequence.apply(dit)
+        execution = Execution(around=team.sequence.around)
         tokens, whole = math.prod(size) // 4, 64 if nabla else 1
         share = -(-tokens // (whole * team.sequence.size)) * whole
 
@@ -92,7 +93,7 @@ def velocity(name: str, team: Team | None, folder: Path) -> Tensor:
     mask = torch.ones(batch, 7, dtype=torch.bool)
     mask[-1, 4:] = False
     timesteps = torch.tensor([723.4567, 41.875])[:batch]
-    return dit(latents, text, pooled, timesteps, nabla=nabla, text_mask=mask)
+    return dit(latents, text, pooled, timesteps, nabla=nabla, text_mask=mask, execution=execution)
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
@@ -108,8 +109,7 @@ def pipeline(task: str, team: Team | None, dit: Any = None, nabla: bool = False,
     pipe.config = dataclasses.replace(pipe.config, model=model)
     pipe.dit = dit or randomised(DiffusionTransformer3D(**dataclasses.asdict(params)))
     if team is not None:
-        team.sequence.apply(pipe.dit)
-        pipe.vae.map_tiles = team.tiles
+        pipe.execution = Execution(around=team.sequence.around)
         pipe.text_embedder = FirstProcessEncodes(
             WordsEmbedder() if team.is_first else None, team.processes, torch.device("cpu")
         )

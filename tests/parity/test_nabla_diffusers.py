@@ -32,7 +32,7 @@ from kandinsky.attention.nabla import (
     nabla_block_map,
     nabla_tables,
 )
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.rope import visual_rotary_table
 
 TOLERANCE = 1e-5
@@ -197,17 +197,13 @@ def test_same_velocity_as_compiled_flex_attention(
         densities.append(block_map.float().mean().item())
         return sdpa_block_sparse(q, k, v, block_map)
 
-    try:
-        ours.block_sparse = watching
-        velocity = run_ours(ours, inputs, nabla=NABLA)
-        assert max(densities) < 0.7, densities
-        assert 0.1 < rms(velocity) < 10
-        assert largest_difference(velocity, expected) <= TOLERANCE
-        assert largest_difference(velocity, run_ours(ours, inputs)) > 1e-2  # and not dense attention
-        ours.block_sparse = flex_block_sparse
-        assert largest_difference(run_ours(ours, inputs, nabla=NABLA), expected) <= TOLERANCE
-    finally:
-        ours.block_sparse = sdpa_block_sparse
+    velocity = run_ours(ours, inputs, nabla=NABLA, execution=Execution(block_sparse=watching))
+    assert max(densities) < 0.7, densities
+    assert 0.1 < rms(velocity) < 10
+    assert largest_difference(velocity, expected) <= TOLERANCE
+    assert largest_difference(velocity, run_ours(ours, inputs)) > 1e-2  # and not dense attention
+    by_flex = run_ours(ours, inputs, nabla=NABLA, execution=Execution(block_sparse=flex_block_sparse))
+    assert largest_difference(by_flex, expected) <= TOLERANCE
 
 
 @pytest.mark.usefixtures("exact_diffusers")

@@ -412,7 +412,7 @@ def test_nabla_has_engines_of_its_own(world: dict[str, Any]) -> None:
     nabla = ["model.attention.type=nabla", "generation.width=128", "generation.height=128"]
     sizes = ["generation.resolutions=[[128,128]]"]
     pipe = get_T2V_pipeline("cpu", **world | {"overrides": [*world["overrides"], *nabla, *sizes]})
-    assert pipe.dit.block_sparse is sdpa_block_sparse
+    assert pipe.execution.block_sparse is sdpa_block_sparse
     options = {"num_frames": 9, "seed": 1, "num_steps": 1, "progress": False, "output_type": "latent"}
     everything = dataclasses.replace(pipe.config.model.attention, P=1.0)
     dense = dataclasses.replace(everything, type="full")

@@ -194,19 +194,19 @@ class Forward:
         import torch
 
         from kandinsky.attention.nabla import NablaConfig
-        from kandinsky.models.dit import DiffusionTransformer3D
+        from kandinsky.models.dit import DiffusionTransformer3D, Execution
 
         dtype = getattr(torch, self.dtype)
         dit = DiffusionTransformer3D(**dataclasses.asdict(self.config)).to(dtype).eval()
         for parameter in dit.parameters():
             parameter.normal_(0, 0.05)
-        dit.set_chunk_tokens(self.chunk_tokens)
+        execution = Execution(chunk_tokens=self.chunk_tokens)
 
         def forward(t: int, h: int, w: int, text_tokens: int) -> Callable[[], object]:
             latents, text = torch.randn(1, t, 2 * h, 2 * w, 33), torch.randn(1, text_tokens, 64).to(dtype)
             pooled, time = torch.randn(1, 32), torch.tensor([500.0])
             nabla = NablaConfig(0.8, 3, 3, 3) if self.nabla else None
-            return lambda: dit(latents, text, pooled, time, nabla=nabla)
+            return lambda: dit(latents, text, pooled, time, nabla=nabla, execution=execution)
 
         return forward(1, 8, 8, 8), forward(*self.tokens, self.text_tokens)
 
