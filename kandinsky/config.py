@@ -22,7 +22,10 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+
+from kandinsky.given import as_number, as_whole, shortened, shown
+from kandinsky.yaml_files import read_yaml, with_overrides
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ NABLA_PIXELS = 128
 MAX_PATCHES = 128
 MAX_TEXT_TOKENS = 1024
 MAX_SECONDS = 21  # 24 fps, 4 frames to a latent frame: 21 s are 127 latent frames
+MIN_SECONDS = 4 / 24  # the shortest video has 5 frames: the first one and those of one more latent frame
+LARGEST_WHOLE = 10**15 - 1  # of a setting; what is computed from several of them still is a float's size
 
 DEVICE_PRESETS = Path(__file__).resolve().parent.parent / "configs" / "devices"
 
@@ -221,20 +226,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Sequen
     """
     path = Path(path)
     try:
-        return _from_raw(_read_yaml(path, overrides, [Path(preset) for preset in presets]), path)
+        return _from_raw(read_yaml(path, overrides, [Path(preset) for preset in presets]), path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def config_from_dict(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The config that `config_to_dict` made `values` of, overrides applied. Errors are those of `load_config`."""
-    from omegaconf import OmegaConf
-
     raw = dict(values)
     source = Path(raw.pop("source") or "a recorded config")
-    _check_overrides(overrides)
-    config = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
-    return _from_raw(cast("dict[str, Any]", OmegaConf.to_container(config)), source)
+    return _from_raw(with_overrides(raw, overrides), source)
 
 
 def _from_raw(raw: dict[str, Any], source: Path) -> Config:
@@ -330,36 +331,8 @@ def preset_file(name: str) -> Path:
         names = sorted(
             (file.stem for file in DEVICE_PRESETS.glob("*.yaml")), key=lambda stem: (stem.isalpha(), len(stem), stem)
         )
-        raise ValueError(f"there is no device preset {name!r}: choose one of {', '.join(names)}")
+        raise ValueError(f"there is no device preset {shown(name)}: choose one of {', '.join(names)}")
     return path
-
-
-def _read_yaml(path: Path, overrides: Sequence[str], presets: Sequence[Path]) -> dict[str, Any]:
-    import yaml  # comes with OmegaConf
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not path.is_file():
-        names = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=3)
-        raise ValueError("no such config file" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    _check_overrides(overrides)
-    try:
-        layers = [OmegaConf.load(file) for file in (path, *presets)]
-        config = layers[0]
-        if not all(isinstance(layer, DictConfig) for layer in layers) or not isinstance(config, DictConfig):
-            raise ValueError("not a config: the file is not a mapping of keys to values")
-        config.merge_with(*layers[1:], OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from None
-    return cast("dict[str, Any]", raw)
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.*", override, flags=re.DOTALL):
-            raise ValueError(f"override {override!r} is not of the form key.key=value, like model.num_steps=20")
 
 
 def _drop_ignored_keys(raw: dict[str, Any], path: Path) -> None:
@@ -413,14 +386,14 @@ def _parse_section(cls: type, raw: Any, key: str) -> dict[str, Any]:
         raw = {}
     if not isinstance(raw, Mapping):
         raise ValueError(
-            f"{key} = {raw!r} is not allowed: it is a section with the keys {', '.join(_yaml_fields(cls))}"
+            f"{key} = {shown(raw)} is not allowed: it is a section with the keys {', '.join(_yaml_fields(cls))}"
         )
     fields = _yaml_fields(cls)
     values = {}
     for name, value in raw.items():
         dotted = _join(key, str(name))
         if name not in fields:
-            raise ValueError(f"unknown key {dotted}; did you mean {_nearest_key(dotted, cls, key)}?")
+            raise ValueError(f"unknown key {shortened(dotted)}; did you mean {_nearest_key(dotted, cls, key)}?")
         hint = fields[name]
         values[name] = _parse_section(hint, value, dotted) if _is_section(hint) else _convert(value, hint, dotted)
     return values
@@ -441,12 +414,12 @@ def _nearest_key(dotted: str, cls: type, section: str) -> str:
     """A similar name in the same section, else the same name elsewhere, else whatever is most alike."""
     name = dotted.rsplit(".", 1)[-1]
     names = {field.lower(): field for field in _yaml_fields(cls)}
-    in_section = difflib.get_close_matches(name.lower(), names, n=1)
+    in_section = difflib.get_close_matches(name.lower()[:100], names, n=1)
     if in_section:
         return _join(section, names[in_section[0]])
     everything = list(_all_keys(Config))
     elsewhere = [key for key in everything if key.rsplit(".", 1)[-1] == name]
-    return elsewhere[0] if elsewhere else difflib.get_close_matches(dotted, everything, n=1, cutoff=0.0)[0]
+    return elsewhere[0] if elsewhere else difflib.get_close_matches(dotted[:100], everything, n=1, cutoff=0.0)[0]
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
@@ -469,10 +442,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if len(item_hints) != len(value):
             raise _not_allowed(key, value, f"a list of {len(item_hints)} values, each {_describe(args[0])}")
         return tuple(_convert(v, h, f"{key}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    # bool is a subclass of int, yet `num_steps: true` is a mistake: compare exactly
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+    if hint is int and (whole := as_whole(value)) is not None:
+        if abs(whole) > LARGEST_WHOLE:
+            raise _not_allowed(key, value, "a whole number of at most 15 digits")
+        return whole
+    if hint is float and math.isfinite(number := as_number(value)):
+        return number
+    if hint in (int, float) or type(value) is not hint:  # bool is a subclass of int, yet `num_steps: true` is a mistake
         raise _not_allowed(key, value, _describe(hint))
     return value
 
@@ -483,7 +459,7 @@ def _describe(hint: Any) -> str:
 
 
 def _not_allowed(key: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{key} = {value!r} is not allowed: it must be {allowed}")
+    return ValueError(f"{key} = {shown(value)} is not allowed: it must be {allowed}")
 
 
 def _construct(cls: type, values: dict[str, Any], key: str) -> Any:
@@ -702,4 +678,9 @@ def _check(config: Config) -> None:
         "one of generation.resolutions: " + ", ".join(f"{w}x{h}" for w, h in generation.resolutions),
     )
     time_length = generation.time_length
-    require(0 <= time_length <= MAX_SECONDS, "generation.time_length", time_length, f"0 to {MAX_SECONDS} seconds")
+    require(
+        time_length == 0 or MIN_SECONDS <= time_length <= MAX_SECONDS,
+        "generation.time_length",
+        time_length,
+        f"0 to {MAX_SECONDS} seconds; 0 is a picture, and the shortest video has {MIN_SECONDS:.2f}",
+    )

@@ -11,7 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kandinsky.config import MAX_PATCHES, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS, Config
+from kandinsky.config import MAX_PATCHES, MAX_SECONDS, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS, Config
+from kandinsky.given import as_number, as_whole, shown
 from kandinsky.sizes import check_picture, size_for_image, size_for_video
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ FPS = 24
 FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 MAX_SEED = 2**32 - 1
+MAX_OUTPUTS = 10_000  # of one prompt in a call
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def resolve_request(
     generation = config.generation
     texts = _prompts(text, num_prompts)
     negatives = _negatives(generation.negative_caption if negative_caption is None else negative_caption, len(texts))
-    count = len(texts) * _checked_count(samples_per_prompt)
+    samples_per_prompt = _checked_count(samples_per_prompt)
+    count = len(texts) * samples_per_prompt
     seeds = _seeds(seed, count) if seeded else [None] * count
     samples = tuple(
         Sample(texts[i // samples_per_prompt], negatives[i // samples_per_prompt], seeds[i], i // samples_per_prompt)
@@ -162,7 +165,7 @@ def _prompts(text: str | Sequence[str] | None, num_prompts: int | None) -> list[
         raise ValueError("both a prompt and prompt_embeds are given: leave one of them out")
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, Sequence) or not texts:
-        raise ValueError(f"the prompt is {text!r}; it must be a string or a list of strings")
+        raise ValueError(f"the prompt is {shown(text)}; it must be a string or a list of strings")
     for one in texts:
         if not _checked_text("prompt", one).strip():
             raise ValueError("the prompt is empty: say what to show")
@@ -171,7 +174,7 @@ def _prompts(text: str | Sequence[str] | None, num_prompts: int | None) -> list[
 
 def _negatives(negative: str | Sequence[str], num_prompts: int) -> list[str]:
     if not isinstance(negative, str | list | tuple):
-        raise ValueError(f"the negative prompt is {negative!r}; it must be a string, or a list with one a prompt")
+        raise ValueError(f"the negative prompt is {shown(negative)}; it must be a string, or a list with one a prompt")
     negatives = [negative] * num_prompts if isinstance(negative, str) else list(negative)
     if len(negatives) != num_prompts:
         raise ValueError(f"{len(negatives)} negative prompts for {num_prompts} prompts: give one for all or one each")
@@ -180,7 +183,7 @@ def _negatives(negative: str | Sequence[str], num_prompts: int) -> list[str]:
 
 def _checked_text(name: str, text: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"the {name} is {text!r}; it must be a string")
+        raise ValueError(f"the {name} is {shown(text)}; it must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # bytes of another encoding, from a terminal or a file
@@ -189,9 +192,12 @@ def _checked_text(name: str, text: str) -> str:
 
 
 def _checked_count(samples_per_prompt: int) -> int:
-    if isinstance(samples_per_prompt, bool) or not isinstance(samples_per_prompt, int) or samples_per_prompt < 1:
-        raise ValueError(f"{samples_per_prompt!r} outputs per prompt; it must be a whole number from 1")
-    return samples_per_prompt
+    count = as_whole(samples_per_prompt)
+    if count is None or not 1 <= count <= MAX_OUTPUTS:
+        raise ValueError(
+            f"{shown(samples_per_prompt)} outputs per prompt; it must be a whole number from 1 to {MAX_OUTPUTS}"
+        )
+    return count
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -206,9 +212,10 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def _checked_seed(seed: object) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"the seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED}")
-    return seed
+    number = as_whole(seed)
+    if number is None or not 0 <= number <= MAX_SEED:
+        raise ValueError(f"the seed is {shown(seed)}; it must be a whole number from 0 to {MAX_SEED}")
+    return number
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -255,20 +262,23 @@ def _size(
 def _checked_side(name: str, pixels: int, multiple: int) -> int:
     limit = MAX_PATCHES * PATCH_PIXELS
     why = " (NABLA attention works on blocks of that size)" if multiple == NABLA_PIXELS else ""
-    if isinstance(pixels, bool) or not isinstance(pixels, int):
-        raise ValueError(f"{name} is {pixels!r}; it must be a whole number of pixels, a multiple of {multiple}{why}")
-    if pixels % multiple or not 0 < pixels <= limit:
-        nearest = round(min(max(pixels, multiple), limit) / multiple) * multiple
+    side = as_whole(pixels)
+    if side is None:
         raise ValueError(
-            f"{name} is {pixels}; it must be a multiple of {multiple} pixels from {multiple} to {limit}{why}: "
+            f"{name} is {shown(pixels)}; it must be a whole number of pixels, a multiple of {multiple}{why}"
+        )
+    if side % multiple or not 0 < side <= limit:
+        nearest = round(min(max(side, multiple), limit) / multiple) * multiple
+        raise ValueError(
+            f"{name} is {shown(side)}; it must be a multiple of {multiple} pixels from {multiple} to {limit}{why}: "
             f"the nearest is {nearest}"
         )
-    return pixels
+    return side
 
 
 def _frames(config: Config, seconds: float | None, num_frames: int | None) -> int:
     if config.task in ("t2i", "i2i"):
-        if seconds or num_frames not in (None, 1):
+        if (seconds is not None and as_number(seconds) != 0) or (num_frames is not None and as_whole(num_frames) != 1):
             raise ValueError(f"{config.source} makes images: leave the duration out")
         return 1
     if num_frames is not None:
@@ -276,60 +286,65 @@ def _frames(config: Config, seconds: float | None, num_frames: int | None) -> in
             raise ValueError("both time_length and num_frames are given: leave one of them out")
         return _checked_frames(num_frames)
     seconds = config.generation.time_length if seconds is None else seconds
-    longest = ((MAX_PATCHES - 1) * FRAMES_PER_LATENT) // FPS
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= longest:
-        raise ValueError(f"the duration is {seconds} s; it must be from 0 (an image) to {longest} s")
-    return int(seconds * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+    length = as_number(seconds)
+    if not 0 <= length <= MAX_SECONDS:
+        given = shown(seconds).strip("'")
+        raise ValueError(f"the duration is {given} s; it must be from 0 (an image) to {MAX_SECONDS} s")
+    return int(length * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
 
 def _checked_frames(num_frames: int) -> int:
     longest = (MAX_PATCHES - 1) * FRAMES_PER_LATENT + 1
-    whole = isinstance(num_frames, int) and not isinstance(num_frames, bool)
-    if not whole or not 1 <= num_frames <= longest or num_frames % FRAMES_PER_LATENT != 1:
-        nearest = round((min(max(num_frames, 1), longest) - 1) / FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1
-        raise ValueError(f"num_frames is {num_frames}; it must be 4n + 1 up to {longest}: the nearest is {nearest}")
-    return num_frames
+    frames = as_whole(num_frames)
+    if frames is None:
+        raise ValueError(f"num_frames is {shown(num_frames)}; it must be a whole number, 4n + 1 up to {longest}")
+    if not 1 <= frames <= longest or frames % FRAMES_PER_LATENT != 1:
+        nearest = round((min(max(frames, 1), longest) - 1) / FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1
+        raise ValueError(f"num_frames is {shown(frames)}; it must be 4n + 1 up to {longest}: the nearest is {nearest}")
+    return frames
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def _checked_text_length(tokens: int | None) -> int | None:
-    whole = isinstance(tokens, int) and not isinstance(tokens, bool)
-    if tokens is not None and not (whole and 1 <= tokens <= MAX_TEXT_TOKENS):
-        raise ValueError(f"max_sequence_length is {tokens!r}; it must be from 1 to {MAX_TEXT_TOKENS} tokens")
-    return tokens
+    number = as_whole(tokens)
+    if tokens is not None and (number is None or not 1 <= number <= MAX_TEXT_TOKENS):
+        raise ValueError(f"max_sequence_length is {shown(tokens)}; it must be from 1 to {MAX_TEXT_TOKENS} tokens")
+    return number
 
 
 def _checked_expansion(wanted: bool | None) -> bool | None:
-    if wanted not in (None, True, False) or (isinstance(wanted, int | float) and not isinstance(wanted, bool)):
-        raise ValueError(f"expand_prompts is {wanted!r}; it must be True, False, or None: where the model can")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ValueError(f"expand_prompts is {shown(wanted)}; it must be True, False, or None: where the model can")
     return wanted
 
 
 def _checked_steps(num_steps: int) -> int:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= 1000:
-        raise ValueError(f"the number of steps is {num_steps}; it must be a whole number from 1 to 1000")
-    return num_steps
+    steps = as_whole(num_steps)
+    if steps is None or not 1 <= steps <= 1000:
+        raise ValueError(f"the number of steps is {shown(num_steps)}; it must be a whole number from 1 to 1000")
+    return steps
 
 
 def _checked_number(name: str, value: float, lowest: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= 100:
-        raise ValueError(f"{name} is {value}; it must be a number from {lowest:g} to 100")
-    return float(value)
+    number = as_number(value)
+    if not lowest <= number <= 100:
+        raise ValueError(f"{name} is {shown(value)}; it must be a number from {lowest:g} to 100")
+    return number
 
 
 def _checked_interval(interval: Sequence[float]) -> tuple[float, float]:
-    numbers = interval if isinstance(interval, list | tuple) else ()
-    ok = len(numbers) == 2 and all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    if not ok or not 0 <= numbers[0] <= numbers[1] <= 1:
+    numbers = [as_number(n) for n in interval] if isinstance(interval, list | tuple) else []
+    if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
         raise ValueError(
-            f"guidance_interval is {interval!r}; it must be two shares of the steps from 0 to 1, like (0.2, 0.8)"
+            f"guidance_interval is {shown(interval)}; it must be two shares of the steps from 0 to 1, like (0.2, 0.8)"
         )
-    return float(numbers[0]), float(numbers[1])
+    return numbers[0], numbers[1]
 
 
 def _checked_every(every: int) -> int:
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"guidance_every is {every!r}; it must be a whole number from 1 (every step)")
-    return every
+    steps = as_whole(every)
+    if steps is None or steps < 1:
+        raise ValueError(f"guidance_every is {shown(every)}; it must be a whole number from 1 (every step)")
+    return steps

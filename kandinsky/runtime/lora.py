@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky.config import DiTConfig
+from kandinsky.given import as_number, shown
 from kandinsky.lora_file import AdapterConfig, LoraFile, read_lora
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.quantization import LowRank, QuantizedLinear, add_low_rank
@@ -100,9 +101,9 @@ class Adapters:
             if name not in self._adapters:
                 known = ", ".join(self._adapters) or "none: load_adapter comes first"
                 raise ValueError(f"there is no adapter {name!r}; loaded are {known}")
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-                raise ValueError(f"the scale of {name} is {scale!r}; it must be a finite number")
-        self._scales = {name: float(scale) for name, scale in scales.items()}
+            if not math.isfinite(as_number(scale)):
+                raise ValueError(f"the scale of {name} is {shown(scale)}; it must be a finite number")
+        self._scales = {name: as_number(scale) for name, scale in scales.items()}
         wanted = {layer for name, scale in self._scales.items() if scale for layer in self._adapters[name].layers}
         # Should something fail on the way, like memory, then the next change mends what this one left.
         self._changed |= wanted

@@ -27,12 +27,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("attention", "prompts", "hub", "lora_file"),
     ("checkpoints", "sizes"),  # request stands on sizes
     ("config",),
+    ("yaml_files",),
+    ("given",),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
-    *("lora_file", "memory", "plan"),
+    *("lora_file", "memory", "plan", "given", "yaml_files"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

@@ -3,14 +3,24 @@
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from kandinsky.config import HD_SIZES, SD_SIZES, VIDEO_NEGATIVE_CAPTION, config_to_dict, load_config
+from kandinsky.config import (
+    HD_SIZES,
+    SD_SIZES,
+    VIDEO_NEGATIVE_CAPTION,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    with_settings,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SFT = REPOSITORY / "configs" / "config_5s_sft.yaml"
@@ -335,6 +345,15 @@ def test_unknown_key_names_the_nearest(override, unknown, nearest):
         ("generation.width=100", ["100x512", "512x512, 768x512, 512x768"]),
         ("generation.time_length=-1", ["generation.time_length = -1.0", "0 to 21"]),
         ("generation.time_length=60", ["generation.time_length = 60.0", "0 to 21"]),
+        ("generation.time_length=0.1", ["generation.time_length = 0.1", "the shortest video has 0.17"]),
+        ("metrics.scheduler_scale=1" + 400 * "0", ["metrics.scheduler_scale = 1000", " ... ", "a finite number"]),
+        ("metrics.scale_factor=[1,2,1" + 400 * "0" + "]", ["metrics.scale_factor[2] = 1000", "a finite number"]),
+        ("model.num_steps=1" + 400 * "0", ["model.num_steps = 1000", "at most 15 digits"]),
+        ("model.num_steps=1" + 5000 * "0", ["not readable as YAML", "4300 digits"]),
+        ("model.num_steps=0x" + 5000 * "f", ["a number of thousands of digits", "at most 15 digits"]),
+        ("model.num_steps=[1", ["not readable as YAML"]),
+        ("model.checkpoint_path={x: " + 1000 * "y" + "}", ["checkpoint_path = {'x': 'yyy", " ... ", "must be text"]),
+        ("model.num_steps=" + 30 * "[" + 30 * "]", ["model.num_steps = [[[[", "a whole number"]),
         ("generation.first_frame_normalization=1", ["first_frame_normalization = 1", "true or false"]),
         ("generation.noise_device=tpu", ["generation.noise_device = 'tpu'", "cpu or cuda"]),
         ("generation.noise_dtype=float16", ["generation.noise_dtype = 'float16'", "float32 or bfloat16"]),
@@ -424,3 +443,69 @@ def test_dict_is_json_and_loads_again(tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(yaml.safe_dump(plain))
     assert dataclasses.replace(load_config(path), source=SFT) == config
+
+
+# --- files that are none, and numbers that are not Python's ------------------------------------------------------------
+
+
+def refused(path: Path, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ValueError) as error:
+        load_config(path, overrides)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 1000
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not a config: there is nothing in the file"),
+        ("# nothing\n---\n", "not a config: there is nothing in the file"),
+        ("- 1\n", "not a mapping"),
+        ("".join(f"{' ' * i}a:\n" for i in range(990)), "nested too deeply"),
+        ("a: " + 200_000 * "[", "not readable as YAML"),
+        ("a: &a [*a]\n", "not readable as YAML"),
+        ("a: \x00\n", "not readable as YAML"),
+    ],
+)
+def test_files_that_are_no_configs(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    message = refused(tmp_path / "a.yaml")
+    assert message.startswith(f"{tmp_path / 'a.yaml'}: ") and says in message
+    assert message.isprintable()
+
+
+def test_unknown_keys_are_shown_as_one_short_line(tmp_path: Path) -> None:
+    for key in ("a\nb", "\x1b[2J", "x" * 5000, 7, True):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump({key: 1}))
+        assert "unknown key" in refused(tmp_path / "a.yaml") and refused(tmp_path / "a.yaml").isprintable()
+
+
+def test_a_name_that_is_no_file_is_not_told_its_own(tmp_path: Path) -> None:
+    """A folder is told a file in it; what neither is nor is alike gets no advice."""
+    (tmp_path / "configs.yaml").mkdir()
+    assert refused(tmp_path / "configs.yaml").endswith("configs.yaml: no such config file: it is a folder")
+    (tmp_path / "configs.yaml" / "a.yaml").write_text("")
+    assert refused(tmp_path / "configs.yaml").endswith("it is a folder; name a file in it, like a.yaml")
+    os.mkfifo(tmp_path / "config.yaml")  # who opens it waits for ever
+    assert refused(tmp_path / "config.yaml").endswith("no such config file: it is a pipe, a socket or a device")
+    assert refused(tmp_path / "confix.yaml").endswith("no such config file")
+    assert refused(tmp_path / "a\0.yaml").endswith("no such config file")
+
+
+def test_recorded_configs_under_overrides_that_are_none() -> None:
+    recorded = config_to_dict(load_config(SFT))
+    assert config_from_dict(recorded, ["model.num_steps=7"]).model.num_steps == 7
+    for override in ("model.num_steps=[1", "model.num_steps={a", "num_steps"):
+        with pytest.raises(ValueError, match=r"not readable as YAML|is not of the form") as error:
+            config_from_dict(recorded, [override])
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    config = with_settings(
+        load_config(SFT), runtime={"blocks_on_gpu": np.int64(4)}, magcache={"threshold": np.float32(0.5)}
+    )
+    assert (config.runtime.blocks_on_gpu, config.magcache.threshold) == (4, 0.5)
+    assert type(config.runtime.blocks_on_gpu) is int and type(config.magcache.threshold) is float
+    with pytest.raises(ValueError, match="a finite number"):
+        with_settings(load_config(SFT), magcache={"threshold": np.bool_(True)})

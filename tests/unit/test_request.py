@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kandinsky.config import Config, load_config
+from kandinsky.given import shown
 from kandinsky.request import MAX_SEED, Request, Sample, resolve_request, warn_about_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -122,6 +125,23 @@ def test_seed_is_drawn_anew_each_time(config: Config) -> None:
     assert len(seeds) == 8 and all(0 <= seed <= MAX_SEED for seed in seeds)
 
 
+@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("real", [np.float32, np.float64, np.float16])
+def test_numpy_numbers_are_numbers(config: Config, whole: type, real: type) -> None:
+    """And become Python's own: a record of them is JSON."""
+    theirs = {"seed": whole(7), "num_steps": whole(3), "width": whole(128), "samples_per_prompt": whole(2)}
+    theirs |= {"time_length": real(0.5), "guidance_weight": real(2.5), "guidance_interval": (real(0.25), whole(1))}
+    theirs |= {"guidance_every": whole(2), "max_sequence_length": whole(100), "scheduler_scale": real(3)}
+    ours = {"seed": 7, "num_steps": 3, "width": 128, "samples_per_prompt": 2, "time_length": 0.5}
+    ours |= {"guidance_weight": 2.5, "guidance_interval": (0.25, 1), "guidance_every": 2, "max_sequence_length": 100}
+    ours |= {"scheduler_scale": 3}
+    request = resolve_request(config, "a cat", **theirs)
+    assert request == resolve_request(config, "a cat", **ours)
+    assert json.loads(json.dumps(dataclasses.asdict(request)))["num_steps"] == 3
+    with_frames = {"num_frames": np.int64(49), "seed": 1}
+    assert type(resolve_request(config, "a cat", **with_frames).num_frames) is int
+
+
 BAD = [
     ({"text": ""}, ["empty", "say what"]),
     ({"text": " \n\t"}, ["empty", "say what"]),
@@ -171,10 +191,19 @@ BAD = [
     ({"guidance_weight": "5"}, ["guidance_weight", "5", "number"]),
     ({"scheduler_scale": 0}, ["scheduler_scale", "0", "from 0.01 to 100"]),
     ({"scheduler_scale": -3}, ["scheduler_scale", "-3", "from 0.01 to 100"]),
+    ({"scheduler_scale": 10**400}, ["scheduler_scale is 1000", "from 0.01 to 100"]),
+    ({"time_length": -(10**400)}, ["the duration is -1000", "0 (an image)"]),
+    ({"seed": 10**5000}, ["the seed is a number of thousands of digits", "from 0 to"]),
+    ({"samples_per_prompt": 10**9}, ["1000000000 outputs", "to 10000"]),
+    ({"num_frames": "25"}, ["num_frames is '25'", "whole number"]),
+    ({"num_steps": np.bool_(True)}, ["steps", "whole number"]),
+    ({"num_steps": np.float64(3)}, ["steps", "3.0", "whole number"]),
+    ({"seed": 7j}, ["the seed is 7j", "whole number"]),
+    ({"negative_caption": {"a": 300 * "x"}}, ["negative prompt is {'a': 'xxx", " ... ", "string"]),
 ]
 
 
-@pytest.mark.parametrize(("given", "parts"), BAD, ids=[str(given) for given, _ in BAD])
+@pytest.mark.parametrize(("given", "parts"), BAD, ids=[shown(given) for given, _ in BAD])
 def test_bad_input_is_one_line_with_what_was_given_and_what_is_allowed(
     config: Config, given: dict[str, Any], parts: list[str]
 ) -> None:

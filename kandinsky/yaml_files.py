@@ -1,0 +1,83 @@
+"""YAML files and key=value overrides, read into plain dicts. What keys mean is for config.py to say.
+
+Whatever cannot be read is a ValueError of one line: a file that is none, text that is no YAML, nesting without end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kandinsky.given import shortened, shown, why_no_file
+
+KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+
+
+def read_yaml(path: Path, overrides: Sequence[str], presets: Sequence[Path]) -> dict[str, Any]:
+    """The file, under the presets, under the overrides. Raises ValueError for what cannot be read."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if (reason := why_no_file(path)) is not None:
+        raise ValueError(f"no such config file{_advice(path, reason)}")
+
+    _check_overrides(overrides)
+    layers = [_readable(partial(OmegaConf.load, file)) for file in (path, *presets)]
+    config = layers[0]
+    if not all(isinstance(layer, DictConfig) for layer in layers) or not isinstance(config, DictConfig):
+        raise ValueError("not a config: the file is not a mapping of keys to values")
+    if not config:
+        raise ValueError("not a config: there is nothing in the file")
+
+    def merged() -> Any:
+        config.merge_with(*layers[1:], OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+    return _readable(merged)
+
+
+def with_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What `read_yaml` returned, under further overrides. Raises ValueError for those that cannot be read."""
+    from omegaconf import OmegaConf
+
+    _check_overrides(overrides)
+
+    def merged() -> Any:
+        changed = OmegaConf.merge(OmegaConf.create(dict(raw)), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(changed)
+
+    return _readable(merged)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not re.fullmatch(f"{KEY}=.*", override, flags=re.DOTALL):
+            raise ValueError(f"override {shown(override)} is not of the form key.key=value, like model.num_steps=20")
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    """What `read` returns; ValueError for what YAML and OmegaConf raise."""
+    import yaml  # comes with OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return read()
+    # ValueError: bytes that are no text, the 32nd of a month, a number of more than 4,300 digits
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        raise ValueError(f"not readable as YAML: {shortened(str(error))}") from None
+    except RecursionError:
+        raise ValueError("not readable as YAML: it is nested too deeply") from None
+
+
+def _advice(path: Path, reason: str) -> str:
+    """What to give in place of `path`, which is no file: one in that folder, or one that is called alike."""
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.yaml") if file.is_file())
+        return f": {reason}" + (f"; name a file in it, like {names[0]}" if names else "")
+    folder = path.parent
+    names = sorted(file.name for file in folder.glob("*.yaml") if file.is_file()) if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=3)
+    return (f": {reason}" if path.exists() else "") + (f"; did you mean {' or '.join(near)}?" if near else "")
