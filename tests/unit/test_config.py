@@ -445,7 +445,7 @@ def test_dict_is_json_and_loads_again(tmp_path):
     assert dataclasses.replace(load_config(path), source=SFT) == config
 
 
-# --- files that are none, and numbers that are not Python's ------------------------------------------------------------
+# --- files that are none, and numbers that are not Python's ----------------------------------------------------------
 
 
 def refused(path: Path, overrides: tuple[str, ...] = ()) -> str:
