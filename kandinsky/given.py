@@ -12,6 +12,7 @@ import stat
 from numbers import Integral, Real
 from pathlib import Path
 
+MISSING = "there is nothing of that name"
 LONGEST_SHOWN = 200  # characters of a value that a message quotes
 
 
@@ -30,7 +31,7 @@ def as_number(value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if int(value) > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def shown(value: object) -> str:
@@ -60,7 +61,7 @@ def why_no_file(path: str | Path) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        return "there is nothing of that name"
+        return MISSING
     except OSError as error:
         return error.strerror or str(error)
     except ValueError:  # a zero byte, or half a character

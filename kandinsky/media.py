@@ -1,4 +1,6 @@
-"""Images in; video and images out (Pillow, imageio, and the ffmpeg that comes with imageio-ffmpeg).
+"""Video and images out, and pictures at the size that is wanted.
+
+Made with Pillow, imageio, and the ffmpeg that comes with imageio-ffmpeg. Pictures are read by pictures.py.
 
 What is written appears under its name whole or not at all: every writer works on a temporary file in the same folder
 and renames it when it is done. Knows pixels, files and names; knows no models, and imports no torch.
@@ -27,6 +29,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from kandinsky.pictures import load_image as load_image  # pictures in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,33 +260,6 @@ def _to_array(pixels: Pixels, name: str, tensor_shape: str, array_shape: str) ->
 # -------------------------------------------------------------------------------------------------------------- in
 
 
-def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """An RGB picture, upright as its EXIF says, transparency laid on white.
-
-    `source` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). Of an animation it is the first
-    frame. Raises ValueError for what isn't there or isn't a picture. Whether it is large enough is for sizes.py to say.
-    """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
-            raise ValueError(
-                f"the image is an array {source.shape} of {source.dtype}; it must be uint8 and (H, W), (H, W, 3) "
-                "or (H, W, 4)"
-            )
-        return _to_rgb(Image.fromarray(source))
-    if not isinstance(source, str | os.PathLike | Image.Image):
-        raise ValueError(f"the image is a {type(source).__name__}; it must be a path, a PIL image or a uint8 array")
-    try:
-        if isinstance(source, Image.Image):  # Pillow reads the pixels of a file when they are asked for: perhaps now
-            return _to_rgb(source)
-        with Image.open(source) as image:
-            return _to_rgb(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no image {source}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # not an image, cut off, or far too large
-        raise ValueError(f"can't read the image {source}: {error}; give a PNG, JPEG or WebP file") from error
-
-
 def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
     """An RGB picture at width x height pixels, resampled bilinearly with antialiasing.
 
@@ -298,14 +275,3 @@ def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
 def halve_image(image: Image.Image) -> Image.Image:
     """An RGB picture at half its width and height, rounded down: what the text encoder sees of a picture to edit."""
     return image.resize((image.width // 2, image.height // 2), Image.Resampling.BILINEAR)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits: converting would clip everything above 255 to white
-        levels = np.asarray(image).astype(np.float32) / 257
-        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it
     ("attention", "prompts", "hub", "lora_file"),
-    ("checkpoints", "sizes"),  # request stands on sizes
+    ("checkpoints", "sizes", "pictures"),  # request stands on sizes
     ("config",),
     ("yaml_files",),
     ("given",),
@@ -34,7 +34,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
-    *("lora_file", "memory", "plan", "given", "yaml_files"),
+    *("lora_file", "memory", "plan", "given", "yaml_files", "pictures"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
