@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,6 +49,13 @@ from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import MapTiles, VAETiling
+from kandinsky.pipelines.calls import (
+    check_callback,
+    check_latents,
+    check_save_path,
+    one_at_a_time,
+    replacements,
+)
 from kandinsky.preview import LatentRGB, Previews
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.prompts import check_prompts
@@ -209,6 +217,8 @@ class Inputs:
 class Pipeline:
     """The stages; subclasses add a task's call signature.
 
+    Threads may share a pipeline: a call, and a change of adapters, waits until those of other threads are done.
+
     `interrupt` may be set to True while a call runs, from a callback or another thread: the call then ends after the
     current step and returns what it has, or keeps it in a file (see `generate`). `is_denoising` says whether there is a
     step to wait for.
@@ -246,7 +256,9 @@ class Pipeline:
         self.adapters = adapters
         self.interrupt = False
         self.is_denoising = False
+        self.lock = threading.RLock()  # who holds it has models and adapters to itself
 
+    @one_at_a_time
     def run(
         self,
         text: str | Sequence[str] | None,
@@ -286,6 +298,7 @@ class Pipeline:
         )
         return self.generate(request, inputs, save_path, progress, output_type, callback_on_step_end)
 
+    @one_at_a_time
     @torch.no_grad()
     def generate(
         self,
@@ -305,6 +318,7 @@ class Pipeline:
         Where `keep_stopped` is set and the run is interrupted before its last step, it is kept beside `save_path` for
         `resume`, and Stopped is raised.
         """
+        check_callback(callback)
         output_type = output_type or ("pil" if request.is_image else "uint8")
         request = self.team.agree(request)  # its seeds may be random
         if not self.team.is_first:
@@ -327,6 +341,7 @@ class Pipeline:
         run = StoppedRun(request, conditioning, branches, state, image_names=tuple(inputs.image_names))
         return self._complete(run, save_path, progress, output_type, callback, keep_stopped, watch)
 
+    @one_at_a_time
     @torch.no_grad()
     def resume(
         self, run: StoppedRun, save_path: str | Path | None, progress: bool = True, callback: StepCallback | None = None
@@ -400,6 +415,7 @@ class Pipeline:
             return None
         return Previews(every, self.latent_rgb, media.output_paths(save_path, len(request.samples)))
 
+    @one_at_a_time
     @torch.no_grad()
     def finish(self, saved: SavedLatents, save_path: str | Path | None) -> Tensor:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
@@ -409,6 +425,7 @@ class Pipeline:
 
     # --- LoRA adapters ------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def load_adapter(
         self,
         adapter_config: AdapterConfig,
@@ -432,6 +449,7 @@ class Pipeline:
         """
         self._adapters().load(adapter_config, adapter_path, adapter_name, trigger)
 
+    @one_at_a_time
     def set_adapter(self, adapter_name: str | Sequence[str], scale: float | Sequence[float] = 1.0) -> None:
         """Have exactly these of the loaded adapters active, with one scale for all or one each; 1 is as trained.
 
@@ -443,6 +461,7 @@ class Pipeline:
             raise ValueError(f"{len(scales)} scales for the adapters {names}: name each once, with one scale each")
         self._adapters().activate(dict(zip(names, scales, strict=True)))
 
+    @one_at_a_time
     def disable_adapters(self) -> None:
         """Have none active: the weights are again those of the checkpoint, bit for bit. `set_adapter` brings back."""
         self._adapters().activate({})
@@ -480,6 +499,7 @@ class Pipeline:
     ) -> None:
         """Raise ValueError for tensors, generators and output settings that don't go with the request."""
         samples = len(request.samples)
+        check_save_path(save_path)
         if request.expand_prompts and self.expander is None and self.team.is_first:
             raise ValueError("expand_prompts is on, but this checkpoint's Qwen can read and not write: leave it out")
         if output_type not in OUTPUT_TYPES:
@@ -490,12 +510,8 @@ class Pipeline:
         if len(inputs.generators) not in (0, 1, samples):
             raise ValueError(f"{len(inputs.generators)} generators for {samples} outputs: give one, or one for each")
         if inputs.latents is not None:
-            expected = (samples, *request.latent_size, self.config.model.dit_params.in_visual_dim)
-            if tuple(inputs.latents.shape) != expected:
-                raise ValueError(
-                    f"latents are {tuple(inputs.latents.shape)}; they must be (samples, latent frames, rows, columns, "
-                    f"channels) = {expected}"
-                )
+            channels = self.config.model.dit_params.in_visual_dim
+            check_latents(inputs.latents, (samples, *request.latent_size, channels))
         if inputs.negative_prompt_embeds is not None:
             rows = self._checked_embeds("negative_prompt_embeds", inputs.negative_prompt_embeds)
             if rows not in (1, request.num_prompts):
@@ -522,6 +538,7 @@ class Pipeline:
 
     # --- encode -------------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -753,12 +770,8 @@ class Pipeline:
                 "prompt_embeds": branches["cond"],
                 "negative_prompt_embeds": branches.get("uncond"),
             }
-            replaced = callback(self, step, sigmas[step] * NUM_TRAIN_TIMESTEPS, dict(tensors)) or {}
-            if unknown := set(replaced) - set(tensors):
-                raise ValueError(
-                    f"callback_on_step_end returned {', '.join(sorted(unknown))}; it may replace {', '.join(tensors)}"
-                )
-            tensors.update(replaced)
+            returned = callback(self, step, sigmas[step] * NUM_TRAIN_TIMESTEPS, dict(tensors))
+            tensors.update(replacements(returned, tensors))
             branches["cond"] = tensors["prompt_embeds"]
             if "uncond" in branches:
                 branches["uncond"] = tensors["negative_prompt_embeds"]

@@ -14,6 +14,7 @@ be the CPU: the weights in use are then a second copy.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -41,13 +42,15 @@ class Part(Protocol):
 class OffloadPlacement:
     """Each component is on its device only within `use`; those without parts have nothing to bring.
 
-    `use` may be nested, as where a callback of one run starts another: the outermost brings and drops.
+    `use` may be nested, as where a callback of one run starts another, and entered by several threads: the first brings
+    and the last drops, and nobody goes on before what he uses is there.
     """
 
     def __init__(self, devices: Mapping[str, torch.device], parts: Mapping[str, Sequence[Part]]) -> None:
         self.devices = devices
         self.parts = parts
-        self._depth = dict.fromkeys(devices, 0)
+        self._users = dict.fromkeys(devices, 0)
+        self._lock = threading.RLock()  # of bringing and dropping
 
     def device(self, component: str) -> torch.device:
         return self.devices[component]
@@ -56,19 +59,21 @@ class OffloadPlacement:
     def use(self, component: str) -> Iterator[None]:
         assert component in self.devices, component
         parts = self.parts.get(component, ())
-        self._depth[component] += 1
         try:
-            if self._depth[component] == 1:
-                for part in parts:
-                    part.begin()
+            with self._lock:
+                self._users[component] += 1
+                if self._users[component] == 1:
+                    for part in parts:
+                        part.begin()
             yield
         finally:
-            self._depth[component] -= 1
-            if self._depth[component] == 0:
-                for part in parts:
-                    part.end()
-                if self.devices[component].type == "cuda":
-                    torch.cuda.empty_cache()  # the next stage's tensors have other sizes; once a stage costs nothing
+            with self._lock:
+                self._users[component] -= 1
+                if self._users[component] == 0:
+                    for part in parts:
+                        part.end()
+                    if self.devices[component].type == "cuda":
+                        torch.cuda.empty_cache()  # the next stage's tensors have other sizes; once a stage is nothing
 
 
 class Offloaded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -261,3 +262,19 @@ def test_damaged_files_are_told_when_loading(name: str, tmp_path: Path, monkeypa
 def test_another_model_s_file_is_told_when_loading() -> None:
     with pytest.raises(ValueError, match=r"num_visual_blocks 6 \(config: 99\)"):
         load("t2v", *SETTINGS["all"], "model.dit_params.num_visual_blocks=99")
+
+
+def test_two_threads_share_a_pipeline() -> None:
+    """Each gets what it gets alone, whether its models come and go or stay."""
+    pipe = load("t2v", *SETTINGS["all"])
+    alone = {seed: picture_of(pipe, seed=seed) for seed in range(4)}
+    found: dict[int, Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.update({seed: picture_of(pipe, seed=seed)})) for seed in alone
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found.keys() == alone.keys() and all(torch.equal(found[seed], alone[seed]) for seed in alone)
+    assert in_memory(pipe) == set()
