@@ -1,11 +1,6 @@
 """Which weight files a variant needs, where they are, and whether they are what the config says, before loading any.
 
-A safetensors file begins with its table of contents: 8 bytes with the length of the header (little endian), then the
-header as JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors). Reading that much takes milliseconds even for a 77 GB file, and says
-whether it is complete and which model it belongs to.
-
-Safetensors only: a pickle (.pt, .bin, .ckpt) can run any code when it is opened.
+What a file's header says is kandinsky.headers' business; here it is compared with what a variant has to be.
 
     python -m kandinsky.checkpoints PATH
 
@@ -15,11 +10,7 @@ says what a file or a folder is and what is wrong with it. This module does not 
 from __future__ import annotations
 
 import argparse
-import errno
-import json
-import os
 import re
-import struct
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,17 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky.config import Config, DiTConfig, load_config
-
-Header = dict[str, tuple[str, tuple[int, ...]]]
+from kandinsky.given import MISSING, shortened, why_no_file
+from kandinsky.headers import BITS as BITS
+from kandinsky.headers import Header, read_header, refuse_pickle, why_absent
+from kandinsky.untrusted import home_path, is_plain_name, read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS_PREFIX = "weights"  # paths in configs start with ./weights/, which the user's cache_dir stands for
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8,
-}  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
 
 COMFY_PREFIX = "model.diffusion_model."
@@ -70,95 +57,6 @@ TINY_COMMAND = "python test.py --config configs/config_tiny_t2v.yaml"
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: str | Path) -> Header:
-    """name -> (dtype, shape) of every tensor in a safetensors file, dtype as the format calls it ("BF16").
-
-    Raises ValueError where the file is missing, a pickle, not safetensors, damaged or incomplete.
-    """
-    path = Path(path)
-    _refuse_pickle(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: {_why_absent(path, 'file')}")
-    size = path.stat().st_size
-    again = "download it again"
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ValueError(f"{path}: truncated, it has {size} bytes: {again}")
-        (length,) = struct.unpack("<Q", start)
-        if length > MAX_HEADER_BYTES:
-            _explain_start(path, start)
-            raise ValueError(f"{path}: not a safetensors file (its header would have {length:,} bytes)")
-        text = file.read(length)
-    if len(text) < length:
-        raise ValueError(
-            f"{path}: truncated inside its header ({size:,} bytes; the header ends at {8 + length:,}): {again}"
-        )
-
-    try:
-        entries = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ValueError(f"{path}: not a safetensors file, or a damaged one (its header is not JSON)") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: not a safetensors file (its header is not a JSON object)")
-    entries.pop("__metadata__", None)
-
-    header: Header = {}
-    spans = []
-    for name, entry in entries.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-                raise ValueError
-            # A dtype that is newer than this table passes: whoever loads the tensor will say that it is unknown.
-            if dtype in BITS and (end - begin) * 8 != prod(shape) * BITS[dtype]:
-                raise ValueError
-        except (TypeError, KeyError, ValueError):
-            raise ValueError(f"{path}: damaged header, the entry of {name} makes no sense: {again}") from None
-        header[name] = (str(dtype), shape)
-        spans.append((begin, end))
-    _check_spans(path, sorted(spans), data_bytes=size - 8 - length)
-    return header
-
-
-def _explain_start(path: Path, start: bytes) -> None:
-    """Name the usual files that are not safetensors, read as which their first bytes are an absurd header length."""
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise ValueError(f"{path}: this is a pickle (a torch.save file), whatever its name says; safetensors only")
-    if start.startswith(b"version "):
-        raise ValueError(f"{path}: this is a Git LFS pointer, not the weights: fetch them with git lfs pull")
-
-
-def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
-    position = 0
-    for begin, end in spans:
-        if begin != position or end < begin:
-            raise ValueError(f"{path}: damaged header, its tensors overlap or leave gaps: download it again")
-        position = end
-    if data_bytes != position:
-        what = "truncated" if data_bytes < position else "too long"
-        raise ValueError(f"{path}: {what}, it has {data_bytes:,} of {position:,} bytes of tensors: download it again")
-
-
-def _why_absent(path: Path, what: str) -> str:
-    try:
-        path.stat()
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return "a symbolic link that leads back to itself: replace it with the file"
-        if path.is_symlink():
-            return f"a symbolic link to {os.readlink(path)}, where there is nothing"
-    return f"no such {what}"
-
-
-def _refuse_pickle(path: Path) -> None:
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise ValueError(
-            f"{path}: safetensors only. A {path.suffix} file is a pickle, which can run any code when it is opened; "
-            "convert it with safetensors.torch.save_file on a machine where you trust it"
-        )
-
-
 def find_weights(path: str | Path) -> list[Path]:
     """The safetensors files behind a path: a file, or a folder with one file or with an index of shards.
 
@@ -166,7 +64,7 @@ def find_weights(path: str | Path) -> list[Path]:
     Raises ValueError where there are none, only pickles, missing shards, or several files to choose from.
     """
     path = Path(path)
-    _refuse_pickle(path)
+    refuse_pickle(path)
     if path.is_file():
         if _INDEX.fullmatch(path.name):
             return _shards(path)
@@ -174,7 +72,7 @@ def find_weights(path: str | Path) -> list[Path]:
             raise ValueError(f"{path}: not a .safetensors file")
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{path}: {_why_absent(path, 'file or folder')}")
+        raise ValueError(f"{path}: {why_absent(path, 'file or folder')}")
 
     for stem in ("diffusion_pytorch_model", "model"):
         if (path / f"{stem}.safetensors").is_file():
@@ -192,7 +90,7 @@ def find_weights(path: str | Path) -> list[Path]:
     if files:
         raise ValueError(f"{path}: {len(files)} shards without their .safetensors.index.json: download it too")
     for file in sorted(path.iterdir()):
-        _refuse_pickle(file)
+        refuse_pickle(file)
     raise ValueError(f"{path}: no .safetensors file in this folder")
 
 
@@ -207,31 +105,42 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
+def has_tied_head(config: Mapping[str, Any]) -> bool:
+    """Whether a Qwen writes with its embeddings, by its config.json."""
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: damaged, it has no weight_map: download it again") from None
-    if not names or any(Path(name).name != name for name in names):
+        weight_map = read_json(index, "it").get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{index}: damaged, {error}: download it again") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: damaged, it has no weight_map: download it again")
+    if not all(map(is_plain_name, weight_map.values())):
         raise ValueError(f"{index}: damaged, a weight_map names files beside it: download it again")
-    files = [index.parent / name for name in names]
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
-        _refuse_pickle(file)
-    missing = [file.name for file in files if not file.is_file()]
+        refuse_pickle(file)
+    missing = [file for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{index}: {len(missing)} of {len(files)} shards are missing, like {missing[0]}")
+        what = why_no_file(missing[0])
+        why = "" if what == MISSING else f" ({what})"
+        raise ValueError(f"{index}: {len(missing)} of {len(files)} shards are missing, like {missing[0].name}{why}")
     return files
 
 
 def resolve_path(path: str | Path, config: Config | None = None, cache_dir: str | Path = "./weights/") -> Path:
-    """Where a path from a config is on this machine. Does not raise: what is missing is returned as first expected.
+    """Where a path from a config is on this machine. What is missing is returned as first expected.
 
     A leading ./weights/ stands for cache_dir. Other relative paths are taken from the working directory, else from
-    the repository's root, so that the tiny checkpoint is found from anywhere.
+    the repository's root, so that the tiny checkpoint is found from anywhere. Raises ValueError for ~somebody who isn't
+    known here.
     """
-    path = Path(path).expanduser()
+    path = home_path(path)
     if path.parts[:1] == (WEIGHTS_PREFIX,):
-        path = Path(cache_dir).expanduser().joinpath(*path.parts[1:])
+        path = home_path(cache_dir).joinpath(*path.parts[1:])
     if path.is_absolute() or path.exists():
         return path
     roots = [REPOSITORY]
@@ -242,7 +151,7 @@ def resolve_path(path: str | Path, config: Config | None = None, cache_dir: str 
 
 def missing_weights_message(path: str | Path, config: Config) -> str:
     """One line for whoever lacks a file: which, the command that gets it, and what runs without any download."""
-    if not (why := _why_absent(Path(path), "file")).startswith("no such"):
+    if not (why := why_absent(Path(path), "file")).startswith("no such"):
         return f"{path}: {why}"
     if "assets" in Path(path).parts:
         return f"weights not found: {path}. They are part of this repository: restore them with git checkout -- assets"
@@ -328,7 +237,7 @@ def dit_params_from_header(header: Header) -> dict[str, Any]:
 
     def count(name: str) -> int:
         found = (re.match(rf"{name}\.(\d+)\.", key) for key in shapes)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        return 1 + max((block_index(match[1], len(shapes)) for match in found if match), default=-1)
 
     patch = 4
     out_visual_dim = size("out_layer.out_layer.bias") // patch
@@ -351,6 +260,16 @@ def dit_params_from_header(header: Header) -> dict[str, Any]:
     if head_dim in AXES_DIMS:
         params["axes_dims"] = AXES_DIMS[head_dim]
     return params
+
+
+def block_index(digits: str, tensors: int) -> int:
+    """A block's number in a tensor's name. Raises ValueError where there can't be as many blocks before it.
+
+    What a file's names say decides how long lists are that are made from it, and names are cheap.
+    """
+    if int(digits) >= tensors:
+        raise ValueError(f"it names a block {shortened(digits)}, and has {tensors} tensors in all: damaged, or a fake")
+    return int(digits)
 
 
 def expected_dit_shapes(dit: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -408,7 +327,9 @@ def check_floats(path: str | Path, header: Header) -> None:
     """Raise ValueError where a tensor is not in a dtype that weights are in."""
     for name, (dtype, _) in header.items():
         if dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is in {dtype}; weights are in {', '.join(FLOATS)}: take another file")
+            raise ValueError(
+                f"{path}: {shortened(name)} is in {dtype}; weights are in {', '.join(FLOATS)}: take another file"
+            )
 
 
 def check_dit_header(header: Header, dit: DiTConfig) -> None:
@@ -443,7 +364,8 @@ def check_dit_header(header: Header, dit: DiTConfig) -> None:
         ("of another dtype", [name for name, ok in dtypes.items() if name in header and header[name][0] not in ok]),
     ):
         if names:
-            problems.append(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+            some = ", ".join(map(shortened, names[:3])) + (", ..." if len(names) > 3 else "")
+            problems.append(f"{len(names)} {what} ({some})")
     if problems:
         model = "model" if scheme is None else f"model, quantised to {scheme}"
         raise ValueError(
@@ -527,12 +449,12 @@ def inspect(path: str | Path) -> Report:
     Never raises for what is there: a file that is damaged or missing is a problem in the report. Values are not looked
     at, so a file without problems may still have NaN in it, which shows when it is first used.
     """
-    path = Path(path).expanduser()
+    path = home_path(path)
     folders = [path / name for names in FOLDERS.values() for name in names if (path / name).is_dir()]
     parts = tuple(_inspect_weights(place) for folder in folders or [path] for place in _models_in(folder))
     if not folders and len(parts) == 1:
         return parts[0]
-    index = _read_json(path / "model_index.json")
+    index = _known_json(path / "model_index.json")
     named = [name for name, value in index.items() if isinstance(value, list) and any(value) and name != "scheduler"]
     problems = [f"{path}: no {name}/, which model_index.json names" for name in named if not (path / name).is_dir()]
     return Report(
@@ -561,7 +483,7 @@ def _inspect_weights(path: Path) -> Report:
             try:
                 header |= read_header(file)
                 size += file.stat().st_size
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problems.append(str(error))
     except (ValueError, OSError) as error:
         return Report(path, "unknown", problems=(str(error),))
@@ -572,14 +494,17 @@ def _inspect_weights(path: Path) -> Report:
         if kind == "DiT":
             facts = _inspect_dit(path, header)
         elif kind == "LoRA":
-            ranks = sorted({shape[0] for name, (_, shape) in header.items() if re.search(r"lora_(A|down)\.", name)})
+            downs = [shape for name, (_, shape) in header.items() if re.search(r"lora_(A|down)\.", name)]
+            ranks = sorted({shape[0] for shape in downs if shape})
             facts = {"variant": f"rank {', '.join(map(str, ranks))}"}
         elif kind != "unknown":
             facts = _inspect_vae(path, kind, header) if "VAE" in kind else _inspect_encoder(path, kind, header)
             # Old files of CLIP have the numbers of its positions in them, which nobody reads.
             check_floats(path, {name: entry for name, entry in header.items() if not name.endswith("position_ids")})
         elif header:
-            problems.append(f"{path}: no part of Kandinsky 5; it has tensors like {', '.join(list(header)[:3])}")
+            problems.append(
+                f"{path}: no part of Kandinsky 5; it has tensors like {shortened(', '.join(list(header)[:3]))}"
+            )
     except ValueError as error:
         problems.append(str(error))
     dtypes = Counter(dtype for dtype, _ in header.values()).most_common()
@@ -617,6 +542,8 @@ def _inspect_dit(path: Path, header: Header) -> dict[str, Any]:
         dit = (published or [load_config(REPOSITORY / config)])[0].model.dit_params
     else:
         own = {name: value for name, value in params.items() if name not in ("head_dim", "extra_channels", "axes_dims")}
+        if not all(own.values()) or not params["head_dim"]:
+            raise ValueError(f"{path}: a size of 0 in it: damaged, or no DiT")
         dit = DiTConfig(**own, axes_dims=(params["head_dim"], 0, 0), visual_cond=params["extra_channels"])
     try:
         check_dit_header(header, dit)
@@ -635,12 +562,14 @@ def _inspect_dit(path: Path, header: Header) -> dict[str, Any]:
     else:
         task = "t2v or i2v" if config else "t2v, i2v or i2i" if params["extra_channels"] else "t2v or t2i"
 
-    written = _read_json(folder_of(path) / "config.json")
+    written = _known_json(folder_of(path) / "config.json")
     told = {**params, "visual_cond": params["extra_channels"]}
     for name in written.keys() & told.keys():
         value = tuple(written[name]) if isinstance(written[name], list) else written[name]
         if value != told[name]:
-            problems.append(f"{path}: config.json says {name} {written[name]}, the weights say {told[name]}")
+            problems.append(
+                f"{path}: config.json says {name} {shortened(str(written[name]))}, the weights say {told[name]}"
+            )
     comfy = any(name.startswith(COMFY_PREFIX) for name in header)
     return {
         "variant": _describe_dit(params, scheme),
@@ -667,7 +596,9 @@ def _inspect_vae(path: Path, kind: str, header: Header) -> dict[str, Any]:
         problem = "Flux's original names; what loads is the folder vae/ of black-forest-labs/FLUX.1-dev"
         return {"format": "original", "problems": [f"{path}: {problem}"]}
     conv = "conv_in.conv.weight" if kind == "video VAE" else "conv_in.weight"
-    width, latents = (header.get(f"{name}.{conv}", ("", (0, 0)))[1] for name in ("encoder", "decoder"))
+    width, latents = (header.get(f"{name}.{conv}", ("", ()))[1] or (0, 0) for name in ("encoder", "decoder"))
+    if len(latents) < 2:
+        raise ValueError(f"{path}: decoder.{conv} has {len(latents)} axes, which no convolution has")
     problems = [] if (folder_of(path) / "config.json").is_file() else [f"{path}: no config.json beside it"]
     if latents[1] != 16:
         problems.append(f"{path}: {latents[1]} latent channels; Kandinsky 5 has 16")
@@ -683,24 +614,27 @@ def _inspect_encoder(path: Path, kind: str, header: Header) -> dict[str, Any]:
     embedding = next(name for name in header if name.endswith(mark))
     rows: dict[str, dict[int, set[str]]] = {}
     for match in filter(None, map(_LAYER.fullmatch, header)):
-        rows.setdefault(match["row"], {}).setdefault(int(match["index"]), set()).add(match["name"])
+        index = block_index(match["index"], len(header))
+        rows.setdefault(match["row"], {}).setdefault(index, set()).add(match["name"])
     layers = 0
     for row, names in rows.items():
         count = 1 + max(names)
         layers = count if "vis" not in row else layers
         every = set().union(*names.values())
-        missing = [f"{row}.{i}.{name}" for i in range(count) for name in sorted(every - names.get(i, set()))]
-        if missing:
-            problems.append(f"{path}: {len(missing)} tensors are missing, like {missing[0]}")
-    width = header[embedding][1][-1]
+        missing = [(i, every - names.get(i, set())) for i in range(count)]
+        if number := sum(len(of_block) for _, of_block in missing):
+            i, of_block = next(one for one in missing if one[1])
+            like = f"{row}.{i}.{min(of_block)}"
+            problems.append(f"{path}: {number} tensors are missing, like {shortened(like)}")
+    width = header[embedding][1][-1] if header[embedding][1] else 0
 
-    written = _read_json(folder / "config.json")
-    text = written.get("text_config") or written
+    written = _known_json(folder / "config.json")
+    text = written["text_config"] if isinstance(written.get("text_config"), dict) else written
     if not written:
         problems.append(f"{path}: no readable config.json beside it")
     for name, value in (("hidden_size", width), ("num_hidden_layers", layers)):
         if text.get(name, value) != value:
-            problems.append(f"{path}: config.json says {name} {text[name]}, the weights say {value}")
+            problems.append(f"{path}: config.json says {name} {shortened(str(text[name]))}, the weights say {value}")
     sibling = folder.parent / ("tokenizer" if kind == "Qwen2.5-VL" else "tokenizer_2")
     if not any((place / name).is_file() for place in (folder, sibling) for name in ("tokenizer.json", "vocab.json")):
         problems.append(f"{path}: no tokenizer, neither in {folder} nor in {sibling}")
@@ -713,13 +647,12 @@ def _inspect_encoder(path: Path, kind: str, header: Header) -> dict[str, Any]:
     return {"variant": published or f"{layers} layers, dim {width}", "format": style, "problems": problems}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _known_json(path: Path) -> dict[str, Any]:
     """What is in it; empty where there is no such file, or something else in it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def size_text(size: int) -> str:

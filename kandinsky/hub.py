@@ -19,7 +19,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -32,11 +34,12 @@ from kandinsky.checkpoints import (
     find_weights,
     model_name,
     part_folder,
-    read_header,
     resolve_path,
     size_text,
 )
 from kandinsky.config import Config, load_config
+from kandinsky.headers import read_header
+from kandinsky.untrusted import home_path, is_plain_name, reason
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ CLIP = ("openai/clip-vit-large-patch14", "", ("config.json", "model.safetensors"
 
 # How many bytes to ask for at once: the hub's CDN sends at most 50 GB in one answer, and a Pro model is larger.
 SEGMENT = 40_000_000_000
+MOST_COMPARED = 1000  # names of a listing, where one is looked for that is like another
+_CHECKSUM = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of git, or sha256
 GO_ON = "what has arrived is kept, and the same command goes on from there"
 
 
@@ -169,7 +174,7 @@ def sources(config: Config, cache_dir: str | Path = "./weights/", *, only_missin
                 f"{config.source} does not say where to download {path} from: that takes a model.hub_repo, and paths "
                 f"that begin with ./{WEIGHTS_PREFIX}/"
             )
-        target = Path(cache_dir).expanduser() / below
+        target = home_path(cache_dir) / below
         found.append(Source(repo, folder, names, target.parent if path == model.checkpoint_path else target))
     return found
 
@@ -191,32 +196,48 @@ def _has_weights(path: Path) -> bool:
 
 def list_files(source: Source, token: str | None = None) -> list[File]:
     """A source's files as the hub lists them now, small ones first. Raises DownloadError, also where one is missing."""
-    from huggingface_hub import HfApi
-
-    with _explained(source.repo):
-        info = HfApi().model_info(source.repo, files_metadata=True, timeout=30, token=token)
-    listed = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    info, listed = _listing(source.repo, token)
+    begin = f"{source.folder}/" if source.folder else ""
+    # Files of the folder itself, by their names in it: what leads elsewhere is none of them.
+    names = [path.removeprefix(begin) for path in listed if path.startswith(begin)]
+    names = [name for name in names if is_plain_name(name)]
     files = []
-    for name in source.names:
-        pattern = str(PurePosixPath(source.folder, name))
-        matches = [path for path in listed if fnmatchcase(path, pattern)]
+    for pattern in source.names:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            near = difflib.get_close_matches(pattern, listed, n=2)
-            hint = f" (it has {' and '.join(near)})" if near else ""
+            near = difflib.get_close_matches(pattern, names[:MOST_COMPARED], n=2)
+            hint = f" (it has {' and '.join(begin + name for name in near)})" if near else ""
             raise DownloadError(
-                f"{source.repo} has no {pattern}{hint}: it has changed, or the config names another one"
+                f"{source.repo} has no {begin}{pattern}{hint}: it has changed, or the config names another one"
             )
-        for path in matches:
+        for name in matches:
+            path = begin + name
             size, checksum = listed[path].size, listed[path].blob_id
             if (lfs := listed[path].lfs) is not None:
                 size, checksum = lfs.size, lfs.sha256
-            if size is None or not checksum:
+            if type(size) is not int or not 0 <= size < 2**50 or not _CHECKSUM.fullmatch(str(checksum)):
                 raise DownloadError(
                     f"{_endpoint()} lists no size and checksum of {source.repo}/{path}: take another hub"
                 )
-            target = source.target / PurePosixPath(path).relative_to(source.folder)
-            files.append(File(source.repo, str(info.sha), path, size, checksum, bool(info.gated), target))
+            files.append(File(source.repo, info.sha, path, size, checksum, bool(info.gated), source.target / name))
     return sorted(files, key=lambda file: file.size)
+
+
+def _listing(repo: str, token: str | None) -> tuple[Any, dict[str, Any]]:
+    """What the hub says of a repository, and of each file by its path. What it says is not to be relied on."""
+    from huggingface_hub import HfApi
+
+    with _explained(repo):
+        try:
+            info = HfApi().model_info(repo, files_metadata=True, timeout=30, token=token)
+        # What the client finds in the place of what it is looking for shows as any of these.
+        except (TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+            raise _no_hub() from error
+    siblings = info.siblings or []
+    listed = {sibling.rfilename: sibling for sibling in siblings if isinstance(sibling.rfilename, str)}
+    if len(listed) < len(siblings) or not _CHECKSUM.fullmatch(str(info.sha)):
+        raise _no_hub()
+    return info, listed
 
 
 # --- downloading ------------------------------------------------------------------------------------------------------
@@ -247,7 +268,7 @@ def download(
     wanted = list(dict.fromkeys(wanted))
     if not wanted:
         return
-    with contextlib.nullcontext() if dry_run else _alone_in(Path(cache_dir).expanduser(), say):
+    with contextlib.nullcontext() if dry_run else _alone_in(home_path(cache_dir), say):
         missing = []
         for source in wanted:
             files = list_files(source, token)
@@ -379,6 +400,12 @@ def _check_access(files: Sequence[File], token: str | None) -> None:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+def _no_hub() -> DownloadError:
+    return DownloadError(
+        f"{_endpoint()} does not answer as a hub does: check HF_ENDPOINT, or whether the network wants a login"
+    )
+
+
 def _endpoint() -> str:
     from huggingface_hub import constants
 
@@ -394,7 +421,7 @@ def _explained(repo: str) -> Iterator[None]:
         yield
     except DownloadError:
         raise
-    except (OSError, ValueError, errors.HTTPError) as error:
+    except (OSError, ValueError, ImportError, errors.HTTPError) as error:
         raise DownloadError(_explain(error, repo)) from error
 
 
@@ -418,14 +445,26 @@ def _explain(error: Exception, repo: str) -> str:
         return f"{_endpoint()} answers {status} for {repo}: try again later; {GO_ON}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error.filename or repo}): make room; {GO_ON}"
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    why = reason(error)
+    if isinstance(error, ImportError):  # the client's transport, for what ALL_PROXY asks of it
+        return (
+            f"the proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY is of a kind that needs more packages ({why}); "
+            "proxies of http:// need none, and pip install socksio adds socks5://"
+        )
+    # The client's transport reads certificates as it starts; its error doesn't say of which file.
+    no_file = isinstance(error, FileNotFoundError) and error.filename is None
+    if no_file or isinstance(error, ssl.SSLError):
+        return (
+            f"certificates can't be read or are not accepted ({why}): check the files that the variables SSL_CERT_FILE "
+            "and SSL_CERT_DIR name, or unset them"
+        )
     if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot write: {reason}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"{_endpoint()} does not answer as a hub does: check HF_ENDPOINT, or whether the network wants a login"
+        return f"cannot write: {why}"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return str(_no_hub())
     if isinstance(error, ValueError):
-        return f"{repo}: {reason}"
+        return f"{repo}: {why}"
     return (
-        f"the connection to {_endpoint()} for {repo} failed ({reason}): check the network, or set HTTPS_PROXY for a "
+        f"the connection to {_endpoint()} for {repo} failed ({why}): check the network, or set HTTPS_PROXY for a "
         f"proxy or HF_ENDPOINT for a mirror; {GO_ON}"
     )

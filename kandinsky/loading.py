@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,11 +33,11 @@ from kandinsky.checkpoints import (
     missing_weights_message,
     part_folder,
     quantization_from_header,
-    read_header,
     resolve_path,
     strip_prefix,
 )
 from kandinsky.config import Config, DiTConfig, check_processes, load_config, preset_file, with_settings
+from kandinsky.headers import open_tensors, read_header
 from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.text_embedder import (
@@ -70,6 +69,7 @@ from kandinsky.runtime.processes import Processes
 from kandinsky.runtime.prompt_cache import PromptCache, default_folder, fingerprint
 from kandinsky.runtime.quantization import Convert, quantize_dit, quantize_qwen, require_scheme
 from kandinsky.runtime.sharding import load_shards, shard
+from kandinsky.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -620,11 +620,9 @@ def cache_prompts(
 def known_arguments(model: Callable[..., Any], config_file: Path) -> dict[str, Any]:
     """The entries of a published config.json that are arguments of `model`; the rest is other software's business."""
     try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config_file}: not readable as JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{config_file}: not a config, its JSON is not an object; download it again")
+        values = read_json(config_file)
+    except ValueError as error:
+        raise ValueError(f"{error}; download it again") from None
     return {name: values[name] for name in inspect.signature(model).parameters if name in values}
 
 
@@ -667,10 +665,7 @@ def host_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
 
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of safetensors files, memory-mapped. Raises ValueError for damaged files, naming them."""
-    from safetensors import safe_open
-
     for file in files:
-        read_header(file)  # a truncated file is a clear error here and a bus error later
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 yield name, tensors.get_tensor(name)

@@ -18,7 +18,6 @@ This module does not know torch, and reads no matrix.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,8 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from kandinsky.checkpoints import FLOATS, expected_dit_shapes, find_weights, read_header, resolve_path
+from kandinsky.checkpoints import FLOATS, expected_dit_shapes, find_weights, resolve_path
 from kandinsky.config import Config, DiTConfig, split_lora
+from kandinsky.given import as_number, shortened, shown
+from kandinsky.headers import read_header, read_metadata
+from kandinsky.layer_names import LayerNames
+from kandinsky.untrusted import parse_json, read_json
 
 PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.")
 # Names that folders have for an adapter's file, and for the config that belongs to it.
@@ -37,6 +40,7 @@ FILE_NAMES = {
     "pytorch_lora_weights.safetensors": "adapter_config.json",
 }
 METADATA_KEY = "lora_adapter_metadata"
+MAX_TRIGGER = 1000  # characters
 _TENSOR = re.compile(r"(?P<layer>.+)\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up))\.weight")
 _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
 # Entries of a config that stand for more than the product of two matrices, where they are neither empty nor false.
@@ -95,21 +99,25 @@ def read_lora(path: str | Path, dit: DiTConfig, adapter_config: AdapterConfig = 
     """
     file = find_lora(path)
     header = read_header(file)
-    metadata = _metadata(file)
+    metadata = read_metadata(file)
     values, source = _config_values(file, adapter_config, metadata)
     try:
         layers = _layers(header, dit)
         _refuse_other_kinds(values or {})
         if values is not None:
+            ranks, alphas = (LayerNames(name, values.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
             layers = {
-                name: LoraLayer(layer.up, layer.down, layer.rank, _scale(values, name, layer.rank))
+                name: LoraLayer(layer.up, layer.down, layer.rank, _scale(values, ranks, alphas, name, layer.rank))
                 for name, layer in layers.items()
             }
         elif any(layer.alpha for layer in layers.values()):
             source = "the file's alpha"
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return LoraFile(file, layers, metadata.get("trigger", ""), source or "the rank")
+    trigger = metadata.get("trigger", "")
+    if len(trigger) > MAX_TRIGGER:
+        raise ValueError(f"{file}: its trigger, which would stand before each prompt, has {len(trigger):,} characters")
+    return LoraFile(file, layers, trigger, source or "the rank")
 
 
 def find_lora(path: str | Path) -> Path:
@@ -127,13 +135,6 @@ def find_lora(path: str | Path) -> Path:
 # --- config and metadata ----------------------------------------------------------------------------------------------
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="np") as tensors:  # the metadata alone: torch isn't needed for it
-        return dict(tensors.metadata() or {})
-
-
 def _config_values(
     file: Path, given: AdapterConfig, metadata: Mapping[str, str]
 ) -> tuple[dict[str, Any] | None, str | None]:
@@ -142,18 +143,15 @@ def _config_values(
         given = _config_beside(file)
     if isinstance(given, str | Path):
         try:
-            values = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{given}: not readable as the JSON config of an adapter ({error})") from None
+            values = read_json(given)
+        except ValueError as error:
+            raise ValueError(f"{error}, so it is not readable as the JSON config of an adapter") from None
         return _checked_values(values, str(given)), Path(given).name
     if given is not None:
         return _checked_values(given if isinstance(given, Mapping) else given.to_dict(), "adapter_config"), "its config"
     if METADATA_KEY not in metadata:
         return None, None
-    try:
-        values = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
-        raise ValueError(f"{file}: its {METADATA_KEY} is not JSON ({error})") from None
+    values = parse_json(metadata[METADATA_KEY], f"{file}: its {METADATA_KEY}")
     values = values if isinstance(values, dict) else {}
     own = {
         name.removeprefix("transformer."): value for name, value in values.items() if name.startswith("transformer.")
@@ -170,7 +168,7 @@ def _config_beside(file: Path) -> Path | None:
 
 
 def _checked_values(values: object, source: str) -> dict[str, Any]:
-    if not isinstance(values, Mapping) or "lora_alpha" not in values:
+    if not isinstance(values, Mapping) or values.get("lora_alpha") is None:
         raise ValueError(f"{source}: not the config of a LoRA, it has no lora_alpha")
     for name, kinds in (
         ("lora_alpha", (int, float)),
@@ -179,48 +177,35 @@ def _checked_values(values: object, source: str) -> dict[str, Any]:
         ("rank_pattern", Mapping),
     ):
         value = values.get(name)
-        for number in value.values() if isinstance(value, Mapping) else ():
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ValueError(f"{source}: {name} has {number!r} in it, which is not a number")
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise ValueError(f"{source}: {name} is {value!r}, which it cannot be")
+            raise ValueError(f"{source}: {name} is {shown(value)}, which it cannot be")
+        for number in value.values() if isinstance(value, Mapping) else () if value is None else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"{source}: {name} has {shown(number)} in it, which is not a number")
+            if not math.isfinite(as_number(number)):
+                raise ValueError(f"{source}: {name} is {shown(number)}; it must be finite")
     return dict(values)
 
 
 def _refuse_other_kinds(values: Mapping[str, Any]) -> None:
     kind = values.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise ValueError(f"an adapter of the kind {kind}; only LoRA is supported")
+        raise ValueError(f"an adapter of the kind {shortened(str(kind))}; only LoRA is supported")
     begin = values.get("init_lora_weights")
     begin = begin if isinstance(begin, str) and begin.lower().startswith(CHANGED_WEIGHTS) else None
     bias = values.get("bias") if values.get("bias") != "none" else None
     asked = {"init_lora_weights": begin, "bias": bias, **{name: values.get(name) for name in UNSUPPORTED}}
-    found = [f"{name} = {value}" for name, value in asked.items() if value]
+    found = [f"{name} = {shortened(str(value))}" for name, value in asked.items() if value]
     if found:
         raise ValueError(f"its config has {', '.join(found)}, which is not supported: plain LoRA only")
 
 
-def _scale(values: Mapping[str, Any], layer: str, rank: int) -> float:
+def _scale(values: Mapping[str, Any], ranks: LayerNames, alphas: LayerNames, layer: str, rank: int) -> float:
     """alpha / rank of a layer, or alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
-    told = _of_layer(values.get("rank_pattern"), layer, values.get("r"))
+    told = ranks.value(layer, values.get("r"))
     if told is not None and told != rank:
-        raise ValueError(f"{layer} has rank {rank}, and {told} by its config: that belongs to another file")
-    alpha = _of_layer(values.get("alpha_pattern"), layer, values["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    if not math.isfinite(scale):
-        raise ValueError(f"lora_alpha is {alpha}; it must be finite")
-    return float(scale)
-
-
-def _of_layer(pattern: Mapping[str, Any] | None, layer: str, otherwise: Any) -> Any:
-    """The value of the first of the regular expressions that the end of a layer's name matches, as peft has it."""
-    for expression, value in (pattern or {}).items():
-        try:
-            if re.fullmatch(rf"(.*\.)?({expression})", layer):
-                return value
-        except re.error as error:
-            raise ValueError(f"{expression!r} in its config is not a regular expression ({error})") from None
-    return otherwise
+        raise ValueError(f"{layer} has rank {rank}, and {shown(told)} by its config: that belongs to another file")
+    return float(alphas.value(layer, values["lora_alpha"]) / (math.sqrt(rank) if values.get("use_rslora") else rank))
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -299,4 +284,4 @@ def _parse(key: str) -> tuple[str, str]:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(shortened(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")

@@ -10,26 +10,25 @@ Bytes everywhere. Knows shapes and numbers; knows no tensors and no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from kandinsky.checkpoints import (
-    BITS,
-    Header,
     check_dit_header,
     expected_dit_shapes,
     find_weights,
     folder_of,
+    has_tied_head,
     is_quantizable,
     quantized_layers,
     quantized_parts,
-    read_header,
     strip_prefix,
 )
 from kandinsky.config import Config, DiTConfig
+from kandinsky.headers import BITS, Header, read_header
+from kandinsky.untrusted import read_json
 
 FLOAT32 = 4
 FLOATS = {2: ("F16", "BF16"), 4: ("F32",)}  # dtypes of a size; of the two small ones a model's files have one
@@ -173,7 +172,7 @@ def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights
             continue
         read += _stored({name: (dtype, shape)})
         if name.endswith("mlp.gate_proj.weight") and "visual." not in name:
-            intermediate = shape[0]
+            intermediate = shape[0] if shape else intermediate
         if to_nf4 and len(shape) == 2 and "embed" not in name:
             size += _stored(quantized_parts("nf4", *shape))
             continue
@@ -205,9 +204,8 @@ def _writer(config: Config, path: Path | None, element_size: int) -> Weights | N
 def _has_tied_head(path: Path) -> bool:
     """Whether Qwen writes with its embeddings."""
     try:
-        config = json.loads((folder_of(path) / "config.json").read_text(encoding="utf-8"))
-        return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
-    except (OSError, ValueError, AttributeError):
+        return has_tied_head(read_json(folder_of(path) / "config.json"))
+    except ValueError:
         return False
 
 
@@ -236,9 +234,12 @@ def _vae_channels(path: Path | None) -> tuple[int, ...]:
     if file is None or not file.is_file():
         return VAE_CHANNELS
     try:
-        return tuple(json.loads(file.read_text(encoding="utf-8")).get("block_out_channels", VAE_CHANNELS))
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"{file}: not readable as a VAE's config; download it again") from None
+        channels = read_json(file, "it").get("block_out_channels", VAE_CHANNELS)
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as a VAE's config ({error}); download it again") from None
+    if not isinstance(channels, list | tuple) or not channels or not all(type(n) is int and n > 0 for n in channels):
+        raise ValueError(f"{file}: not readable as a VAE's config; download it again")
+    return tuple(channels)
 
 
 def _header(path: Path) -> Header:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kandinsky import media
+from kandinsky.untrusted import read_json, reason
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,10 @@ def load_latent_rgb(vae_path: str | Path, kind: str) -> LatentRGB:
     own = Path(vae_path) / FILE
     if own.is_file():
         try:
-            return _from_values(json.loads(own.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{own} holds no linear map from latents to colours ({error}); delete it") from None
+            return _from_values(read_json(own))
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # torch's, for numbers that are none
+            why = f"no {error}" if isinstance(error, KeyError) else reason(error)
+            raise ValueError(f"{own} holds no linear map from latents to colours ({why}); delete it") from None
     published = json.loads(importlib.resources.files("kandinsky").joinpath(FILE).read_text(encoding="utf-8"))
     return _from_values(published[kind])
 

@@ -25,12 +25,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -38,6 +37,7 @@ from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLModel,
@@ -48,10 +48,13 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
-from kandinsky.checkpoints import check_floats, find_weights, folder_of, read_header
-from kandinsky.models.numerics import require_finite
+from kandinsky.checkpoints import check_floats, find_weights, folder_of
+from kandinsky.given import shortened
+from kandinsky.headers import open_tensors, read_header, read_metadata
+from kandinsky.models.numerics import is_finite, require_finite
 from kandinsky.models.rope import MAX_TEXT_POSITIONS
 from kandinsky.prompts import IMAGE_TOKEN, check_prefix, check_prompts, get_template, prefix_length, tokenize_prompts
+from kandinsky.untrusted import read_json, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
@@ -59,6 +62,8 @@ if TYPE_CHECKING:
 # What may stand before a tensor's own name in a file; the longest match wins. Names of the vision tower keep `visual.`.
 _QWEN_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _CLIP_PREFIXES = ("text_model.",)
+AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 # A model -> (name, tensor as read) -> tensors in its place by name, none where it is to stay as it is.
 Quantize = Callable[[nn.Module], Callable[[str, Tensor], dict[str, Tensor]]]
 _CHECKSUM = "sha256"  # metadata of saved embeddings
@@ -107,19 +112,20 @@ class TextEmbeddings:
         """What `save` wrote, on the CPU.
 
         Raises:
-            ValueError: there is no such file, it is damaged, or it holds something else.
+            ValueError: there is no such file, it is damaged, it has NaN or infinite values, or it holds something else.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-                checksum = (file.metadata() or {}).get(_CHECKSUM)
-        except (OSError, SafetensorError) as error:
+            header, checksum = read_header(path), read_metadata(path).get(_CHECKSUM)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no file of saved text embeddings ({error})") from None
-        if not {"text_embeds", "pooled_embeds"} <= set(tensors) <= {"text_embeds", "pooled_embeds", "text_mask"}:
+        if not {"text_embeds", "pooled_embeds"} <= set(header) <= {"text_embeds", "pooled_embeds", "text_mask"}:
             raise ValueError(
-                f"{path} has {', '.join(sorted(tensors)[:5]) or 'nothing'} in it, not text_embeds and pooled_embeds "
-                "as text embeddings have; give a file that TextEmbeddings.save wrote"
+                f"{path} has {shortened(', '.join(sorted(header)[:5])) or 'nothing'} in it, not text_embeds and "
+                "pooled_embeds as text embeddings have; give a file that TextEmbeddings.save wrote"
             )
+        check_floats(path, {name: entry for name, entry in header.items() if name != "text_mask"})
+        with open_tensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in header}
         text_embeds, pooled_embeds, mask = tensors["text_embeds"], tensors["pooled_embeds"], tensors.get("text_mask")
         mask_fits = mask is None or (mask.dtype == torch.bool and mask.shape == text_embeds.shape[:2])
         if not (text_embeds.ndim == 3 and pooled_embeds.ndim == 2 and len(text_embeds) == len(pooled_embeds)) or (
@@ -132,6 +138,8 @@ class TextEmbeddings:
             )
         if checksum not in (None, _checksum(tensors)):  # none: of a file that somebody else wrote
             raise ValueError(f"{path} is damaged: its text embeddings are not those that were saved; encode them again")
+        if not (is_finite(text_embeds) and is_finite(pooled_embeds)):
+            raise ValueError(f"{path} has NaN or infinite values in its text embeddings: encode them again")
         return cls(text_embeds, pooled_embeds, mask)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
@@ -360,10 +368,9 @@ def load_text_embedder(
 
     qwen = _load_qwen(qwen_path, vision, device, dtype, quantize)
 
-    clip_config = CLIPTextConfig.from_pretrained(clip_folder, local_files_only=True)
+    clip_config = read_config(CLIPTextConfig, clip_path)
     clip_config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        clip = CLIPTextModel(clip_config)
+    clip = _build(clip_path, lambda: CLIPTextModel(clip_config))
     assign_weights(clip, clip_path, _CLIP_PREFIXES, device, torch.float32)
     for module in clip.modules():
         if isinstance(module, CLIPTextEmbeddings):
@@ -402,13 +409,12 @@ def text_encoder_files(qwen_path: str | Path, clip_path: str | Path) -> list[Pat
 def _load_qwen(
     path: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None
 ) -> Qwen2_5_VLTextModel | Qwen2_5_VLModel:
-    config = Qwen2_5_VLConfig.from_pretrained(folder_of(path), local_files_only=True)
+    config = read_config(Qwen2_5_VLConfig, path)
     text_config, vision_config = config.text_config, config.vision_config
     assert isinstance(text_config, Qwen2_5_VLTextConfig) and isinstance(vision_config, Qwen2_5_VLVisionConfig)
     for section in (config, text_config, vision_config):
         section._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        qwen = Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config)
+    qwen = _build(path, lambda: Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config))
     assign_weights(qwen, path, _QWEN_PREFIXES, device, dtype, quantize)
 
     # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
@@ -420,6 +426,34 @@ def _load_qwen(
     if isinstance(qwen, Qwen2_5_VLModel):
         set_vision_frequencies(qwen.visual, vision_config, device)
     return qwen
+
+
+def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
+    """A published config.json as transformers has it. Raises ValueError for one that it can't be, naming the file."""
+    file = folder_of(path) / "config.json"
+    values = read_json(file)
+    tensors = sum(len(read_header(weights)) for weights in find_weights(path))
+    for section in (values, *(part for part in values.values() if isinstance(part, dict))):
+        for name in ("num_hidden_layers", "depth"):
+            if isinstance(number := section.get(name), int) and number > tensors:
+                raise ValueError(
+                    f"{file}: {name} is {shortened(str(number))}, and the weights have {tensors} tensors in all"
+                )
+    try:
+        return kind.from_pretrained(file.parent, local_files_only=True)
+    except Exception as error:  # wrong values show as any of a dozen types
+        raise ValueError(f"{file}: damaged, or another model's ({reason(error)}); download it again") from None
+
+
+def _build(path: Path, make: Callable[[], AnyModel]) -> AnyModel:
+    """A model of transformers without memory. Raises ValueError where its config has sizes that can't be."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:
+        raise ValueError(
+            f"{folder_of(path) / 'config.json'}: no model can be built from it ({reason(error)}); download it again"
+        ) from None
 
 
 def set_vision_frequencies(visual: nn.Module, config: Qwen2_5_VLVisionConfig, device: torch.device) -> None:
@@ -483,9 +517,8 @@ def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
             try:
                 return processor.from_pretrained(candidate, local_files_only=True)
             except Exception as error:  # as with the tokenizer
-                first_line = str(error).partition("\n")[0]
                 raise ValueError(
-                    f"preprocessor_config.json in {candidate} is damaged ({first_line}); download it again"
+                    f"preprocessor_config.json in {candidate} is damaged ({reason(error)}); download it again"
                 ) from None
     raise ValueError(
         f"no preprocessor_config.json for {folder}, neither in it nor in {folder.parent / 'tokenizer'}: without it "
@@ -501,7 +534,7 @@ def _load_tokenizer(folder: Path, sibling: str) -> PreTrainedTokenizerBase:
                 return AutoTokenizer.from_pretrained(candidate, local_files_only=True)
             except Exception as error:  # a damaged file shows as any of a dozen types, none of which names the file
                 raise ValueError(
-                    f"the tokenizer in {candidate} is damaged ({error}); download its files again"
+                    f"the tokenizer in {candidate} is damaged ({reason(error)}); download its files again"
                 ) from None
     raise ValueError(
         f"no tokenizer for {folder}: neither it nor {folder.parent / sibling} has a tokenizer.json or a vocab.json; "
@@ -534,12 +567,12 @@ def assign_weights(
         # The others are vision tower, lm_head, projections.
         header = {key: entry for key, entry in read_header(file).items() if _own_name(key, prefixes) in wanted}
         check_floats(file, header)
-        with safe_open(file, framework="pt") as tensors_in_file:
+        with open_tensors(file) as tensors_in_file:
             for key, (_, found) in header.items():
                 name, shape = wanted[_own_name(key, prefixes)]
                 if found != shape:
                     raise ValueError(
-                        f"{key} in {file} has shape {found}, but config.json beside it makes it {shape}; "
+                        f"{shortened(key)} in {file} has shape {found}, but config.json beside it makes it {shape}; "
                         "the two do not belong together"
                     )
                 tensor = tensors_in_file.get_tensor(key).to(device)
@@ -547,9 +580,9 @@ def assign_weights(
                 read.add(name)
     missing = [name for name, _ in wanted.values() if name not in read]
     if missing:
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"{path} lacks {len(missing)} of the {len(wanted)} tensors of {type(model).__name__}: {shown}. "
+            f"{path} lacks {len(missing)} of the {len(wanted)} tensors of {type(model).__name__}: {some}. "
             "Download it again; it may be another model's"
         )
     model.load_state_dict(tensors, strict=True, assign=True)

@@ -7,7 +7,6 @@ nothing of what is written and why.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,17 @@ from PIL import Image
 from torch import nn
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from kandinsky.checkpoints import find_weights, folder_of, read_header
+from kandinsky.checkpoints import find_weights, folder_of, has_tied_head
+from kandinsky.headers import read_header
 from kandinsky.models.text_embedder import (
     TextEmbedder,
     assign_weights,
     load_image_processor,
+    read_config,
     set_vision_frequencies,
 )
 from kandinsky.prompts import IMAGE_TOKEN
+from kandinsky.untrusted import read_json
 
 HEAD = "lm_head.weight"
 VISION_PREFIXES = ("model.visual.", "visual.")
@@ -41,9 +43,7 @@ REPETITION_PENALTY = 1.05
 def can_generate(path: str | Path) -> bool:
     """Whether a Qwen at this path has a head: of its own, or that of its embeddings. Reads headers only."""
     path = Path(path)
-    config = json.loads((folder_of(path) / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config", config)
-    if config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
+    if has_tied_head(read_json(folder_of(path) / "config.json")):
         return True
     return any(HEAD in read_header(file) for file in find_weights(path))
 
@@ -108,7 +108,7 @@ def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: boo
         raise ValueError(f"{path} has no {HEAD}: this Qwen can read but not write, so it expands no prompts")
     language_model = embedder.language_model
     weight = language_model.embed_tokens.weight
-    config: Any = Qwen2_5_VLConfig.from_pretrained(folder_of(path), local_files_only=True)
+    config: Any = read_config(Qwen2_5_VLConfig, path)
     for section in (config, config.text_config, config.vision_config):
         section._attn_implementation = "sdpa"
     with torch.device("meta"):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from kandinsky.config import DiTConfig
 from kandinsky.given import as_number, shown
+from kandinsky.headers import open_tensors
 from kandinsky.lora_file import AdapterConfig, LoraFile, read_lora
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.quantization import LowRank, QuantizedLinear, add_low_rank
@@ -165,10 +166,8 @@ class Adapters:
 
 
 def _read_matrices(file: LoraFile) -> dict[str, Matrices]:
-    from safetensors import safe_open
-
     layers = {}
-    with safe_open(file.path, framework="pt") as tensors:
+    with open_tensors(file.path) as tensors:
 
         def read(name: str) -> Tensor:
             tensor = tensors.get_tensor(name).clone()  # into memory: the file may be written again while it is in use

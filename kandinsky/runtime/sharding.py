@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from kandinsky.headers import open_tensors, read_header
 from kandinsky.models.dit import DiffusionTransformer3D
 
 
@@ -49,15 +50,12 @@ def load_shards(
 
     dtype_of(name, tensor) says what a tensor is cast to; `prefix` is dropped from names that have it.
     """
-    from safetensors import safe_open
-
     state: dict[str, Tensor] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
+        names = list(read_header(file))
         for stored in names:
             # Opened anew for each: pages that were read stay in this process's memory until the file is closed.
-            with safe_open(file, framework="pt") as tensors:
+            with open_tensors(file) as tensors:
                 rows = tensors.get_slice(stored)
                 shape = rows.get_shape()
                 part = rows[own_rows(shape[0], mesh)]

@@ -25,16 +25,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it
     ("attention", "prompts", "hub", "lora_file"),
-    ("checkpoints", "sizes", "pictures"),  # request stands on sizes
-    ("config",),
-    ("yaml_files",),
+    ("checkpoints", "sizes", "pictures", "layer_names"),  # request stands on sizes
+    ("config", "headers"),
+    ("yaml_files", "untrusted"),
     ("given",),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
-    *("lora_file", "memory", "plan", "given", "yaml_files", "pictures"),
+    *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

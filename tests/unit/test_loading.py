@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kandinsky import loading
+from kandinsky import headers, loading
 from kandinsky.attention.block_sparse import sdpa_block_sparse
 from kandinsky.checkpoints import COMFY_PREFIX, expected_dit_shapes
 from kandinsky.config import DiTConfig, load_config
@@ -223,6 +223,7 @@ def test_wrong_variant_is_recognised_from_the_header(tmp_path: Path, monkeypatch
     text = json.dumps(entries).encode()
     path = tmp_path / "pro.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
+    monkeypatch.setitem(headers.BITS, "TEST", 0)  # takes no bytes
     monkeypatch.setattr(loading, "DiffusionTransformer3D", lambda **_: pytest.fail("a model was built"))
     with pytest.raises(ValueError) as error:
         load_dit(path, load_config(LITE_YAML).model.dit_params, "cpu", torch.bfloat16)
