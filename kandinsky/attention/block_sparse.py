@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from kandinsky.attention.engines import deviation, first_line, log_level
@@ -56,7 +57,8 @@ def sdpa_block_sparse(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor) -> Ten
     Time and memory are in proportion to the kept blocks.
     """
     shape, num_blocks, head_dim = q.shape, block_map.shape[-1], q.shape[-1]
-    q, k, v = (x.reshape(-1, BLOCK_TOKENS, head_dim) for x in (q, k, v))  # (R, 64, d), a row for every block and head
+    # (R, 64, d), a row for every block and head.
+    q, k, v = (rearrange(x, "b h (n k) d -> (b h n) k d", k=BLOCK_TOKENS) for x in (q, k, v))
     counts = block_map.sum(-1).flatten()  # (R,)
     first = counts.cumsum(0) - counts  # (R,) where a row's blocks begin in `kept`
     map_rows, map_columns = block_map.reshape(-1, num_blocks).nonzero(as_tuple=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kandinsky.attention.block_sparse import BLOCK_TOKENS, BlockSparseAttention, head_chunks
@@ -79,8 +80,8 @@ def block_order(grid: tuple[int, int, int], device: torch.device | str) -> Tenso
     """Indices (N,) that put the row-major tokens of a patch grid into blocks: row-major blocks, row-major inside."""
     frames, rows, columns = block_grid(grid)
     tokens = torch.arange(math.prod(grid), device=device)
-    tokens = tokens.view(frames, rows, BLOCK_SIDE, columns, BLOCK_SIDE)
-    return tokens.transpose(2, 3).flatten()
+    pattern, side = "(t h bh w bw) -> (t h w bh bw)", {"bh": BLOCK_SIDE, "bw": BLOCK_SIDE}
+    return rearrange(tokens, pattern, t=frames, h=rows, w=columns, **side)
 
 
 def fast_sta_nabla(
@@ -124,7 +125,7 @@ def nabla_block_map(q: Tensor, k: Tensor, sta: Tensor, P: float) -> Tensor:
 def block_means(x: Tensor) -> Tensor:
     """(B, heads, N, d) -> (B * heads, N / 64, d): the mean over each block's tokens, in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.unflatten(2, (-1, BLOCK_TOKENS)).mean(dim=-2, dtype=dtype).flatten(0, 1)
+    return rearrange(x, "b h (n k) d -> (b h) n k d", k=BLOCK_TOKENS).mean(dim=-2, dtype=dtype)
 
 
 def nabla_attention(q: Tensor, k: Tensor, v: Tensor, *, tables: NablaTables, kernel: BlockSparseAttention) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import BlockSparseAttention, sdpa_block_sparse
@@ -171,7 +172,8 @@ class DiffusionTransformer3D(nn.Module):
         text = self.text_embeddings(text_embeds)  # (B, L, D)
         for block in self.text_transformer_blocks:
             text = block(text, time_embed, tables.text_rope, mask, execution.chunk_tokens)
-        hidden = self.visual_embeddings(latents.to(text.dtype)).flatten(1, 3)  # (B, N, D)
+        hidden = self.visual_embeddings(latents.to(text.dtype))  # (B, T', H', W', D)
+        hidden = rearrange(hidden, "b t h w d -> b (t h w) d")
         attention = execution.attention
         if tables.nabla is not None:
             hidden = hidden.index_select(1, tables.nabla.order)

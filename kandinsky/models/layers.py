@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky.attention.engines import Attention, sdpa
@@ -102,10 +103,8 @@ class VisualEmbeddings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, W, C) -> (B, T/pt, H/ph, W/pw, D); a patch's features are ordered (pt, ph, pw, channel)."""
-        for dim, p in zip((1, 3, 5), self.patch_size, strict=True):
-            x = x.unflatten(dim, (-1, p))
-        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # (B, T', H', W', pt*ph*pw*C)
-        return self.in_layer(x)
+        pt, ph, pw = self.patch_size
+        return self.in_layer(rearrange(x, "b (t pt) (h ph) (w pw) c -> b t h w (pt ph pw c)", pt=pt, ph=ph, pw=pw))
 
 
 class Modulation(nn.Module):
@@ -155,7 +154,7 @@ class MultiheadAttention(nn.Module):
         k = self._split(self.to_key, context, chunk_tokens, self.key_norm, rope)  # (B, h, M, d)
         v = self._split(self.to_value, context, chunk_tokens)  # (B, h, M, d)
         out = attention(q, k, v, mask) if mask is not None else attention(q, k, v)
-        return self.out_layer(out.transpose(1, 2).flatten(2))
+        return self.out_layer(rearrange(out, "b h n d -> b n (h d)"))
 
     def _split(
         self,
@@ -168,10 +167,10 @@ class MultiheadAttention(nn.Module):
         """One projection of x (B, N, D) as heads (B, h, N, d), normalised and rotated where there is a norm."""
 
         def project(x: Tensor, tokens: slice) -> Tensor:
-            heads = layer(x).unflatten(-1, (self.num_heads, -1))  # (B, n, h, d)
             if norm is None:
-                return heads
-            return norm_and_rotate(heads.transpose(1, 2), norm, rope and rope.of(tokens)).transpose(1, 2)
+                return rearrange(layer(x), "b n (h d) -> b n h d", h=self.num_heads)
+            heads = rearrange(layer(x), "b n (h d) -> b h n d", h=self.num_heads)
+            return norm_and_rotate(heads, norm, rope and rope.of(tokens)).transpose(1, 2)
 
         return by_chunks(project, x, chunk_tokens).transpose(1, 2)
 
@@ -279,6 +278,6 @@ class OutLayer(nn.Module):
         """x (B, N, D) on a (T', H', W') grid -> (B, T, H, W, C); here the channel is a patch's slowest index."""
         shift, scale = self.modulation(time_embed)
         x = self.out_layer(modulated_norm(x, shift, scale))
-        x = x.unflatten(-1, (-1, *self.patch_size)).unflatten(1, grid)  # (B, T', H', W', C, pt, ph, pw)
-        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, T', pt, H', ph, W', pw, C)
-        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        (t, h, w), (pt, ph, pw) = grid, self.patch_size
+        pattern = "b (t h w) (c pt ph pw) -> b (t pt) (h ph) (w pw) c"
+        return rearrange(x, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)

@@ -19,6 +19,7 @@ from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky.models.numerics import upcast
@@ -94,8 +95,8 @@ def repeat_border(x: Tensor, border: int, past: int) -> Tensor:
     if not torch.is_grad_enabled():
         return F.pad(x, (border, border, border, border, past, 0), mode="replicate")
     # The gradient of that corrupts memory for channels-last tensors on a CPU (torch 2.13); these two steps have none.
-    pictures = F.pad(x.transpose(1, 2).flatten(0, 1), (border,) * 4, mode="replicate")
-    x = pictures.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    pictures = F.pad(rearrange(x, "b c t h w -> (b t) c h w"), (border,) * 4, mode="replicate")
+    x = rearrange(pictures, "(b t) c h w -> b c t h w", t=x.shape[2])
     return torch.cat((*[x[:, :, :1]] * past, x), dim=2)
 
 
@@ -108,7 +109,8 @@ def convolve(window: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequen
     frames = (window.shape[2] - taps) // stride_time + 1
     out = None
     for tap in range(taps):
-        pictures = window[:, :, tap : tap + stride_time * (frames - 1) + 1 : stride_time].transpose(1, 2).flatten(0, 1)
+        seen = window[:, :, tap : tap + stride_time * (frames - 1) + 1 : stride_time]
+        pictures = rearrange(seen, "b c t h w -> (b t) c h w")
         part = F.conv2d(pictures, weight[:, :, tap], bias if tap == 0 else None, stride_space)
         if out is None:
             out = part
@@ -117,7 +119,7 @@ def convolve(window: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequen
         else:
             out.add_(part)
     assert out is not None
-    return out.unflatten(0, (-1, frames)).transpose(1, 2)
+    return rearrange(out, "(b t) c h w -> b c t h w", t=frames)
 
 
 def new_video(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -200,15 +202,16 @@ class FrameCausalAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list only because the key is `to_out.0`
 
     def forward(self, x: Tensor) -> Tensor:
-        frames, tokens_per_frame = x.shape[2], x.shape[3] * x.shape[4]
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, T*H*W, C)
+        frames, rows, columns = x.shape[2:]
+        tokens_per_frame = rows * columns
+        tokens = rearrange(self.group_norm(x), "b c t h w -> b 1 (t h w) c")
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         outs = []
         for frame in range(frames):
             begin, end = frame * tokens_per_frame, (frame + 1) * tokens_per_frame
             outs.append(F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end]))
         out = self.to_out[0](torch.cat(outs, dim=2))
-        return x + out.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + rearrange(out, "b 1 (t h w) c -> b c t h w", t=frames, h=rows, w=columns)
 
 
 class MidBlock(nn.Module):
@@ -264,10 +267,9 @@ class Upsample(nn.Module):
         time, height, width = self.factor
         if time > 1:
             x = torch.cat((x[:, :, :1], x[:, :, 1:].repeat_interleave(time, dim=2)), dim=2)
-        batch = x.shape[0]
-        pictures = x.transpose(1, 2).flatten(0, 1)
+        pictures = rearrange(x, "b c t h w -> (b t) c h w")
         pictures = F.interpolate(pictures, scale_factor=(height, width), mode="nearest")
-        return self.conv(pictures.unflatten(0, (batch, -1)).transpose(1, 2))
+        return self.conv(rearrange(pictures, "(b t) c h w -> b c t h w", t=x.shape[2]))
 
     def _convolve_phases(self, x: Tensor) -> Tensor:
         batch, channels, frames, rows, columns = x.shape

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -88,16 +89,14 @@ class SequenceParallel:
 
     def attend(self, attention: Attention, length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attention` over all `length` tokens. q, k, v and the result: (B, heads, n, d), this process's tokens."""
-        batch, heads, tokens, dim = q.shape
-        # (3, B, heads, n, d) -> (process, 3, B, heads of it, n, d): one exchange for all three.
-        qkv = torch.stack((q, k, v)).unflatten(2, (self.size, -1)).movedim(2, 0)
-        qkv = self.exchange(qkv)  # now the first axis is the process that the tokens come from
-        qkv = qkv.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)  # (3, B, heads / processes, all tokens, d)
-        out = attention(*qkv[..., :length, :].unbind())
+        tokens = q.shape[2]
+        # One exchange for all three: to each process (p) its heads, from each its tokens.
+        qkv = self.exchange(rearrange([q, k, v], "three b (p h) n d -> p three b h n d", p=self.size))
+        qkv = rearrange(qkv, "p three b h n d -> three b h (p n) d")
+        out = attention(*qkv[..., :length, :].unbind())  # (B, heads of this process, all tokens, d)
         out = F.pad(out, (0, 0, 0, tokens * self.size - length))
-        out = out.unflatten(2, (self.size, tokens)).movedim(2, 0)  # (process, B, heads / processes, n, d)
-        out = self.exchange(out)  # now the first axis is the process that the heads come from
-        return out.movedim(0, 1).reshape(batch, heads, tokens, dim)
+        out = self.exchange(rearrange(out, "b h (p n) d -> p b h n d", p=self.size))
+        return rearrange(out, "p b h n d -> b (p h) n d")
 
     def exchange(self, x: Tensor) -> Tensor:
         """x (processes, ...): part i goes to process i; returns what came from each."""
