@@ -19,10 +19,10 @@ import logging
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from kandinsky.given import as_number, as_whole, shortened, shown
 from kandinsky.yaml_files import read_yaml, with_overrides
@@ -67,30 +67,70 @@ IGNORED_KEYS = (
 DENSE_ATTENTION_ALIASES = ("flash", "regular", "sdpa")
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """Metadata of a field: which of its type's values it takes, and the same in words."""
+
+    test: Callable[[Any], bool]
+    words: str
+
+
+def at_least(smallest: float, words: str = "") -> Allowed:
+    """Of several numbers, each."""
+    return Allowed(lambda value: _smallest(value) >= smallest, words or f"at least {smallest:g}")
+
+
+def more_than_0(words: str = "more than 0") -> Allowed:
+    return Allowed(lambda value: _smallest(value) > 0, words)
+
+
+def between(lowest: float, highest: float, words: str) -> Allowed:
+    return Allowed(lambda value: lowest <= value <= highest, words)
+
+
+def _smallest(value: Any) -> Any:
+    return min(value) if isinstance(value, tuple) else value
+
+
+NOT_EMPTY = Allowed(lambda text: bool(text.strip()), "not empty")
+OR_MORE = at_least(0, "0 or more")
+SHARES = Allowed(lambda pair: 0 <= pair[0] <= pair[1] <= 1, "two shares of the steps, 0 to 1")
+SECONDS = Allowed(
+    lambda seconds: seconds == 0 or MIN_SECONDS <= seconds <= MAX_SECONDS,
+    f"0 to {MAX_SECONDS} seconds; 0 is a picture, and the shortest video has {MIN_SECONDS:.2f}",
+)
+TILE = Allowed(lambda side: side >= 64 and side % 8 == 0, "a multiple of 8, at least 64 (pixels)")
+
+Count = Annotated[int, at_least(1)]
+Counts = Annotated[tuple[int, int, int], at_least(1)]
+Name = Annotated[str, NOT_EMPTY]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     """The scale that the model works at."""
 
-    resolution: int  # 512 (SD) or 1024 (HD)
-    scale_factor: tuple[float, float, float]  # rotary positions are divided by it: time, height, width
-    scheduler_scale: float  # shift of the flow-matching schedule
+    resolution: Annotated[int, at_least(16, "at least 16 pixels")]  # 512 (SD) or 1024 (HD)
+    # Rotary positions are divided by it: time, height, width.
+    scale_factor: Annotated[tuple[float, float, float], more_than_0("three positive numbers")]
+    scheduler_scale: Annotated[float, more_than_0()]  # shift of the flow-matching schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """Keyword arguments of DiffusionTransformer3D. The defaults are the 2B video model's."""
 
-    in_visual_dim: int = 16
-    in_text_dim: int = 3584
-    in_text_dim2: int = 768
-    time_dim: int = 512
-    out_visual_dim: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    model_dim: int = 1792
-    ff_dim: int = 7168
-    num_text_blocks: int = 2
-    num_visual_blocks: int = 32
-    axes_dims: tuple[int, int, int] = (16, 24, 24)
+    in_visual_dim: Count = 16
+    in_text_dim: Count = 3584
+    in_text_dim2: Count = 768
+    time_dim: Count = 512
+    out_visual_dim: Count = 16
+    patch_size: Counts = (1, 2, 2)
+    model_dim: Count = 1792
+    ff_dim: Count = 7168
+    num_text_blocks: Count = 2
+    num_visual_blocks: Count = 32
+    axes_dims: Counts = (16, 24, 24)
     visual_cond: bool = False
     instruct_type: Literal["channel"] | None = None
 
@@ -108,37 +148,41 @@ class AttentionConfig:
     """Visual self-attention: dense, or NABLA's adaptive block-sparse map joined with a sliding window."""
 
     type: Literal["full", "nabla"] = "full"
-    engine: str = "auto"  # names are checked where engines are known, in kandinsky.attention
-    P: float = 0.9  # share of the attention mass that NABLA keeps in each row of blocks
-    wT: int = 11  # window in latent frames and in blocks of 8 patches
-    wH: int = 3
-    wW: int = 3
+    engine: Name = "auto"  # names are checked where engines are known, in kandinsky.attention
+    # Share of the attention mass that NABLA keeps in each row of blocks.
+    P: Annotated[float, Allowed(lambda share: 0 < share <= 1, "more than 0 and at most 1")] = 0.9
+    wT: Count = 11  # window in latent frames and in blocks of 8 patches
+    wH: Count = 3
+    wW: Count = 3
     add_sta: bool = True
     method: Literal["topcdf"] = "topcdf"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    checkpoint_path: str
+    checkpoint_path: Name
     name: Literal["hunyuan", "flux"] = "hunyuan"
-    spatial_tile: int = 768  # pixels
+    spatial_tile: Annotated[int, TILE] = 768  # pixels
     spatial_overlap: int = 64  # pixels, at least
-    memory_budget_gb: float | None = None  # of 2^30 bytes, for decoding: tiles shrink until it is enough
+    # For decoding: tiles shrink until it is enough.
+    memory_budget_gb: Annotated[float | None, more_than_0("more than 0 (GB of 2^30 bytes)")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenConfig:
-    checkpoint_path: str
+    checkpoint_path: Name
     emb_size: int = 3584
-    max_length: int = 256  # tokens of the prompt, without the template
-    crop: int | None = None  # tokens of the template before the prompt; None: the published template's
+    # Tokens of the prompt, without the template.
+    max_length: Annotated[int, between(1, MAX_TEXT_TOKENS, f"1 to {MAX_TEXT_TOKENS} tokens")] = 256
+    # Tokens of the template before the prompt; None: the published template's.
+    crop: Annotated[int | None, at_least(0, "0 or more, or left out")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    checkpoint_path: str
+    checkpoint_path: Name
     emb_size: int = 768
-    max_length: int = 77
+    max_length: Annotated[int, at_least(2, "at least 2 tokens")] = 77
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +193,13 @@ class TextEmbedderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    checkpoint_path: str
+    checkpoint_path: Name
     hub_repo: str | None = None  # where download_models.py finds checkpoint_path
-    num_steps: int
-    guidance_weight: float  # 1: no classifier-free guidance, one model evaluation a step
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which there is guidance
-    guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
+    num_steps: Count
+    guidance_weight: Annotated[float, OR_MORE]  # 1: no classifier-free guidance, one model evaluation a step
+    # Shares of the steps between which there is guidance.
+    guidance_interval: Annotated[tuple[float, float], SHARES] = (0.0, 1.0)
+    guidance_every: Count = 1  # of the steps with guidance, each n-th evaluates the negative prompt
     loras: tuple[str, ...] = ()  # adapters that are merged into the DiT, each "PATH" or "PATH:scale"
     dit_params: DiTConfig
     attention: AttentionConfig
@@ -167,9 +212,10 @@ class MagCacheConfig:
     # Calibrated magnitude ratios in the order of model evaluations: conditional, unconditional, conditional, ...
     mag_ratios: tuple[float, ...] | None = None
     enabled: bool = False
-    threshold: float = 0.12  # error that skipped evaluations in a row may add up to
-    max_skips: int = 2  # in a row
-    retention: float = 0.2  # share of the evaluations, the first ones, that are never skipped
+    threshold: Annotated[float, OR_MORE] = 0.12  # error that skipped evaluations in a row may add up to
+    max_skips: Annotated[int, OR_MORE] = 2  # in a row
+    # Share of the evaluations, the first ones, that are never skipped.
+    retention: Annotated[float, between(0, 1, "0 to 1")] = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,13 +225,17 @@ class RuntimeConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
     offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs
-    blocks_on_gpu: int | None = None  # visual blocks that stay there, the others stream in; None: as many as fit
+    # Visual blocks that stay there, the others stream in; None: as many as fit.
+    blocks_on_gpu: Annotated[int | None, at_least(1, "at least 1, or left out")] = None
     dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
     qwen_quantization: bool = False  # NF4
-    chunk_tokens: int | None = None  # feed-forward and QKV run over as many tokens at a time; None: over all at once
-    preview: int | None = None  # write a small preview beside the output after every n-th step
+    # Feed-forward and QKV run over as many tokens at a time; None: over all at once.
+    chunk_tokens: Annotated[int | None, at_least(64, "at least 64, or left out")] = None
+    # Write a small preview beside the output after every n-th step.
+    preview: Annotated[int | None, at_least(1, "at least 1 step, or left out")] = None
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
-    cfg_parallel: int = 1  # 2: of several processes, one half evaluates the prompt, the other the negative prompt
+    # 2: of several processes, one half evaluates the prompt, the other the negative prompt.
+    cfg_parallel: Annotated[int, between(1, 2, "1 or 2")] = 1
     shard_weights: bool = False  # each process keeps a part of the DiT's weights, and gathers a block when it runs
 
 
@@ -195,10 +245,10 @@ class GenerationConfig:
 
     width: int
     height: int
-    time_length: float  # seconds; 0: one image
-    resolutions: tuple[
-        tuple[int, int], ...
-    ]  # (width, height), the sizes that the checkpoint was trained at; i2v: some of them
+    # Seconds; 0: one image.
+    time_length: Annotated[float, SECONDS]
+    # (width, height), the sizes that the checkpoint was trained at; i2v: some of them.
+    resolutions: Annotated[tuple[tuple[int, int], ...], Allowed(bool, "one [width, height] or more")]
     negative_caption: str
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -533,154 +583,116 @@ def _variant_name(checkpoint_path: str) -> str:
     return parts[-1] if parts else ""
 
 
-# --- ranges and rules between settings --------------------------------------------------------------------------------
+# --- ranges, and rules between settings -------------------------------------------------------------------------------
 
 
 def _check(config: Config) -> None:
-    model, dit, metrics, generation = config.model, config.model.dit_params, config.metrics, config.generation
-    vae, qwen, clip = model.vae, model.text_embedder.qwen, model.text_embedder.clip
+    _check_ranges(config)
+    for rule in (_check_model, _check_magcache, _check_shards, _check_task, _check_sizes):
+        rule(config)
 
-    def require(ok: bool, key: str, value: Any, allowed: str) -> None:
-        if not ok:
-            raise _not_allowed(key, value, allowed)
 
-    for key, text in (
-        ("model.checkpoint_path", model.checkpoint_path),
-        ("model.vae.checkpoint_path", vae.checkpoint_path),
-        ("model.text_embedder.qwen.checkpoint_path", qwen.checkpoint_path),
-        ("model.text_embedder.clip.checkpoint_path", clip.checkpoint_path),
-        ("model.attention.engine", model.attention.engine),
-    ):
-        require(bool(text.strip()), key, text, "not empty")
+def _check_ranges(section: Any, key: str = "") -> None:
+    """Every value against what its field allows; None where a field may be left out."""
+    for name, hint in get_type_hints(type(section), include_extras=True).items():
+        value, dotted = getattr(section, name), _join(key, name)
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, dotted)
+        for allowed in getattr(hint, "__metadata__", ()):
+            _require(value is None or allowed.test(value), dotted, value, allowed.words)
 
-    require(metrics.resolution >= 16, "metrics.resolution", metrics.resolution, "at least 16 pixels")
-    require(min(metrics.scale_factor) > 0, "metrics.scale_factor", metrics.scale_factor, "three positive numbers")
-    require(metrics.scheduler_scale > 0, "metrics.scheduler_scale", metrics.scheduler_scale, "more than 0")
-    require(model.num_steps >= 1, "model.num_steps", model.num_steps, "at least 1")
-    require(model.guidance_weight >= 0, "model.guidance_weight", model.guidance_weight, "0 or more")
 
-    begin, end = model.guidance_interval
-    require(
-        0 <= begin <= end <= 1, "model.guidance_interval", model.guidance_interval, "two shares of the steps, 0 to 1"
-    )
-    require(model.guidance_every >= 1, "model.guidance_every", model.guidance_every, "at least 1")
+def _require(ok: bool, key: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise _not_allowed(key, value, allowed)
 
-    for text in config.model.loras:
+
+def _check_model(config: Config) -> None:
+    model, dit, vae = config.model, config.model.dit_params, config.model.vae
+    for text in model.loras:
         try:
             split_lora(text)
         except ValueError as error:
             raise ValueError(f"model.loras: {error}") from None
 
-    for field in dataclasses.fields(dit):
-        value = getattr(dit, field.name)
-        if isinstance(value, (int, tuple)) and not isinstance(value, bool):
-            smallest = min(value) if isinstance(value, tuple) else value
-            require(smallest >= 1, f"model.dit_params.{field.name}", value, "at least 1")
     even = all(axis % 2 == 0 for axis in dit.axes_dims)
-    require(even, "model.dit_params.axes_dims", dit.axes_dims, "even numbers: rotary embeddings turn pairs of channels")
-    require(
+    _require(
+        even, "model.dit_params.axes_dims", dit.axes_dims, "even numbers: rotary embeddings turn pairs of channels"
+    )
+    _require(
         dit.model_dim % dit.head_dim == 0,
         "model.dit_params.axes_dims",
         dit.axes_dims,
         f"numbers whose sum divides model_dim = {dit.model_dim}: the sum, here {dit.head_dim}, is the size of a head",
     )
-
-    attention = model.attention
-    require(0 < attention.P <= 1, "model.attention.P", attention.P, "more than 0 and at most 1")
-    for window in ("wT", "wH", "wW"):
-        require(getattr(attention, window) >= 1, f"model.attention.{window}", getattr(attention, window), "at least 1")
-
     tile, overlap = vae.spatial_tile, vae.spatial_overlap
-    require(tile >= 64 and tile % 8 == 0, "model.vae.spatial_tile", tile, "a multiple of 8, at least 64 (pixels)")
-    require(
+    _require(
         0 <= overlap <= tile // 2 and overlap % 8 == 0,
         "model.vae.spatial_overlap",
         overlap,
         f"a multiple of 8 and at most half of spatial_tile = {tile} (pixels)",
     )
-
-    budget = vae.memory_budget_gb
-    require(budget is None or budget > 0, "model.vae.memory_budget_gb", budget, "more than 0 (GB of 2^30 bytes)")
-
     same_as = "model.dit_params.{} = {}, which the DiT takes it as"
+    encoders = model.text_embedder
     for section, size, name, dim in (
-        ("qwen", qwen.emb_size, "in_text_dim", dit.in_text_dim),
-        ("clip", clip.emb_size, "in_text_dim2", dit.in_text_dim2),
+        ("qwen", encoders.qwen.emb_size, "in_text_dim", dit.in_text_dim),
+        ("clip", encoders.clip.emb_size, "in_text_dim2", dit.in_text_dim2),
     ):
-        require(size == dim, f"model.text_embedder.{section}.emb_size", size, same_as.format(name, dim))
-    require(
-        1 <= qwen.max_length <= MAX_TEXT_TOKENS,
-        "model.text_embedder.qwen.max_length",
-        qwen.max_length,
-        f"1 to {MAX_TEXT_TOKENS} tokens",
-    )
-    require(clip.max_length >= 2, "model.text_embedder.clip.max_length", clip.max_length, "at least 2 tokens")
-    require(qwen.crop is None or qwen.crop >= 0, "model.text_embedder.qwen.crop", qwen.crop, "0 or more, or left out")
+        _require(size == dim, f"model.text_embedder.{section}.emb_size", size, same_as.format(name, dim))
 
+
+def _check_magcache(config: Config) -> None:
     ratios = config.magcache.mag_ratios
     if ratios is not None:
-        require(len(ratios) % 2 == 0, "the length of magcache.mag_ratios", len(ratios), "even: pairs of cond, uncond")
-        require(min(ratios) >= 0, "the smallest of magcache.mag_ratios", min(ratios), "0 or more")
-    magcache = config.magcache
-    require(
-        ratios is not None or not magcache.enabled,
+        _require(len(ratios) % 2 == 0, "the length of magcache.mag_ratios", len(ratios), "even: pairs of cond, uncond")
+        _require(min(ratios) >= 0, "the smallest of magcache.mag_ratios", min(ratios), "0 or more")
+    _require(
+        ratios is not None or not config.magcache.enabled,
         "magcache.enabled",
         True,
         "false, as there are no magcache.mag_ratios to go by; measure them, and write them into the file, with: "
         f"python tools/calibrate_magcache.py --config {config.source} --prompt '...' --write",
     )
-    require(magcache.threshold >= 0, "magcache.threshold", magcache.threshold, "0 or more")
-    require(magcache.max_skips >= 0, "magcache.max_skips", magcache.max_skips, "0 or more")
-    require(0 <= magcache.retention <= 1, "magcache.retention", magcache.retention, "0 to 1")
 
-    preview = config.runtime.preview
-    require(preview is None or preview >= 1, "runtime.preview", preview, "at least 1 step, or left out")
-    blocks = config.runtime.blocks_on_gpu
-    require(blocks is None or blocks >= 1, "runtime.blocks_on_gpu", blocks, "at least 1, or left out")
-    chunk = config.runtime.chunk_tokens
-    require(chunk is None or chunk >= 64, "runtime.chunk_tokens", chunk, "at least 64, or left out")
+
+def _check_shards(config: Config) -> None:
     runtime = config.runtime
-    require(runtime.cfg_parallel in (1, 2), "runtime.cfg_parallel", runtime.cfg_parallel, "1 or 2")
+    if not runtime.shard_weights:
+        return
     for key, is_used in (
         ("offload = on", runtime.offload == "on"),
-        (f"blocks_on_gpu = {blocks}", blocks is not None),
+        (f"blocks_on_gpu = {runtime.blocks_on_gpu}", runtime.blocks_on_gpu is not None),
         (f"dit_quantization = {runtime.dit_quantization}", runtime.dit_quantization is not None),
     ):
-        ok = not (runtime.shard_weights and is_used)
-        require(ok, "runtime.shard_weights", True, f"false with runtime.{key}: take one of the two")
-    ok = not (runtime.shard_weights and config.model.loras)
-    require(ok, "runtime.shard_weights", True, "false with model.loras: adapters are merged into whole weights")
+        _require(not is_used, "runtime.shard_weights", True, f"false with runtime.{key}: take one of the two")
+    allowed = "false with model.loras: adapters are merged into whole weights"
+    _require(not config.model.loras, "runtime.shard_weights", True, allowed)
 
-    vae_name = "flux" if config.task in ("t2i", "i2i") else "hunyuan"
-    require(vae.name == vae_name, "model.vae.name", vae.name, f"{vae_name} for task {config.task}")
-    if config.task == "i2v":
-        require(dit.visual_cond, "model.dit_params.visual_cond", dit.visual_cond, "true for task i2v")
-    if config.task == "i2i":
-        require(
-            dit.instruct_type == "channel", "model.dit_params.instruct_type", dit.instruct_type, "channel for task i2i"
-        )
 
-    require(
-        bool(generation.resolutions), "generation.resolutions", generation.resolutions, "one [width, height] or more"
-    )
+def _check_task(config: Config) -> None:
+    task, dit, vae = config.task, config.model.dit_params, config.model.vae
+    vae_name = "flux" if task in ("t2i", "i2i") else "hunyuan"
+    _require(vae.name == vae_name, "model.vae.name", vae.name, f"{vae_name} for task {task}")
+    if task == "i2v":
+        _require(dit.visual_cond, "model.dit_params.visual_cond", dit.visual_cond, "true for task i2v")
+    if task == "i2i":
+        key, channel = "model.dit_params.instruct_type", dit.instruct_type
+        _require(channel == "channel", key, channel, "channel for task i2i")
+
+
+def _check_sizes(config: Config) -> None:
+    attention, generation = config.model.attention, config.generation
     multiple = NABLA_PIXELS if attention.type == "nabla" else PATCH_PIXELS
     for pair in generation.resolutions:
-        require(
+        _require(
             all(0 < side <= MAX_PATCHES * PATCH_PIXELS and side % multiple == 0 for side in pair),
             "generation.resolutions",
             pair,
             f"multiples of {multiple} up to {MAX_PATCHES * PATCH_PIXELS} (attention type {attention.type})",
         )
-    require(
+    _require(
         (generation.width, generation.height) in generation.resolutions,
         "generation.width x generation.height",
         f"{generation.width}x{generation.height}",
         "one of generation.resolutions: " + ", ".join(f"{w}x{h}" for w, h in generation.resolutions),
-    )
-    time_length = generation.time_length
-    require(
-        time_length == 0 or MIN_SECONDS <= time_length <= MAX_SECONDS,
-        "generation.time_length",
-        time_length,
-        f"0 to {MAX_SECONDS} seconds; 0 is a picture, and the shortest video has {MIN_SECONDS:.2f}",
     )
