@@ -252,11 +252,11 @@ def asked(args: argparse.Namespace) -> tuple[Config, Request]:
 def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
     """What a run that died was for, as far as its decoding goes."""
     from kandinsky import latents_file
-    from kandinsky.config import config_from_dict
     from kandinsky.plan import default_request
+    from kandinsky.records import recorded_config
 
-    records = latents_file.read_records(args.decode_latents)
-    config = config_from_dict(records[0]["config"], overrides_of(args))
+    records = latents_file.checked_records(args.decode_latents)
+    config = recorded_config(records[0], overrides_of(args), args.decode_latents, decoding=True)
     request = default_request(config)
     sizes = {name: records[0][name] for name in ("width", "height", "num_frames", "num_steps")}
     return config, dataclasses.replace(request, samples=request.samples * len(records), **sizes)
@@ -367,10 +367,11 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Go on with a run that was stopped while denoising; return the path of the result."""
     from kandinsky import media
     from kandinsky import resume as stopped
-    from kandinsky.config import check_processes, config_from_dict
+    from kandinsky.config import check_processes
+    from kandinsky.records import recorded_config
 
     record = stopped.read_record(args.resume_from)
-    config = config_from_dict(record["config"], overrides_of(args))
+    config = recorded_config(record, overrides_of(args), args.resume_from, decoding=False)
     check_processes(config, launch.size)
     output = None
     if launch.is_first:
@@ -466,10 +467,10 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
 def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Decode and write what a run that died had denoised; return the path of the result."""
     from kandinsky import latents_file, media
-    from kandinsky.config import config_from_dict
+    from kandinsky.records import recorded_config
 
-    record = latents_file.read_records(args.decode_latents)[0]
-    config = config_from_dict(record["config"], overrides_of(args))
+    record = latents_file.checked_records(args.decode_latents)[0]
+    config = recorded_config(record, overrides_of(args), args.decode_latents, decoding=True)
     output = None
     if launch.is_first:
         suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX

@@ -284,7 +284,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Sequen
 def config_from_dict(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The config that `config_to_dict` made `values` of, overrides applied. Errors are those of `load_config`."""
     raw = dict(values)
-    source = Path(raw.pop("source") or "a recorded config")
+    source = Path(raw.pop("source", None) or "a recorded config")
     return _from_raw(with_overrides(raw, overrides), source)
 
 

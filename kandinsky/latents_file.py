@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky import media
-from kandinsky.checkpoints import read_header
+from kandinsky.headers import open_tensors, read_header
+from kandinsky.records import check_outputs, read_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,18 +56,16 @@ def save_latents(path: str | Path, latents: Tensor, records: Sequence[Mapping[st
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records of a latents file. Raises ValueError where it is damaged or something else."""
-    from safetensors import safe_open
-
-    read_header(path)  # raises for what is missing, truncated or no safetensors file
-    with safe_open(path, framework="np") as file:  # the metadata alone: torch isn't needed for it
-        metadata = file.metadata() or {}
-    if METADATA_KEY not in metadata:
+    records = read_record(path, METADATA_KEY)
+    if records is None or "latents" not in read_header(path):
         raise ValueError(f"{path} holds no latents of ours: give a file that ends in {SUFFIX}")
-    try:
-        records = json.loads(metadata[METADATA_KEY])
-    except json.JSONDecodeError:
-        raise ValueError(f"{path}: its record is damaged, the run has to be repeated") from None
-    assert isinstance(records, list)
+    return records
+
+
+def checked_records(path: str | Path) -> list[dict[str, Any]]:
+    """The same, of a file that `Pipeline.finish` can make its outputs from. Raises ValueError for others."""
+    records = read_records(path)
+    check_outputs(records, read_header(path), path)
     return records
 
 
@@ -78,11 +77,15 @@ def unfinished(folder: str | Path) -> list[Path]:
 
 
 def load_latents(path: str | Path) -> SavedLatents:
-    """Latents and records of a file. Errors are those of `read_records`."""
-    from safetensors.torch import load_file
+    """Latents and records of a file. Raises ValueError as `read_records` does, and for NaN in the latents."""
+    from kandinsky.models.numerics import is_finite
 
     records = read_records(path)
-    return SavedLatents(load_file(path)["latents"], records)
+    with open_tensors(path) as tensors:
+        latents = tensors.get_tensor("latents")
+    if not is_finite(latents):
+        raise ValueError(f"{path}: there are NaN or infinite values in its latents: the run has to be repeated")
+    return SavedLatents(latents, records)
 
 
 @contextmanager

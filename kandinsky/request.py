@@ -6,10 +6,12 @@ or torch is imported. What is not asked for is what the YAML says.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kandinsky.config import MAX_PATCHES, MAX_SECONDS, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS, Config
 from kandinsky.given import as_number, as_whole, shown
@@ -138,6 +140,50 @@ def resolve_request(
             "not evaluate it: leave one of the two out"
         )
     return request
+
+
+def recorded_request(values: Mapping[str, Any], config: Config) -> Request:
+    """The request that `dataclasses.asdict` made `values` of. Raises ValueError where nothing resolves to it."""
+    missing = {field.name for field in dataclasses.fields(Request)} ^ set(values)
+    if missing:
+        raise ValueError(f"the request has other entries than it should: {shown(min(missing))}")
+    samples = values["samples"]
+    if not isinstance(samples, list) or not 1 <= len(samples) <= MAX_OUTPUTS:
+        raise ValueError(f"the request's samples are {shown(samples)}; they must be a list")
+    multiple = NABLA_PIXELS if config.model.attention.type == "nabla" else PATCH_PIXELS
+    request = Request(
+        samples=tuple(map(_recorded_sample, samples)),
+        width=_checked_side("width", values["width"], multiple),
+        height=_checked_side("height", values["height"], multiple),
+        num_frames=_checked_frames(values["num_frames"]),
+        num_steps=_checked_steps(values["num_steps"]),
+        guidance_weight=_checked_number("guidance_weight", values["guidance_weight"], lowest=0.0),
+        scheduler_scale=_checked_number("scheduler_scale", values["scheduler_scale"], lowest=0.01),
+        guidance_interval=_checked_interval(values["guidance_interval"]),
+        guidance_every=_checked_every(values["guidance_every"]),
+        max_sequence_length=_checked_text_length(values["max_sequence_length"]),
+        expand_prompts=_checked_expansion(values["expand_prompts"]),
+    )
+    if config.task in ("t2i", "i2i") and not request.is_image:
+        raise ValueError(f"num_frames is {request.num_frames}, and {config.task} makes images")
+    prompts = [sample.prompt for sample in request.samples]
+    if any(now - before not in (0, 1) for before, now in zip([0, *prompts], prompts, strict=False)):
+        raise ValueError(f"its samples belong to the prompts {shown(prompts)}; they must be in order, from 0")
+    return request
+
+
+def _recorded_sample(values: object) -> Sample:
+    names = {field.name for field in dataclasses.fields(Sample)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise ValueError(f"a sample is {shown(values)}; it must have {', '.join(sorted(names))}")
+    for name in ("text", "negative_caption", "expanded"):
+        if values[name] is not None:
+            _checked_text(name, values[name])
+    prompt = as_whole(values["prompt"])
+    if prompt is None:
+        raise ValueError(f"a sample's prompt is {shown(values['prompt'])}; it must be a number")
+    seed = None if values["seed"] is None else _checked_seed(values["seed"])
+    return Sample(values["text"], values["negative_caption"], seed, prompt, values["expanded"])
 
 
 def warn_about_size(config: Config, request: Request) -> None:

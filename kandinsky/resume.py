@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky import media
-from kandinsky.checkpoints import read_header
-from kandinsky.request import Request, Sample
+from kandinsky.headers import open_tensors, read_header
+from kandinsky.records import ADVICE, check_stopped
+from kandinsky.records import read_record as read_metadata
+from kandinsky.request import Request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,34 +94,35 @@ def save_run(path: str | Path, run: StoppedRun, config: Mapping[str, Any], dtype
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """What a file says about its run: request, config, dtype, step. Raises ValueError where it is no such file."""
-    from safetensors import safe_open
+    """What a file says about its run: request, config, dtype, step. All of it, and what tensors there are, is checked.
 
-    read_header(path)  # raises for what is missing, truncated or no safetensors file
-    with safe_open(path, framework="np") as file:  # the metadata alone: torch isn't needed for it
-        metadata = file.metadata() or {}
-    try:
-        record = json.loads(metadata[METADATA_KEY])
-    except (KeyError, json.JSONDecodeError):
-        raise ValueError(f"{path} holds no run that was stopped: give a file that ends in {SUFFIX}") from None
-    assert isinstance(record, dict)
+    Raises ValueError where it is no such file, damaged, or of another version.
+    """
+    record = read_metadata(path, METADATA_KEY)
+    if record is None:
+        raise ValueError(f"{path} holds no run that was stopped: give a file that ends in {SUFFIX}")
+    check_stopped(record, read_header(path), path)
     return record
 
 
 def load_run(path: str | Path) -> StoppedRun:
-    """The run of a file, its tensors on the CPU. Errors are those of `read_record`."""
-    from safetensors.torch import load_file
-
+    """The run of a file, its tensors on the CPU. Raises ValueError as `read_record` does, and for NaN in a tensor."""
     from kandinsky.conditioning import Conditioning
+    from kandinsky.models.numerics import is_finite
     from kandinsky.models.text_embedder import TextEmbeddings
-    from kandinsky.sampler import SamplerState
+    from kandinsky.sampler import SamplerState, guidance_plan
 
     record = read_record(path)
-    tensors = load_file(path)
-    settings = dict(record["request"])
-    settings["samples"] = tuple(Sample(**sample) for sample in settings["samples"])
-    settings["guidance_interval"] = tuple(settings["guidance_interval"])
-    request = Request(**settings)
+    request = check_stopped(record, read_header(path), path)
+    with open_tensors(path) as file:
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in read_header(path)}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{path}: there are NaN or infinite values in its {name}: the run has to be repeated")
+    interval, every = request.guidance_interval, request.guidance_every
+    left = guidance_plan(request.num_steps, request.guidance_weight, interval, every)[record["step"] :]
+    if next((what for what in left if what != "off"), "off") == "kept" and "difference" not in tensors:
+        raise ValueError(f"{path}: there is no difference in it, which its next guided step needs: {ADVICE}")
 
     def parts(prefix: str, kind: type) -> dict[str, Tensor | None]:
         return {each.name: tensors.get(f"{prefix}.{each.name}") for each in dataclasses.fields(kind)}

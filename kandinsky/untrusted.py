@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NoReturn
 
@@ -128,32 +127,6 @@ def _check(value: Any) -> None:
                 raise _Refused(f"text that no encoding has ({shown(one)})")
         elif one is not None and not isinstance(one, bool) and not math.isfinite(as_number(one)):
             raise _Refused("a number in it that is too large; it must be finite")
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-def entry(values: Any, name: str, kind: type | tuple[type, ...], what: str | Path) -> Any:
-    """values[name], which must be of `kind`. Raises ValueError that begins with `what`.
-
-    A bool is no int here, and an int may stand for a float.
-    """
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(values, dict) or name not in values:
-        raise ValueError(f"{what}: it has no {name}")
-    value = values[name]
-    fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-    if not fits or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{what}: {name} is {shown(value)}, which it cannot be")
-    return value
-
-
-def checked(make: Callable[[], Any], what: str | Path) -> Any:
-    """What `make` returns. Raises ValueError that begins with `what` where values are of a wrong type for it."""
-    try:
-        return make()
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError):
-        raise ValueError(f"{what}: damaged, or written by another version of this software") from None
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -123,6 +123,11 @@ class MagCache:
                 self.skipped += sum(self.skips[branch][:evaluations])
                 if (residual := residuals.get(f"{branch}.{sample}")) is not None:
                     self.residuals[branch, sample] = residual
+                elif any(self.skips[branch][evaluations : evaluations + 1]):
+                    raise ValueError(
+                        "the run was stopped without what MagCache's next step needs: go on with the magcache settings "
+                        "that it began with, or with magcache.enabled=false"
+                    )
 
     def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
         """What takes the place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("pipelines", "runtime", "plan"),
     ("latents_file", "resume", "preview", "prompt_expansion"),  # write as media does
+    ("records",),  # what the two of them read
     ("conditioning", "sampler", "media", "request", "memory"),
     ("models",),
     # prompts is words and token ids without torch, and models/text_embedder stands on it
@@ -34,7 +35,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
-    *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted"),
+    *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted", "records"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
