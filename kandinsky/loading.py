@@ -1,9 +1,9 @@
 """From a config to a working pipeline: the one place that knows files, devices, dtypes and components at once.
 
 Models are built on the meta device and take over tensors that are read one at a time from memory-mapped safetensors
-files, cast on the way: no second copy of the weights ever exists. What a file is, is read from its header before
-anything is allocated. What is offloaded stays on the meta device and gets its weights when its stage begins, from the
-same memory-mapped files.
+files, cast on the way: no second copy of the weights ever exists, but of float32 tensors that a CPU computes with (see
+`aligned`). What a file is, is read from its header before anything is allocated. What is offloaded stays on the meta
+device and gets its weights when its stage begins, from the same memory-mapped files.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from kandinsky.config import Config, DiTConfig, check_processes, load_config, pr
 from kandinsky.headers import open_tensors, read_header
 from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
+from kandinsky.models.numerics import aligned
 from kandinsky.models.text_embedder import (
     PromptEncoder,
     TextEmbedder,
@@ -646,7 +647,7 @@ def load_weights(
             parts = convert(name, tensor.to(device)) if convert else {}
         except ValueError as error:
             raise ValueError(f"{files[0]}: {error}") from None
-        state |= parts or {name: tensor.to(device=device, dtype=dtype_of(name, tensor))}
+        state |= parts or {name: aligned(tensor.to(device=device, dtype=dtype_of(name, tensor)))}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [name for name in {*expected, *state} if name not in state or expected.get(name) != state[name].shape]
     if wrong:

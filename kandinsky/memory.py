@@ -31,7 +31,9 @@ from kandinsky.headers import BITS, Header, read_header
 from kandinsky.untrusted import read_json
 
 FLOAT32 = 4
-FLOATS = {2: ("F16", "BF16"), 4: ("F32",)}  # dtypes of a size; of the two small ones a model's files have one
+# Dtypes that a CPU computes with where they lie in a mapped file, for the size of the dtype that is computed in: of the
+# two small ones a model's files have one, and float32 is copied (see models/numerics.py, `aligned`).
+IN_PLACE: dict[int, tuple[str, ...]] = {2: ("F16", "BF16"), 4: ()}
 # Parameters that no header has to be read for: Qwen2.5-VL-7B without its head, CLIP ViT-L/14's text model, the VAEs.
 QWEN_PARAMETERS = 7_070_619_136
 QWEN_EMBEDDING_PARAMETERS = 544_997_376  # of those: not a linear layer, so never quantised
@@ -136,7 +138,7 @@ def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights,
             kept, stored = _stored(quantized_parts(scheme, *shape)), 0
         size += kept
         blocks += kept if name.startswith("visual_transformer_blocks.") else 0
-        mapped += kept if kept == stored else 0
+        mapped += kept if kept == stored and (dtype != "F32" or layer in in_file) else 0
     return (
         Weights(size, _stored(header), mapped),
         blocks // params.num_visual_blocks,
@@ -177,7 +179,7 @@ def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights
             size += _stored(quantized_parts("nf4", *shape))
             continue
         size += prod(shape) * element_size
-        mapped += prod(shape) * element_size if dtype in FLOATS[element_size] else 0
+        mapped += prod(shape) * element_size if dtype in IN_PLACE[element_size] else 0
     return Weights(size, read, mapped), intermediate
 
 
@@ -197,7 +199,7 @@ def _writer(config: Config, path: Path | None, element_size: int) -> Weights | N
         return None
     needed = {name: entry for name, entry in header.items() if name == "lm_head.weight"}
     needed |= {name: entry for name, entry in header.items() if with_vision and "visual." in name}
-    same = {name: entry for name, entry in needed.items() if entry[0] in FLOATS[element_size]}
+    same = {name: entry for name, entry in needed.items() if entry[0] in IN_PLACE[element_size]}
     return Weights(element_size * sum(prod(shape) for _, shape in needed.values()), _stored(needed), _stored(same))
 
 
@@ -212,11 +214,11 @@ def _has_tied_head(path: Path) -> bool:
 def _clip(path: Path | None) -> Weights:
     """CLIP is always computed with in float32."""
     if path is None or not path.exists():
-        return Weights(CLIP_PARAMETERS * FLOAT32, CLIP_PARAMETERS * FLOAT32, CLIP_PARAMETERS * FLOAT32)
+        return Weights(CLIP_PARAMETERS * FLOAT32, CLIP_PARAMETERS * FLOAT32, 0)
     without = ("vision", "visual", "text_projection", "logit")
     header = {name: entry for name, entry in _header(path).items() if not name.startswith(without)}
     size = FLOAT32 * sum(prod(shape) for _, shape in header.values())
-    return Weights(size, _stored(header), _stored({n: e for n, e in header.items() if e[0] == "F32"}))
+    return Weights(size, _stored(header), 0)
 
 
 def _vae(path: Path | None, published: int, element_size: int) -> Weights:
@@ -224,7 +226,7 @@ def _vae(path: Path | None, published: int, element_size: int) -> Weights:
     if path is None or not path.exists():
         return Weights(published * element_size, published * FLOAT32, 0)
     header = _header(path)
-    same = {name: entry for name, entry in header.items() if entry[0] in FLOATS[element_size] and len(entry[1]) < 3}
+    same = {name: entry for name, entry in header.items() if entry[0] in IN_PLACE[element_size] and len(entry[1]) < 3}
     return Weights(element_size * sum(prod(shape) for _, shape in header.values()), _stored(header), _stored(same))
 
 

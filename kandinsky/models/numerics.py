@@ -1,4 +1,4 @@
-"""Which precision a computation runs in, float32 inside, whatever dtype a model is stored in; and whether it worked."""
+"""What results depend on to the last bit: the precision inside and where operands begin; and whether it all worked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from torch import Tensor
 def upcast(x: Tensor) -> Tensor:
     """x in float32, or as it is where it already is float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+ALIGNMENT = 64  # bytes; all memory that PyTorch allocates begins at a multiple of it
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where it is float32 and does not begin where PyTorch would have had it begin.
+
+    Tensors out of safetensors files begin wherever the header ends. MKL's float32 products of such operands have other
+    last bits, and a file would give other results than the same numbers from another file, or cast, or copied.
+    Products of smaller dtypes are oneDNN's or PyTorch's own and the same wherever operands begin, so those stay mapped.
+    """
+    return x.clone() if x.dtype == torch.float32 and x.data_ptr() % ALIGNMENT else x
 
 
 def is_finite(x: Tensor) -> bool:

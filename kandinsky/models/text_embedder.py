@@ -51,7 +51,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from kandinsky.checkpoints import check_floats, find_weights, folder_of
 from kandinsky.given import shortened
 from kandinsky.headers import open_tensors, read_header, read_metadata
-from kandinsky.models.numerics import is_finite, require_finite
+from kandinsky.models.numerics import aligned, is_finite, require_finite
 from kandinsky.models.rope import MAX_TEXT_POSITIONS
 from kandinsky.prompts import IMAGE_TOKEN, check_prefix, check_prompts, get_template, prefix_length, tokenize_prompts
 from kandinsky.untrusted import read_json, reason
@@ -143,10 +143,10 @@ class TextEmbeddings:
         return cls(text_embeds, pooled_embeds, mask)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
-        """The same on another device; `dtype` is for the embeddings, the mask stays bool."""
+        """The same on another device, `aligned`; `dtype` is for the embeddings, the mask stays bool."""
         return TextEmbeddings(
-            self.text_embeds.to(device=device, dtype=dtype),
-            self.pooled_embeds.to(device=device, dtype=dtype),
+            aligned(self.text_embeds.to(device=device, dtype=dtype)),
+            aligned(self.pooled_embeds.to(device=device, dtype=dtype)),
             None if self.text_mask is None else self.text_mask.to(device=device),
         )
 
@@ -576,7 +576,7 @@ def assign_weights(
                         "the two do not belong together"
                     )
                 tensor = tensors_in_file.get_tensor(key).to(device)
-                tensors |= (convert(name, tensor) if convert else {}) or {name: tensor.to(dtype)}
+                tensors |= (convert(name, tensor) if convert else {}) or {name: aligned(tensor.to(dtype))}
                 read.add(name)
     missing = [name for name, _ in wanted.values() if name not in read]
     if missing:

@@ -27,7 +27,7 @@ def test_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     whole, cast, offloaded, streamed = [{name: value / weights for name, value in one.items()} for one in results]
 
     assert 0.9 < whole["rss"] < 1.1 and whole["anon"] < 0.1  # the parameters are the file
-    assert 0.7 < cast["anon"] < 1.1  # less than 1: what keeps its file's precision is still the file
+    assert 0.9 < cast["anon"] < 1.25  # once, and what keeps its file's precision is twice as large
     assert 0.9 < offloaded["anon"] < 1.1 and offloaded["anon_after"] < 0.05  # a second copy, and it is gone after use
     shapes = expected_dit_shapes(params)
     block = 2 * sum(math.prod(shape) for name, shape in shapes.items() if "visual_transformer_blocks.0." in name)
