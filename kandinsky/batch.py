@@ -12,12 +12,9 @@ them out again where an actor or a machine dies.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from kandinsky import media
 from kandinsky.config import Config
+from kandinsky.pictures import check_is_path
+from kandinsky.prompts_file import Row, RowMistakes
+from kandinsky.prompts_file import read_prompts as read_prompts  # the first of the three steps
 from kandinsky.request import MAX_SEED, Request, resolve_request
 
 if TYPE_CHECKING:
@@ -35,22 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("prompt", "negative_prompt", "seed", "width", "height", "image", "output")
-NUMBERS = ("seed", "width", "height")
 ATTEMPTS = 3  # at a prompt on Ray whose actor dies, before it counts as failed
 FOREVER = timedelta(days=365)  # ranks finish hours apart
-
-
-@dataclass(frozen=True)
-class Row:
-    """A prompt of the file and what stands beside it; `values` has the columns that are filled in."""
-
-    number: int  # from 1
-    line: int  # of the file, where it begins, from 1
-    values: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        return f"row {self.number} (line {self.line})"
 
 
 @dataclass(frozen=True)
@@ -72,122 +58,6 @@ class Outcome:
         prompt = " ".join(self.job.row.values["prompt"].split())
         shortened = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
         return f'{self.job.row} "{shortened}": {self.error or self.job.output}'
-
-
-class RowMistakes(ValueError):
-    """What is wrong with a file's rows, a line each."""
-
-    def __init__(self, mistakes: Sequence[str]) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = list(mistakes)
-
-
-# ------------------------------------------------------------------------------------------------------------ rows in
-
-
-def read_prompts(path: str | Path) -> list[Row]:
-    """The rows of a .txt (a prompt a line), .csv (the first line names the columns) or .jsonl file (an object a line).
-
-    Columns are those of `COLUMNS`; others are left out, and a line of the log names them. Raises ValueError for a file
-    that cannot be read, and RowMistakes for rows that cannot.
-    """
-    path = Path(path)
-    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: a file of prompts ends in {', '.join(readers)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a mark in front
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it in that encoding") from None
-    except OSError as error:
-        raise ValueError(f"can't read {path}: {error.strerror}") from None
-
-    rows: list[Row] = []
-    mistakes: list[str] = []
-    unknown: dict[str, None] = {}  # a set that keeps the order
-    for line, given in readers[path.suffix.lower()](path, text):
-        if isinstance(given, str):
-            mistakes.append(f"{path}, line {line}: {given}")
-            continue
-        unknown |= dict.fromkeys(name for name in given if name not in COLUMNS)
-        filled = {name: given[name] for name in COLUMNS if given.get(name) not in (None, "")}
-        row = Row(len(rows) + 1, line, filled)
-        try:
-            rows.append(replace(row, values=_typed(filled)))
-        except ValueError as error:
-            mistakes.append(f"{path}, {row}: {error}")
-            rows.append(row)  # the numbers of those that follow stay right
-    if mistakes:
-        raise RowMistakes(mistakes)
-    if not rows:
-        raise ValueError(f"{path} has no prompts in it")
-    if unknown:
-        logger.info("%s: columns that mean nothing here are left out: %s", path, ", ".join(unknown))
-    return rows
-
-
-# Each reader gives the line where a row begins, and its values, or what is wrong with it.
-
-
-def _read_txt(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    # Not splitlines(): it also splits at characters that people paste into prompts.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, {"prompt": line.strip()}
-
-
-def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    table = csv.reader(io.StringIO(text, newline=""), strict=True)
-    line = 1
-    try:
-        names = [name.strip() for name in next(table, [])]
-        if "prompt" not in names:
-            raise ValueError(f"{path}: no column is called prompt; the first line names {', '.join(names) or 'none'}")
-        while True:
-            line = table.line_num + 1
-            cells = next(table, None)
-            if cells is None:
-                return
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) > len(names):
-                yield line, f"{len(cells)} cells for {len(names)} columns: text with commas belongs in quotes"
-            else:
-                yield line, dict(zip(names, map(str.strip, cells), strict=False))
-    except csv.Error as error:
-        yield line, f"not readable as CSV: {error}"
-
-
-def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, f"not readable as JSON: {error}"
-            continue
-        if not isinstance(values, dict):
-            yield number, 'not an object like {"prompt": "..."}'
-        else:
-            yield number, values
-
-
-def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers as whole numbers, also where a table wrote 7.0 or text; everything else must be text."""
-    typed = dict(values)
-    for name, value in values.items():
-        if name in NUMBERS:
-            try:
-                number = float(value) if not isinstance(value, bool) else math.nan
-            except (TypeError, ValueError):
-                number = math.nan
-            if not number.is_integer():
-                raise ValueError(f"{name} is {value!r}; it must be a whole number")
-            typed[name] = int(number)
-        elif not isinstance(value, str):
-            raise ValueError(f"{name} is {value!r}; it must be text")
-    return typed
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
@@ -254,6 +124,7 @@ def _plan(
     prompt = values.pop("prompt", "")
     name = values.pop("output", None)
     if "image" in values:
+        check_is_path(values["image"])
         image = images_folder / values.pop("image")
     image = None if image is None else image.absolute()
     if image is not None and image not in sizes:

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # prompts is words and token ids without torch, and models/text_embedder stands on it
     ("attention", "prompts", "hub", "lora_file"),
     ("checkpoints", "sizes", "pictures", "layer_names"),  # request stands on sizes
-    ("config", "headers"),
+    ("config", "headers", "prompts_file"),
     ("yaml_files", "untrusted"),
     ("given",),
 )
@@ -36,6 +36,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
     *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted", "records"),
+    *("prompts_file",),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

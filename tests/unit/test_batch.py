@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_values_of_rows(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x", "width": 144.5}', "width is 144.5; it must be a whole number"),
         ("a.jsonl", '{"prompt": "x", "seed": NaN}', "seed is nan; it must be a whole number"),
         ("a.jsonl", '{"prompt": "x", "seed": [1]}', r"seed is \[1\]; it must be a whole number"),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "seed": 1' + 400 * "0" + "}",
+            r"seed is 1000.* \.\.\. .*; it must be a whole number",
+        ),
+        ("a.jsonl", '{"prompt": "x", "seed": 1' + 5000 * "0" + "}", "line 1: not readable as JSON: .*4300 digits"),
+        ("a.jsonl", '{"prompt": "x", "seed": 1e999}', "seed is inf; it must be a whole number"),
+        ("a.csv", "prompt,seed\nx,1" + 400 * "0", r"seed is '1000.* \.\.\. .*; it must be a whole number"),
+        ("a.jsonl", 200_000 * "[", "line 1: not readable as JSON: it is nested too deeply"),
+        ("a.jsonl", '{"prompt": "x", "seed": 1, "prompt": "y"}', "line 1: not readable as JSON: prompt is there twice"),
+        ("a.csv", "prompt,seed,seed\nx,1,2\n", "a.csv: two columns are called seed; leave one of them out"),
+        ("a.csv", "prompt;seed\na; b;1\n", "line 2: 3 cells for 2 columns: text with semicolons belongs in quotes"),
+        ("a.csv", "Text;Seed\nx;1\n", "no column is called prompt; the first line names Text;Seed"),
     ],
 )
 def test_unreadable(tmp_path: Path, name: str, text: str, says: str) -> None:
@@ -92,6 +106,47 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_prompts(tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 .*: save it in that encoding"):
         read_prompts(write(tmp_path, "a.txt", "Größe", encoding="latin-1"))
+
+
+@pytest.mark.parametrize(("name", "between"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.csv", ",")])
+def test_tables_as_spreadsheets_write_them(tmp_path: Path, name: str, between: str) -> None:
+    """With what a country has between cells; that of another one is text."""
+    other = "," if between != "," else ";"
+    lines = [["prompt", "seed", "mood"], [f"a cat{other} red", "7", "calm"], [f'"a dog{between} blue"', "8", ""]]
+    rows = read_prompts(write(tmp_path, name, "\ufeff" + "\r\n".join(map(between.join, lines))))
+    assert [row.values for row in rows] == [
+        {"prompt": f"a cat{other} red", "seed": 7},
+        {"prompt": f"a dog{between} blue", "seed": 8},
+    ]
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.csv", "a.jsonl"):
+        os.mkfifo(tmp_path / name)  # who opens it waits for ever
+        with pytest.raises(ValueError, match=f"can't read .*{name}: it is a pipe, a socket or a device"):
+            read_prompts(tmp_path / name)
+    (tmp_path / "b.txt").mkdir()
+    with pytest.raises(ValueError, match=r"can't read .*b\.txt: it is a folder"):
+        read_prompts(tmp_path / "b.txt")
+
+
+def test_of_many_bad_rows_the_first_are_told(tmp_path: Path) -> None:
+    with pytest.raises(RowMistakes) as told:
+        read_prompts(write(tmp_path, "a.csv", "prompt,seed\n" + 10_000 * "x,one\n"))
+    assert len(told.value.mistakes) == 21 and len(str(told.value).splitlines()) == 21
+    assert "row 20 (line 21): seed is 'one'" in told.value.mistakes[19]
+    assert told.value.mistakes[20] == "... and 9,980 more rows"
+    with pytest.raises(RowMistakes) as told:  # and of what is found later
+        plan(tmp_path, "a.csv", "prompt,width\ny,\n" + 30 * "x,130\n")
+    assert told.value.mistakes[20] == "... and 10 more rows"
+    with pytest.raises(RowMistakes) as told:
+        read_prompts(write(tmp_path, "a.csv", "prompt,seed\n" + 20 * "x,one\n"))
+    assert len(told.value.mistakes) == 20 and "more rows" not in str(told.value)
+
+
+def test_a_picture_on_the_web_is_told_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the image https://example\.org/a\.png is an address and no file"):
+        plan(tmp_path, "a.csv", "prompt,image\nx,https://example.org/a.png\n", "config_tiny_i2v")
 
 
 def test_every_unreadable_row_is_told(tmp_path: Path) -> None:
