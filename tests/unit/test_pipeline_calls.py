@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kandinsky.config import Config
 from kandinsky.latents_file import load_latents
+from kandinsky.loading import PIPELINES
 from kandinsky.models.text_embedder import TextEmbeddings
 from kandinsky.pipelines.base import Pipeline
 
@@ -375,3 +377,27 @@ def test_a_decode_that_dies_keeps_the_latents_and_is_finished_later(
         for record in records:
             assert set(record.pop("seconds")) >= {"encode", "denoise", "decode", "write"}
         assert records[0] == records[1]
+
+
+def test_all_calls_show_all_options_and_take_them_by_position() -> None:
+    """In help() and for inspect; an unknown one is refused."""
+    from kandinsky.pipelines.options import CallOptions
+
+    own = {
+        "t2v": ["text", "time_length", "width", "height"],
+        "i2v": ["text", "image", "time_length", "width", "height"],
+        "t2i": ["text", "width", "height"],
+        "i2i": ["text", "image", "width", "height"],
+    }
+    for task, positional in own.items():
+        call = PIPELINES[task].__call__
+        names = list(inspect.signature(call).parameters)
+        assert names[1 : len(positional) + 3] == [*positional, "seed", "num_steps"]
+        assert set(CallOptions.__annotations__) < set(names) and "options" not in names
+        assert call.__doc__ is not None and all(f"{name}:" in call.__doc__ for name in (*positional[1:-2], "latents"))
+    pipe = build("t2i")
+    by_name = pipe("a red cat", width=32, height=32, seed=3, num_steps=1, progress=False, output_type="latent")
+    by_position = pipe("a red cat", 32, 32, 3, 1, progress=False, output_type="latent")
+    assert torch.equal(by_name, by_position)
+    with pytest.raises(TypeError, match="'widht'"):
+        pipe("a red cat", widht=32)
