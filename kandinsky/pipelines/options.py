@@ -1,7 +1,8 @@
 """What the calls of all four tasks take besides what is a task's own: declared once, here.
 
 A task writes `def __call__(self, text, width, ..., **options: Unpack[CallOptions])` under `@task_call`. Editors and
-type checkers read the options from the TypedDict; `help()`, `inspect.signature` and calls by position see them all in a row.
+type checkers read the options from the TypedDict; `help()`, `inspect.signature` and calls by position see them all in
+a row.
 Knows signatures; knows nothing of what they do.
 """
 
