@@ -17,20 +17,21 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from kandinsky.config import Config
-    from kandinsky.pipelines.base import Pipeline
     from kandinsky.plan import Machine
     from kandinsky.request import Request
+    from kandinsky.signals import Stopper
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
 # Flags that stand for a value of the YAML: flag -> (key, help).
@@ -80,6 +81,13 @@ class Launch:
         from kandinsky.runtime.processes import Processes
 
         return Processes.join(self.rank, self.size, self.local_rank)
+
+    @cached_property
+    def stopper(self) -> Stopper:
+        """What signals come to; it is to know the pipeline."""
+        from kandinsky.signals import Stopper
+
+        return Stopper(self.size > 1, self.is_first)
 
 
 class Parser(argparse.ArgumentParser):
@@ -313,54 +321,36 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     images = [] if args.image is None else [media.load_image(args.image)]
     sizes = [image.size for image in images]
     request = resolve_request(config, args.prompt, image_sizes=sizes, **wishes_of(args))
-    output = None
-    if launch.is_first:
-        suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
-        seed, folder = request.samples[0].seed, args.output_dir or "outputs"
-        output = args.output_filename or media.default_output_path(folder, args.prompt, seed, suffix)
-        media.check_writable(output, suffix)
-        for path in latents_file.unfinished(output.parent):
-            logging.info(
-                "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
-            )
-    lora_file.configured_loras(config, args.cache_dir)
+    suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
+    seed, folder = request.samples[0].seed, args.output_dir or "outputs"
+    name: AbstractContextManager[Path | None] = nullcontext(args.output_filename if launch.is_first else None)
+    if launch.is_first and args.output_filename is None:
+        name = media.reserved_output_path(folder, args.prompt, seed, suffix)
+    with name as output:
+        if output is not None:
+            media.check_writable(output, suffix)
+            for path in latents_file.unfinished(output.parent):
+                logging.info(
+                    "a run stopped before its end: python test.py --decode_latents %s makes the rest", quote(str(path))
+                )
+        lora_file.configured_loras(config, args.cache_dir)
 
-    download(args, config, launch)
-    from kandinsky.loading import load_pipeline
-    from kandinsky.pipelines.base import Inputs
+        download(args, config, launch)
+        from kandinsky.loading import load_pipeline
+        from kandinsky.pipelines.base import Inputs
 
-    pipeline = load_pipeline(
-        config,
-        args.device,
-        cache_dir=args.cache_dir,
-        attention_engine=args.attention_engine,
-        dtype=args.dtype,
-        processes=launch.processes,
-        request=request,
-    )
-    with stop_after_step(pipeline):
+        pipeline = launch.stopper.pipeline = load_pipeline(
+            config,
+            args.device,
+            cache_dir=args.cache_dir,
+            attention_engine=args.attention_engine,
+            dtype=args.dtype,
+            processes=launch.processes,
+            request=request,
+        )
         inputs = Inputs(images, [str(args.image)] if images else [])
         pipeline.generate(request, inputs, save_path=output, keep_stopped=True)
-    return output
-
-
-@contextmanager
-def stop_after_step(pipeline: Pipeline) -> Iterator[None]:
-    """Ctrl-C lets the step that runs end, so that the run can be kept. A second one ends the program at once."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if not pipeline.is_denoising:
-            raise KeyboardInterrupt
-        pipeline.interrupt = True
-        if pipeline.team.is_first:
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        return output
 
 
 def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
@@ -369,6 +359,7 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
     from kandinsky import resume as stopped
     from kandinsky.config import check_processes
     from kandinsky.records import recorded_config
+    from kandinsky.writing import Kept, discard
 
     record = stopped.read_record(args.resume_from)
     config = recorded_config(record, overrides_of(args), args.resume_from, decoding=False)
@@ -381,23 +372,29 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
 
     from kandinsky.loading import load_pipeline
 
-    pipeline = load_pipeline(
+    run = stopped.load_run(args.resume_from)
+    pipeline = launch.stopper.pipeline = load_pipeline(
         config,
         args.device,
         cache_dir=args.cache_dir,
         attention_engine=args.attention_engine,
         dtype=args.dtype or record["dtype"],
+        request=run.request,
         read_text_encoders=False,
         processes=launch.processes,
     )
-    with stop_after_step(pipeline):
-        pipeline.resume(stopped.load_run(args.resume_from), output)
+    try:
+        pipeline.resume(run, output)
+    except Kept as kept:  # something later, which takes its place
+        if launch.is_first and kept.path.absolute() != args.resume_from.absolute():
+            discard(args.resume_from)
+        raise
     if launch.is_first:
-        args.resume_from.unlink()
+        discard(args.resume_from)
     return output
 
 
-def run_many(args: argparse.Namespace) -> int:
+def run_many(args: argparse.Namespace, launch: Launch) -> int:
     """Generate from every row of a file and print what is there; how many rows failed. Raises as `run` does."""
     from kandinsky import batch
 
@@ -428,11 +425,12 @@ def run_many(args: argparse.Namespace) -> int:
         options["request"] = max((job.request for job in jobs), key=lambda one: one.width * one.height * one.num_frames)
         load = partial(load_pipeline, config, device, Path(args.cache_dir).absolute(), **options)
         if args.ray_address is None:
-            outcomes = batch.run_in_turn(load(), jobs, progress=world_size == 1)
+            pipeline = launch.stopper.pipeline = load()
+            outcomes = batch.run_in_turn(pipeline, jobs, world_size == 1, args.resume)
         else:
             on_cpu = args.device == "cpu"
             gpus = {"use_gpus": not on_cpu, "gpus_each": args.ray_gpus or 1}
-            outcomes = batch.run_on_ray(load, jobs, args.ray_address, args.ray_actors, **gpus)
+            outcomes = batch.run_on_ray(load, jobs, args.ray_address, args.ray_actors, args.resume, **gpus)
         for outcome in outcomes:
             if outcome.error is None:
                 print(outcome.job.output, flush=True)
@@ -468,6 +466,7 @@ def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Decode and write what a run that died had denoised; return the path of the result."""
     from kandinsky import latents_file, media
     from kandinsky.records import recorded_config
+    from kandinsky.writing import discard
 
     record = latents_file.checked_records(args.decode_latents)[0]
     config = recorded_config(record, overrides_of(args), args.decode_latents, decoding=True)
@@ -483,7 +482,7 @@ def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
     )
     pipeline.finish(latents_file.load_latents(args.decode_latents), output)
     if launch.is_first and not config.runtime.save_latents:
-        args.decode_latents.unlink()
+        discard(args.decode_latents)
     return output
 
 
@@ -518,12 +517,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Libraries report every file they open at this level; their warnings stay.
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    from kandinsky.signals import stop_on_signals
+
+    with stop_on_signals(launch.stopper):
+        return work_on(work, args, words, launch)
+
+
+def work_on(
+    work: Callable[[argparse.Namespace, Launch], Path | None],
+    args: argparse.Namespace,
+    words: Sequence[str],
+    launch: Launch,
+) -> int:
+    """Do what flags ask for, and tell how it ended; the exit status."""
     try:
         if args.plan:
             print(plan(args))
             return 0
         if args.prompts_file is not None:
-            return 1 if run_many(args) else 0
+            return 1 if run_many(args, launch) else 0
         output = work(args, launch)
         if launch.is_first:
             print(output, flush=True)
@@ -532,26 +544,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(launch, *getattr(error, "mistakes", [error]))
     except KeyboardInterrupt as stop:
-        path = getattr(stop, "path", None)
-        if path is not None and launch.processes is not None:  # all of them have stopped
-            launch.processes.leave()
-        if args.prompts_file is not None:
-            how = "--resume goes on"
-        elif path is None:
-            how = "nothing was written"
-        else:
-            how = f"{stop}; go on with: python test.py --resume_from {quote(str(path))}"
-        if launch.is_first:
-            print(f"interrupted; {how}", file=sys.stderr)
-        return 130
+        return interrupted(stop, args, words, launch)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, because torch may not be imported here
+        # torch's; by name, because torch may not be imported here
+        if "OutOfMemoryError" in [kind.__name__ for kind in type(error).__mro__]:
             memory = "out of GPU memory: --plan says what fits; or try a smaller --width and --height, or less duration"
             return fail(launch, memory)
+        if args.data_parallel:
+            logging.error("failed unexpectedly", exc_info=error)
+            return 1
         if launch.size == 1:
             raise
         launch.processes.fail(error)
     return 0
+
+
+def interrupted(stop: KeyboardInterrupt, args: argparse.Namespace, words: Sequence[str], launch: Launch) -> int:
+    """Say what there is and how to go on from it; the exit status."""
+    from kandinsky.resume import Stopped
+    from kandinsky.writing import Kept
+
+    file = args.decode_latents or args.resume_from
+    if isinstance(stop, Kept) and args.prompts_file is None:
+        launcher = "python" if launch.size == 1 else f"torchrun --nproc-per-node {launch.size}"
+        how = f"{stop}; go on with: {launcher} test.py {stop.flags}"
+    elif args.prompts_file is not None:
+        kept = f"{stop}; " if isinstance(stop, Kept) else ""
+        same = f": python test.py {join(words if args.resume else [*words, '--resume'])}"
+        how = f"{kept}the same command with --resume goes on{'' if args.data_parallel else same}"
+    elif file is not None:
+        how = f"{file} is still there, and the same command goes on from it"
+    else:
+        how = "nothing was written"
+    if launch.is_first:
+        print(f"interrupted; {how}", file=sys.stderr, flush=True)
+    if launch.size > 1 and "processes" in vars(launch):  # otherwise they have not met yet
+        if isinstance(stop, Stopped):  # all of them have
+            launch.processes.leave()
+        else:
+            launch.processes.interrupted(launch.stopper.status)
+    return launch.stopper.status
 
 
 def fail(launch: Launch, *mistakes: object) -> int:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +30,7 @@ from kandinsky.pictures import check_is_path
 from kandinsky.prompts_file import Row, RowMistakes
 from kandinsky.prompts_file import read_prompts as read_prompts  # the first of the three steps
 from kandinsky.request import MAX_SEED, Request, resolve_request
+from kandinsky.unfinished import what_is_left
 
 if TYPE_CHECKING:
     from kandinsky.models.text_embedder import TextEmbeddings
@@ -77,7 +80,7 @@ def plan_jobs(
 
     Args:
         path: of the file; pictures that rows name are looked for beside it.
-        folder: where outputs go whose rows name none, or no absolute path.
+        folder: where outputs go. A row may name a path in it, and none outside of it.
         image: for the rows that name none.
         seed: of the first row that says nothing else; later rows count up from it. None: from the row's number and
             words, so that the same file gives the same outputs.
@@ -88,12 +91,13 @@ def plan_jobs(
     sizes: dict[Path, tuple[int, int]] = {}
     jobs: list[Job] = []
     mistakes: dict[int, str] = {}  # by row
-    row_of: dict[Path, Row] = {}
+    job_of: dict[str, Job] = {}
     for row in rows:
         try:
             job = _plan(config, path.parent, row, folder, image, seed, wishes, sizes)
-            if (other := row_of.setdefault(job.output, row)) is not row:
-                raise ValueError(f"its output {job.output} is that of {other} as well: give each its own")
+            if (other := job_of.setdefault(name_on_any_disk(job.output), job)) is not job:
+                same = "is that" if other.output == job.output else f"and {other.output} are one file, or share one,"
+                raise ValueError(f"its output {job.output} {same} of {other.row} as well: give each its own")
             jobs.append(job)
         except ValueError as error:
             mistakes[row.number] = str(error)
@@ -136,7 +140,16 @@ def _plan(
     image_sizes = [] if image is None else [sizes[image]]
     request = resolve_request(config, prompt, image_sizes=image_sizes, **{**wishes, **values})
     stem = f"{row.number:04d}_{media.output_stem(prompt, values['seed'])}"
-    return Job(row, request, image, folder / (name or stem + suffix_of(request)))
+    output = Path(os.path.normpath(folder / (name or stem + suffix_of(request))))
+    if not output.is_relative_to(os.path.normpath(folder)):
+        raise ValueError(f"its output {output} is outside of {folder}: name a file in it, or another --output_dir")
+    return Job(row, request, image, output)
+
+
+def name_on_any_disk(output: Path) -> str:
+    """The same for two paths that are one file on some disk, or whose records would be: links, case, accents."""
+    path = unicodedata.normalize("NFC", os.path.realpath(output.with_suffix("")))
+    return unicodedata.normalize("NFC", path.casefold())
 
 
 def seed_of(number: int, prompt: str) -> int:
@@ -171,31 +184,49 @@ def left_to_do(jobs: Sequence[Job], resume: bool) -> list[Job]:
 # --------------------------------------------------------------------------------------------------- one after another
 
 
-def run_in_turn(pipeline: Pipeline, jobs: Sequence[Job], progress: bool = True) -> Iterator[Outcome]:
+def run_in_turn(
+    pipeline: Pipeline, jobs: Sequence[Job], progress: bool = True, resume: bool = False
+) -> Iterator[Outcome]:
     """Make the outputs, and tell of each when it is there or has failed. A failure costs one output, never the others.
 
     All prompts are encoded before the first is denoised: an offloaded text encoder is loaded once and not for each.
-    Their embeddings wait in host memory, about 2 MB a prompt.
+    Their embeddings wait in host memory, about 2 MB a prompt. Where it is interrupted, the running output's steps are
+    kept (see `Pipeline.generate`), and `resume` goes on with them.
     """
     encoded: dict[int, tuple[Request, Inputs]] = {}
     negatives: dict[object, TextEmbeddings] = {}
+    begun = {job.row.number: rest for job in jobs if resume and (rest := _begun(pipeline, job, progress))}
     with pipeline.placement.use("text_embedder"):
         for job in jobs:
+            if job.row.number in begun:
+                continue
             try:
                 encoded[job.row.number] = _encode(pipeline, job, negatives)
             except Exception as error:
                 yield Outcome(job, _reason(error))
     for position, job in enumerate(jobs, 1):
-        if job.row.number not in encoded:
+        if job.row.number not in encoded and job.row.number not in begun:
             continue
         logger.info("%d of %d, %s: %s", position, len(jobs), job.row, job.request.samples[0].text)
         try:
-            request, inputs = encoded.pop(job.row.number)
-            pipeline.generate(request, replace(inputs, images=_images(job)), save_path=job.output, progress=progress)
+            if job.row.number in begun:
+                begun[job.row.number]()
+            else:
+                request, inputs = encoded.pop(job.row.number)
+                inputs = replace(inputs, images=_images(job))
+                pipeline.generate(request, inputs, job.output, progress, keep_stopped=True)
         except Exception as error:
             yield Outcome(job, _reason(error))
         else:
             yield Outcome(job)
+
+
+def _begun(pipeline: Pipeline, job: Job, progress: bool) -> Callable[[], None] | None:
+    try:
+        return what_is_left(pipeline, job.request, job.image, job.output, progress)
+    except ValueError as error:
+        logger.warning("%s is made from its beginning: %s", job.row, error)
+        return None
 
 
 def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings]) -> tuple[Request, Inputs]:
@@ -228,7 +259,7 @@ def _images(job: Job) -> list[Any]:
 def _reason(error: Exception) -> str:
     """Why a prompt failed, in one line. What no user can have caused is told in the log in full."""
     name, words = type(error).__name__, " ".join(str(error).split())
-    if name == "OutOfMemoryError":
+    if "OutOfMemoryError" in [kind.__name__ for kind in type(error).__mro__]:
         return "out of GPU memory"
     if isinstance(error, ValueError | OSError):
         return words
@@ -263,8 +294,8 @@ def failures_of_all_ranks(failed: Sequence[str]) -> list[str]:
 class Maker:
     """An actor of Ray Data: a loaded pipeline, which makes the outputs of the rows it is given."""
 
-    def __init__(self, load: Callable[[], Pipeline], jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
+    def __init__(self, load: Callable[[], Pipeline], jobs: Sequence[Job], resume: bool = False) -> None:
+        self.jobs, self.resume = jobs, resume
         self.pipeline: Pipeline | None = None
         try:
             self.pipeline = load()
@@ -278,8 +309,8 @@ class Maker:
             return {"index": indices, "error": [""] * len(indices), "refusal": [self.refusal] * len(indices)}
         jobs = [self.jobs[index] for index in indices]
         # An actor may have died after the output was there and before anybody heard of it.
-        todo = [job for job in jobs if not job.output.exists()]
-        errors = {outcome.job.row.number: outcome.error for outcome in run_in_turn(self.pipeline, todo, progress=False)}
+        outcomes = run_in_turn(self.pipeline, [job for job in jobs if not job.output.exists()], False, self.resume)
+        errors = {outcome.job.row.number: outcome.error for outcome in outcomes}
         errors_by_job = [errors.get(job.row.number) or "" for job in jobs]
         return {"index": indices, "error": errors_by_job, "refusal": [""] * len(indices)}
 
@@ -289,6 +320,7 @@ def run_on_ray(
     jobs: Sequence[Job],
     address: str,
     actors: int | None = None,
+    resume: bool = False,
     use_gpus: bool = True,
     gpus_each: int = 1,
 ) -> Iterator[Outcome]:
@@ -325,7 +357,7 @@ def run_on_ray(
             warnings.simplefilter("ignore", RayDeprecationWarning)
             made = rows.map_batches(
                 Maker,
-                fn_constructor_args=(load, jobs),
+                fn_constructor_args=(load, jobs, resume),
                 batch_size=1,
                 # One at a time, so that the death of an actor is an attempt at one row and not at those behind it.
                 compute=ActorPoolStrategy(size=actors or max(gpus // gpus_each, 1), max_tasks_in_flight_per_actor=1),

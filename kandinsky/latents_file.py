@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kandinsky import media
 from kandinsky.headers import open_tensors, read_header
 from kandinsky.records import check_outputs, read_record
+from kandinsky.writing import Kept, discard, flags_for, save_tensors, write_somewhere
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,12 +46,9 @@ def output_path(latents: str | Path, suffix: str) -> Path:
 
 
 def save_latents(path: str | Path, latents: Tensor, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write them under another name first; replaces what is there."""
-    from safetensors.torch import save_file
-
+    """Write them; replaces what is there. Raises WriteError."""
     text = json.dumps(list(records), ensure_ascii=True, default=str)
-    with media.atomic_path(Path(path)) as temporary:
-        save_file({"latents": latents.float().cpu().contiguous()}, temporary, metadata={METADATA_KEY: text})
+    save_tensors(path, {"latents": latents.float()}, {METADATA_KEY: text})
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -94,20 +91,31 @@ def on_disk(
 ) -> Iterator[None]:
     """The latents lie beside `output` until the body has succeeded, and after it where `keep` says so.
 
-    Where it fails they stay, and a warning says how to go on.
+    Where they can't lie there, among temporary files. Where the body fails they stay, and a warning says how to go on;
+    where it is interrupted, so does the Kept that is raised in place of KeyboardInterrupt.
     """
-    path = latents_path(output)
-    try:
-        save_latents(path, latents, records)
-    except OSError as error:
-        # A full disk, most likely. The video may still fit, and giving up now would lose what this is here to save.
-        logger.warning("the denoised latents could not be written to %s (%s); going on without", path, error)
+    output, path = Path(output), kept(output, latents, records)
     try:
         yield
-    except BaseException:  # also when interrupted from the keyboard
-        if path.exists():
-            command = f"python test.py --decode_latents {shlex.quote(str(path))}"
-            logger.warning("the denoised latents are kept in %s; what is left is done by: %s", path, command)
+    except BaseException as error:
+        if path is None or not path.exists():  # there may be room by now, or the folder is gone
+            path = kept(output, latents, records)
+        if path is None:
+            raise
+        message, flags = f"the denoised latents are kept in {path}", flags_for("--decode_latents", path, output)
+        logger.warning("%s; what is left is done by: python test.py %s", message, flags)
+        if isinstance(error, KeyboardInterrupt):
+            raise Kept(message, path, flags) from None
         raise
-    if not keep:
-        path.unlink(missing_ok=True)
+    if path is not None and not keep:
+        discard(path)
+
+
+def kept(output: Path, latents: Tensor, records: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Where the latents are on disk now; None where there is no room for them, which a warning tells."""
+    try:
+        return write_somewhere(latents_path(output), lambda path: save_latents(path, latents, records))
+    except OSError as error:
+        # A full disk, most likely. The video may still fit, and giving up now would lose what this is here to save.
+        logger.warning("the denoised latents could not be kept (%s); going on without", error)
+        return None

@@ -55,7 +55,7 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
-from kandinsky.plan import CUDA_CONTEXT, Machine, host_memory, resolve_runtime
+from kandinsky.plan import CUDA_CONTEXT, Machine, host_memory, num_evaluations, resolve_runtime
 from kandinsky.preview import load_latent_rgb
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.request import Request
@@ -109,7 +109,8 @@ def load_pipeline(
 ) -> Pipeline:
     """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
 
-    request: what it is loaded for, if that is known: settings that are left open are decided so that this fits.
+    request: what it is loaded for, if that is known: settings that are left open are decided so that this fits, and so
+        that its number of evaluations is worth it.
     read_text_encoders: False for `Pipeline.resume`, which needs none.
     """
     check_processes(config, processes.size if processes else 1)
@@ -120,9 +121,6 @@ def load_pipeline(
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     model, encoders = config.model, config.model.text_embedder
     resolved_dtype = resolve_dtype(dtype, devices["dit"])
-    compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], model_evaluations(model))
-    if compiled:
-        keep_compiled_code()
     if config.runtime.qwen_quantization:
         require_scheme("nf4")
 
@@ -131,6 +129,12 @@ def load_pipeline(
     vae_path = locate("vae", vae_path, model.vae.checkpoint_path)
     qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
     clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
+    # Of one output: what a row of a file of prompts comes to does not depend on how many rows there are.
+    evaluations = model_evaluations(model) if request is None else num_evaluations(request)
+    scheme = config.runtime.dit_quantization or scheme_of(dit_path)
+    compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
+    if compiled:
+        keep_compiled_code()
     loras = configured_loras(config, cache_dir)
     files = {"dit": dit_path, "vae": vae_path, "qwen": qwen_path, "clip": clip_path}
     # Whoever spreads the models over devices or processes has a plan.
@@ -170,7 +174,7 @@ def load_pipeline(
     else:
         dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     if compiled:
-        execution = with_compiled_blocks(execution)
+        execution = with_compiled_blocks(execution, required=config.runtime.compile == "on")
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
     if team is not None and team.sequence.size > 1:
         execution = dataclasses.replace(execution, around=team.sequence.around)
@@ -471,11 +475,16 @@ def load_dit_on_host(
 
     The weights stay in their files, but for those that are quantised as they are read: these lie in memory.
     """
-    header = {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
-    if quantization is None and quantization_from_header(strip_prefix(header)) is None:
+    if quantization is None and scheme_of(path) is None:
         return load_dit(path, params, "meta", dtype), host_weights(path, COMFY_PREFIX)
     dit = load_dit(path, params, "cpu", dtype, quantization)
     return dit, take_weights(dit)
+
+
+def scheme_of(path: Path) -> str | None:
+    """How the weights of a DiT's checkpoint are quantised; None: they are not."""
+    header = {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
+    return quantization_from_header(strip_prefix(header))
 
 
 def dit_parts(

@@ -2,8 +2,8 @@
 
 Made with Pillow, imageio, and the ffmpeg that comes with imageio-ffmpeg. Pictures are read by pictures.py.
 
-What is written appears under its name whole or not at all: every writer works on a temporary file in the same folder
-and renames it when it is done. Knows pixels, files and names; knows no models, and imports no torch.
+What is written appears under its name whole or not at all (see kandinsky.writing). Knows pixels, files and names;
+knows no models, and imports no torch.
 
 Video is H.264 in MP4 with 4:2:0 chroma, 8 bits, BT.709, and the index in front, which is what every player and browser
 shows. CRF 10 is well below 17, the value from which x264 counts as visually lossless. On drifting gradients it is
@@ -12,6 +12,8 @@ within 0.6 dB of lossless 4:2:0, in a ninth of the bytes; what error there is co
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
 import itertools
 import json
@@ -19,10 +21,9 @@ import math
 import os
 import platform
 import re
-import secrets
 import stat
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from kandinsky.pictures import load_image as load_image  # pictures in
+from kandinsky.writing import WriteError, atomic_path, discard, hidden_name, reserved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +44,9 @@ IMAGE_SUFFIX = ".png"
 CRF = 10
 MAX_STRETCH = 1.01  # how much fit_image may change a picture's aspect instead of cropping it
 MAX_SLUG = 48  # characters; at most four bytes each, so that seed, counter and suffix fit into the usual 255 bytes
+# What lies beside an output of that name; the latter two are of runs that did not come to their end.
+COMPANIONS = (".json", ".latents.safetensors", ".stopped.safetensors")
+MAX_SIDECAR = 2**24  # bytes; ours have some thousands
 
 # Stated twice on purpose: the filter converts RGB with this matrix, the flags tell the player that it was this one.
 # Left to their defaults, ffmpeg converts with BT.601 and players of large videos assume BT.709, which shifts colours.
@@ -57,16 +62,17 @@ _COLOUR = [
 def check_writable(path: str | Path, suffix: str | None = None) -> None:
     """Find out before the heavy work whether `path` can be written; makes its folder where there is none.
 
-    Raises ValueError where it can't, or where it doesn't end in `suffix` (like ".mp4").
+    Raises ValueError where it can't, where it doesn't end in `suffix` (like ".mp4"), or where its record would replace
+    a JSON file that is none.
     """
     path = Path(path)
     if suffix is not None:
         _check_suffix(path, suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(path)
+        probe = hidden_name(path)
         probe.touch(exist_ok=False)  # permission bits don't tell about read-only file systems, a file does
-        probe.unlink()
+        probe.unlink(missing_ok=True)
         is_folder = _is_folder(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
@@ -75,18 +81,29 @@ def check_writable(path: str | Path, suffix: str | None = None) -> None:
         raise ValueError(
             f"can't write {path}: it is a folder; name a file in it, like {path / ('video' + VIDEO_SUFFIX)}"
         )
+    if is_foreign(record := sidecar_path(path)):
+        raise ValueError(f"can't write {path}: its record would replace {record}, which is none; take another name")
 
 
 def default_output_path(folder: str | Path, prompt: str, seed: int, suffix: str = VIDEO_SUFFIX) -> Path:
     """A name in `folder` (made where missing) that tells prompt and seed and that no earlier result has.
 
-    The name is free now; it is not reserved: of two processes that ask at the same moment with the same prompt and
-    seed, both get it.
+    Nor has any run that was stopped before its end. The name is free now; it is not reserved: of two processes that
+    ask at the same moment with the same prompt and seed, both get it.
     """
-    folder = Path(folder)
-    path = next(_free_names(folder / f"{output_stem(prompt, seed)}{suffix}"))
-    check_writable(path)
-    return path
+    with reserved_output_path(folder, prompt, seed, suffix) as path:
+        return path
+
+
+@contextmanager
+def reserved_output_path(folder: str | Path, prompt: str, seed: int, suffix: str = VIDEO_SUFFIX) -> Iterator[Path]:
+    """`default_output_path`, and until the block ends no other process that asks is given that name."""
+    for path in _free_names(Path(folder) / f"{output_stem(prompt, seed)}{suffix}", COMPANIONS):
+        check_writable(path)
+        with reserved(path) as is_ours:
+            if is_ours and _is_free(path, COMPANIONS):  # or another process has come and gone in between
+                yield path
+                return
 
 
 def output_stem(prompt: str, seed: int) -> str:
@@ -104,12 +121,17 @@ def output_paths(path: str | Path, count: int) -> list[Path]:
     return [Path(path)] if count == 1 else list(itertools.islice(_free_names(Path(path)), count))
 
 
-def _free_names(path: Path) -> Iterator[Path]:
-    """name.mp4, name_2.mp4, ... without those that exist. Either of a result's two files is enough to hold its name."""
+def _free_names(path: Path, companions: Sequence[str] = (".json",)) -> Iterator[Path]:
+    """name.mp4, name_2.mp4, ... without those that are taken."""
     for number in itertools.count(1):
         name = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
-        if not (os.path.lexists(name) or os.path.lexists(sidecar_path(name))):
+        if _is_free(name, companions):
             yield name
+
+
+def _is_free(path: Path, companions: Sequence[str]) -> bool:
+    """Whether there is neither a result nor what would lie beside it: either is enough to hold its name."""
+    return not any(map(os.path.lexists, (path, *map(path.with_suffix, companions))))
 
 
 def sidecar_path(path: str | Path) -> Path:
@@ -117,26 +139,29 @@ def sidecar_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
 
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name with the same suffix in the same folder; takes the name `path` if the block succeeds.
+def preview_path(output: Path) -> Path:
+    """Where previews of an output are shown: video.mp4 -> video.preview.mp4."""
+    return output.with_suffix(f".preview{output.suffix}")
 
-    If the block raises, nothing is left behind, and what was at `path` before is still there.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+
+def remove_preview(output: Path) -> None:
+    """Remove an output's preview, once the output is there. What has a record is an output itself, of that name."""
+    preview = preview_path(output)
+    if not sidecar_path(preview).exists():
+        discard(preview)
+
+
+def is_foreign(sidecar: Path) -> bool:
+    """Whether something is at a sidecar's path that `write_sidecar` did not write."""
+    if not os.path.lexists(sidecar):
+        return False
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:  # also when interrupted from the keyboard
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    # Not tempfile's: its files are private to the user, and would stay so under their final name.
-    return path.parent / f".{secrets.token_hex(8)}.tmp{path.suffix[:16]}"
+        if not sidecar.is_file() or sidecar.stat().st_size > MAX_SIDECAR:
+            return True
+        facts = json.loads(sidecar.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not (isinstance(facts, dict) and {"prompt", "seed", "versions"} <= set(facts))
 
 
 def _is_folder(path: Path) -> bool:
@@ -158,11 +183,19 @@ def _check_suffix(path: Path, suffix: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- out
 
 
-def write_video(frames: Pixels, path: str | Path, fps: float = 24) -> None:
+def nothing() -> None:
+    """What comes before an output takes its name, where nobody says."""
+
+
+def write_video(
+    frames: Pixels, path: str | Path, fps: float = 24, write_record: Callable[[], object] = nothing
+) -> None:
     """Write uint8 frames, a tensor (3, T, H, W) or an array (T, H, W, 3), as an MP4; replaces what is there.
 
+    write_record: called when all is written, before it takes its name: so no output is ever there without its record.
+
     Raises ValueError for frames of another shape or type, for odd sizes (4:2:0 chroma halves both sides), and for a
-    path that isn't an .mp4; OSError where encoding fails.
+    path that isn't an .mp4; WriteError where encoding fails.
     """
     import imageio.v2 as imageio  # with the function that needs it: half of this module's import time
     import imageio_ffmpeg
@@ -189,17 +222,23 @@ def write_video(frames: Pixels, path: str | Path, fps: float = 24) -> None:
             ffmpeg_log_level="error",
             output_params=["-crf", str(CRF), "-movflags", "+faststart", *_COLOUR],
         )
-        with writer:
+        with writer, contextlib.suppress(OSError):  # ffmpeg ended early and has said why; imageio would say very much
             for frame in video:
                 writer.append_data(frame)
         # imageio doesn't look at how ffmpeg ended: a full disk would pass for success.
-        written, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
+        try:
+            written, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
+        except RuntimeError:  # not even a beginning of a video
+            written = 0
         if written != num_frames:
-            raise OSError(f"only {written} of {num_frames} frames could be written to {path}; is the disk full?")
+            raise OSError(f"only {written} of {num_frames} frames could be written; is the disk full?")
+        write_record()
 
 
-def write_image(frame: Pixels | Image.Image, path: str | Path) -> None:
+def write_image(frame: Pixels | Image.Image, path: str | Path, write_record: Callable[[], object] = nothing) -> None:
     """Write one uint8 picture, a tensor (3, H, W), an array (H, W, 3) or a PIL image, as a PNG; replaces what is there.
+
+    write_record: as in `write_video`.
 
     Raises ValueError for another shape or type, and for a path that isn't a .png.
     """
@@ -208,14 +247,20 @@ def write_image(frame: Pixels | Image.Image, path: str | Path) -> None:
     image = frame if isinstance(frame, Image.Image) else to_pil(frame)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+        write_record()
 
 
 def write_sidecar(path: str | Path, facts: Mapping[str, Any]) -> Path:
-    """Write `facts` as JSON beside the output `path`; returns the JSON's path. What JSON doesn't know becomes text."""
+    """Write `facts` as JSON beside the output `path`; returns the JSON's path. What JSON doesn't know becomes text.
+
+    Raises WriteError where it can't be written, and where there is a JSON file that is no sidecar.
+    """
     target = sidecar_path(path)
     if target == Path(path):
         raise ValueError(f"{path} is itself a JSON file; give the path of the video or image")
     text = json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n"
+    if is_foreign(target):
+        raise WriteError(target, OSError(errno.EEXIST, "something else is there that is not a record of an output"))
     with atomic_path(target) as temporary:
         # A prompt from a terminal with a broken encoding holds half characters: as escapes they are still JSON.
         temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))

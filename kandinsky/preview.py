@@ -68,12 +68,16 @@ def _from_values(values: dict[str, Any]) -> LatentRGB:
 
 
 class Previews:
-    """Writes a preview of each output after every n-th step, over the one before; `clear` takes them away."""
+    """Writes a preview of each output after every n-th step, over the one before.
+
+    One that can't be written is told of, once, and costs no more.
+    """
 
     def __init__(self, every: int, to_rgb: LatentRGB, outputs: Sequence[Path]) -> None:
         self.every = every
         self.to_rgb = to_rgb
-        self.paths = [output.with_suffix(f".preview{output.suffix}") for output in outputs]
+        self.paths = [media.preview_path(output) for output in outputs]
+        self._has_warned = False
 
     def __call__(self, step: int, num_steps: int, latents: Tensor) -> None:
         """After step `step`, counted from 0: `latents` (samples, T, H, W, C) is the estimate of the clean ones."""
@@ -81,12 +85,13 @@ class Previews:
             return
         for path, sample in zip(self.paths, latents, strict=True):
             frames = self.to_rgb(sample)
-            if path.suffix == media.IMAGE_SUFFIX:
-                media.write_image(frames[:, 0], path)
-            else:
-                media.write_video(frames, path, fps=FPS)
-            logger.info("preview after %d of %d steps: %s", step + 1, num_steps, path)
-
-    def clear(self) -> None:
-        for path in self.paths:
-            path.unlink(missing_ok=True)
+            try:
+                if path.suffix == media.IMAGE_SUFFIX:
+                    media.write_image(frames[:, 0], path)
+                else:
+                    media.write_video(frames, path, fps=FPS)
+                logger.info("preview after %d of %d steps: %s", step + 1, num_steps, path)
+            except OSError as error:
+                if not self._has_warned:
+                    logger.warning("%s; going on without previews", error)
+                self._has_warned = True

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kandinsky import media
+from kandinsky.writing import atomic_path, remove_leftovers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,6 +108,8 @@ class PromptExpander:
     ) -> list[str]:
         """The caption for each prompt with its picture and seed; see `expand_prompt`."""
         generator = functools.cache(self.generator)
+        if self.folder is not None:
+            remove_leftovers(self.folder)
         return [
             self._expand(generator, prompt, task, [] if image is None else [image], seed)
             for prompt, image, seed in zip(prompts, images, seeds, strict=True)
@@ -125,10 +127,10 @@ class PromptExpander:
         caption = expand_prompt(generator(), prompt, task, images, seed)
         if entry is not None:
             try:
-                with media.atomic_path(entry) as temporary:
+                with atomic_path(entry) as temporary:
                     temporary.write_text(caption, encoding="utf-8")
             except OSError as error:
-                logger.warning("the expanded prompt can't be kept in %s (%s)", self.folder, error)
+                logger.warning("the expanded prompt can't be kept (%s)", error)
         return caption
 
     def _key(self, prompt: str, task: str, images: Sequence[Image.Image], seed: int) -> str:

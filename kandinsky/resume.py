@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kandinsky import media
 from kandinsky.headers import open_tensors, read_header
 from kandinsky.records import ADVICE, check_stopped
 from kandinsky.records import read_record as read_metadata
 from kandinsky.request import Request
+from kandinsky.writing import Kept, flags_for, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,12 +47,12 @@ class StoppedRun:
     adapters: list[dict[str, Any]] = field(default_factory=list)  # that were active: name, path, scale, trigger
 
 
-class Stopped(KeyboardInterrupt):
-    """A run was stopped and lies in the file `path`. What stops a program that doesn't ask for it."""
+class Stopped(Kept):
+    """A run was stopped between two steps and lies in the file `path`. What stops a program that doesn't ask for it."""
 
-    def __init__(self, path: Path, step: int, num_steps: int) -> None:
-        super().__init__(f"stopped after {step} of {num_steps} steps; what there is lies in {path}")
-        self.path = path
+    def __init__(self, path: Path, step: int, num_steps: int, output: str | Path) -> None:
+        message = f"stopped after {step} of {num_steps} steps; what there is lies in {path}"
+        super().__init__(message, path, flags_for("--resume_from", path, Path(output)))
 
 
 def stopped_path(output: str | Path) -> Path:
@@ -67,9 +67,7 @@ def output_path(stopped: str | Path, suffix: str) -> Path:
 
 
 def save_run(path: str | Path, run: StoppedRun, config: Mapping[str, Any], dtype: str) -> None:
-    """Write a run under another name first; replaces what is there. dtype: the model's, by name."""
-    from safetensors.torch import save_file
-
+    """Write a run; replaces what is there. dtype: the model's, by name. Raises WriteError."""
     tensors = {"latents": run.state.latents, "difference": run.state.difference}
     tensors |= {f"conditioning.{name}": value for name, value in vars(run.conditioning).items()}
     for branch, samples in run.branches.items():
@@ -87,10 +85,8 @@ def save_run(path: str | Path, run: StoppedRun, config: Mapping[str, Any], dtype
         "seconds": run.seconds,
         "adapters": run.adapters,
     }
-    # Copied, because samples share embeddings, and the format takes no two names for one piece of memory.
-    given = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items() if tensor is not None}
-    with media.atomic_path(Path(path)) as temporary:
-        save_file(given, temporary, metadata={METADATA_KEY: json.dumps(record, default=str)})
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_tensors(path, given, {METADATA_KEY: json.dumps(record, default=str)})
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

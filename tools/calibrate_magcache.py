@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from kandinsky.writing import atomic_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
 
@@ -126,10 +127,8 @@ def write_ratios(path: Path, ratios: Sequence[float]) -> None:
     before["magcache"] = (before.get("magcache") or {}) | {"mag_ratios": list(ratios)}
     if after != before:
         raise ValueError(f"{path}: can't write magcache.mag_ratios into this file; put the printed lines there by hand")
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(new)
-    os.replace(temporary, path)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -55,6 +52,7 @@ from kandinsky.models.numerics import aligned, is_finite, require_finite
 from kandinsky.models.rope import MAX_TEXT_POSITIONS
 from kandinsky.prompts import IMAGE_TOKEN, check_prefix, check_prompts, get_template, prefix_length, tokenize_prompts
 from kandinsky.untrusted import read_json, reason
+from kandinsky.writing import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
@@ -96,16 +94,10 @@ class TextEmbeddings:
         return cls(text_embeds, pooled_embeds, None if mask.all() else mask)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that `load` reads, with a checksum. It appears whole or not at all."""
-        path = Path(path)
+        """Write a safetensors file that `load` reads, with a checksum. It appears whole or not at all (WriteError)."""
         named = {"text_embeds": self.text_embeds, "pooled_embeds": self.pooled_embeds, "text_mask": self.text_mask}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            save_file(tensors, temporary, metadata={_CHECKSUM: _checksum(tensors)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_tensors(path, tensors, {_CHECKSUM: _checksum(tensors)})
 
     @classmethod
     def load(cls, path: str | Path) -> TextEmbeddings:

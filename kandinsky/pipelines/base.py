@@ -14,10 +14,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
@@ -56,6 +55,7 @@ from kandinsky.pipelines.calls import (
     one_at_a_time,
     replacements,
 )
+from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.preview import LatentRGB, Previews
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.prompts import check_prompts
@@ -73,6 +73,7 @@ from kandinsky.sampler import (
     uses_guidance,
 )
 from kandinsky.sizes import check_picture, size_for_image
+from kandinsky.writing import remove_leftovers, write_somewhere
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,7 +135,7 @@ MakeCache = Callable[[Sequence[bool]], BlockCache]
 class Team(Protocol):
     """The processes that make an output together, all of which run the same pipeline with the same arguments.
 
-    The first one writes and shows its progress; its seeds, noise and wish to stop are everybody's.
+    The first one writes and shows its progress; its seeds and noise are everybody's.
     """
 
     is_first: bool
@@ -147,6 +148,14 @@ class Team(Protocol):
 
     def agree(self, value: Value) -> Value:
         """The first process's value, in all of them."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set in any of them."""
+        ...
+
+    def out_of_memory(self, error: torch.OutOfMemoryError | None) -> torch.OutOfMemoryError | None:
+        """What ended an attempt for want of memory, in any of them: called by all when an attempt has ended."""
         ...
 
     def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
@@ -172,6 +181,12 @@ class Alone:
     def agree(self, value: Value) -> Value:
         return value
 
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def out_of_memory(self, error: torch.OutOfMemoryError | None) -> torch.OutOfMemoryError | None:
+        return error
+
     def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
         return velocity
 
@@ -180,21 +195,6 @@ class Alone:
 
     def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
-
-
-@dataclass
-class Stopwatch:
-    """Seconds per stage of one generation, and how many model evaluations an output asked for and was spared."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    evaluations: int = 0
-    skipped_evaluations: int = 0
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - begin, 3)
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ class Pipeline:
     Threads may share a pipeline: a call, and a change of adapters, waits until those of other threads are done.
 
     `interrupt` may be set to True while a call runs, from a callback or another thread: the call then ends after the
-    current step and returns what it has, or keeps it in a file (see `generate`). `is_denoising` says whether there is a
-    step to wait for.
+    current step and returns what it has, or keeps it in a file (see `generate`). `is_denoising` says whether that is
+    worth waiting for: whether there are steps that would be lost otherwise.
     """
 
     def __init__(
@@ -254,9 +254,14 @@ class Pipeline:
         self.latent_rgb = latent_rgb
         self.expander = expander
         self.adapters = adapters
-        self.interrupt = False
+        self.interrupt = self._is_stopping = False
         self.is_denoising = False
         self.lock = threading.RLock()  # who holds it has models and adapters to itself
+
+    def stop(self) -> None:
+        """End the call that runs as soon as nothing is lost: after the current step or, after the last one, once the
+        latents are on disk. For signal handlers: comes back at once."""
+        self._is_stopping = self.interrupt = True
 
     @one_at_a_time
     def run(
@@ -316,7 +321,8 @@ class Pipeline:
 
         Beside every output, a JSON file of the same name holds the prompt, every resolved setting, versions and times.
         Where `keep_stopped` is set and the run is interrupted before its last step, it is kept beside `save_path` for
-        `resume`, and Stopped is raised.
+        `resume`, or where there is no room in a folder for temporary files, and Stopped is raised. Where there is no
+        room at all, it goes on. Interrupted later, its latents are kept and Kept is raised.
         """
         check_callback(callback)
         output_type = output_type or ("pil" if request.is_image else "uint8")
@@ -325,10 +331,10 @@ class Pipeline:
             save_path, progress = None, False
         self.check_inputs(request, inputs, save_path, output_type)
         warn_about_size(self.config, request)
-        self.interrupt = False
+        self.interrupt = self._is_stopping = False
         size = request.width, request.height
         images = [media.fit_image(image, *size) for image in inputs.images]
-        watch = Stopwatch()
+        watch = Stopwatch(devices=self._devices())
         with watch.stage("expand"):
             expanded = self.team.agree(self.expand_prompts(request, images))
         if expanded == request:  # there was nothing to do
@@ -358,7 +364,7 @@ class Pipeline:
             )
         if not self.team.is_first:
             save_path, progress = None, False
-        self.interrupt = False
+        self.interrupt = self._is_stopping = False
         device = self.placement.device("dit")
 
         def moved(tensor: Tensor | None) -> Any:
@@ -369,9 +375,8 @@ class Pipeline:
             conditioning=Conditioning(**{name: moved(value) for name, value in vars(run.conditioning).items()}),
             branches={branch: [text.to(device) for text in texts] for branch, texts in run.branches.items()},
             state=SamplerState(moved(run.state.latents), run.state.step, moved(run.state.difference)),
-            residuals={name: moved(residual) for name, residual in run.residuals.items()},
         )
-        watch = Stopwatch(dict(run.seconds), run.evaluations)
+        watch = Stopwatch(dict(run.seconds), run.evaluations, devices=self._devices())
         output_type = "pil" if run.request.is_image else "uint8"
         return self._complete(run, save_path, progress, output_type, callback, True, watch)
 
@@ -387,27 +392,53 @@ class Pipeline:
     ) -> Any:
         """Everything from the first step, or the next one, on."""
         request = run.request
+        if save_path is not None:
+            remove_leftovers(Path(save_path).parent)
         previews = self._previews(request, save_path)
-        with watch.stage("denoise"):
-            latents = self.denoise(run, progress, callback, watch, previews)
-        path = self.team.agree(None if save_path is None else stopped_path(save_path))
-        if keep_stopped and path is not None and run.state.step < request.num_steps:
-            run.evaluations, run.seconds, run.adapters = watch.evaluations, watch.seconds, self.active_adapters()
-            if self.team.is_first:
-                save_run(path, run, config_to_dict(self.config), self.dtype_name)
-            raise Stopped(path, run.state.step, request.num_steps)
-        if output_type == "latent":
-            return latents
-        if watch.skipped_evaluations:
-            logger.info("skipped %d of %d model evaluations", watch.skipped_evaluations, watch.evaluations)
-        records = [self.describe(request, run.image_names, i, watch) for i in range(len(request.samples))]
-        finish = to_unit if output_type in ("np", "pt") else to_uint8
-        keep = self.config.runtime.save_latents
-        with nullcontext() if save_path is None else latents_on_disk(save_path, latents, records, keep):
-            pixels = self.decode_and_write(latents, finish, records, save_path, watch)
-        if previews is not None:
-            previews.clear()
-        return convert(pixels, output_type, request.is_image)
+        self.is_denoising = True
+        try:
+            with watch.stage("denoise"):
+                latents = self.denoise(run, progress, callback, watch, previews)
+            while keep_stopped and run.state.step < request.num_steps:
+                self._keep(run, watch, save_path)
+                with watch.stage("denoise"):
+                    latents = self.denoise(run, progress, callback, watch, previews)
+            if output_type == "latent":
+                return latents
+            if watch.skipped_evaluations:
+                logger.info("skipped %d of %d model evaluations", watch.skipped_evaluations, watch.evaluations)
+            records = [self.describe(request, run.image_names, i, watch) for i in range(len(request.samples))]
+            finish = to_unit if output_type in ("np", "pt") else to_uint8
+            keep = self.config.runtime.save_latents
+            with nullcontext() if save_path is None else latents_on_disk(save_path, latents, records, keep):
+                self.is_denoising = False
+                if self._is_stopping:  # since the last step began
+                    raise KeyboardInterrupt
+                pixels = self.decode_and_write(latents, finish, records, save_path, watch)
+            return convert(pixels, output_type, request.is_image)
+        finally:
+            self.is_denoising = False
+
+    def _keep(self, run: StoppedRun, watch: Stopwatch, save_path: str | Path | None) -> None:
+        """Keep a run that was interrupted between two steps, and raise Stopped; come back where there is no room."""
+        run.evaluations, run.seconds, run.adapters = watch.evaluations, watch.seconds, self.active_adapters()
+        kept: tuple[Path, str | Path] | None = None
+        if save_path is not None:
+            config = config_to_dict(self.config)
+            try:
+                path = write_somewhere(
+                    stopped_path(save_path), lambda path: save_run(path, run, config, self.dtype_name)
+                )
+                kept = path, save_path
+            except OSError as error:
+                logger.warning("the run could not be kept (%s) and goes on; make room and stop it again", error)
+        kept = self.team.agree(kept)
+        if kept is not None:
+            raise Stopped(kept[0], run.state.step, run.request.num_steps, kept[1])
+        self.interrupt = self._is_stopping = False
+
+    def _devices(self) -> list[torch.device]:
+        return list(dict.fromkeys(self.placement.device(name) for name in ("text_embedder", "dit", "vae")))
 
     def _previews(self, request: Request, save_path: str | Path | None) -> Previews | None:
         every = self.config.runtime.preview
@@ -419,7 +450,7 @@ class Pipeline:
     @torch.no_grad()
     def finish(self, saved: SavedLatents, save_path: str | Path | None) -> Tensor:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
-        watch = Stopwatch(dict(saved.records[0]["seconds"]))
+        watch = Stopwatch(dict(saved.records[0]["seconds"]), devices=self._devices())
         save_path = save_path if self.team.is_first else None
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
 
@@ -709,7 +740,8 @@ class Pipeline:
         block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
         if block_cache is not None and state.step > 0:
             done: dict[Branch, int] = {"cond": state.step, "uncond": guidance[: state.step].count("new")}
-            block_cache.restore(run.residuals, done, len(request.samples))
+            residuals = {name: residual.to(device) for name, residual in run.residuals.items()}
+            block_cache.restore(residuals, done, len(request.samples))
         skipped_before = 0 if block_cache is None else block_cache.skipped
         record = watch or Stopwatch()
 
@@ -751,7 +783,7 @@ class Pipeline:
                 disable=not progress,
             )
             for step in bar:
-                if self.team.agree(self.interrupt):
+                if self.team.any(self.interrupt):
                     logger.warning("interrupted after %d of %d steps", step, request.num_steps)
                     return
                 yield step
@@ -777,22 +809,18 @@ class Pipeline:
                 branches["uncond"] = tensors["negative_prompt_embeds"]
             return conditioning.hold(tensors["latents"])
 
-        self.is_denoising = True
-        try:
-            with self.placement.use("dit"):
-                latents = euler_sample(
-                    velocity,
-                    state.latents,
-                    sigmas,
-                    request.guidance_weight,
-                    until_interrupted,
-                    on_step_end,
-                    guidance_interval=interval,
-                    guidance_every=every,
-                    state=state,
-                )
-        finally:
-            self.is_denoising = False
+        with self.placement.use("dit"):
+            latents = euler_sample(
+                velocity,
+                state.latents,
+                sigmas,
+                request.guidance_weight,
+                until_interrupted,
+                on_step_end,
+                guidance_interval=interval,
+                guidance_every=every,
+                state=state,
+            )
         if block_cache is not None:
             if state.step < request.num_steps:
                 run.residuals = self.team.from_branches(block_cache.saved())
@@ -826,7 +854,8 @@ class Pipeline:
 
         In tiles of the size that the config gives or its memory budget allows, the smaller of the two. Where memory
         runs out all the same, in smaller ones: that changes pixels a little, and the log says so. Raises
-        OutOfMemoryError where the smallest are too large as well.
+        OutOfMemoryError where the smallest are too large as well. Several processes go on with smaller ones together,
+        whichever of them ran out of memory.
         """
         config, device = self.config.model.vae, self.placement.device("vae")
         videos: list[Tensor] = []
@@ -840,13 +869,24 @@ class Pipeline:
                 z = sample.permute(0, 4, 1, 2, 3).to(device=device, dtype=torch.float32)  # (1, C, T, H, W)
                 z = (z / self.vae.scaling_factor).to(dtype)
                 while True:
-                    try:
-                        videos.append(self._decode_tiles(z, tile, finish or to_uint8))
+                    pixels, failure = self._try_to_decode(z, tile, finish or to_uint8)
+                    if pixels is not None:
+                        videos.append(pixels)
                         break
-                    except torch.OutOfMemoryError as error:
-                        tile = next_tile(decoding, tile, error)
-                    torch.cuda.empty_cache()  # only here the error is gone, and with it what the attempt had made
+                    tile = next_tile(decoding, tile, failure)
+                    torch.cuda.empty_cache()
         return torch.cat(videos)
+
+    def _try_to_decode(self, z: Tensor, tile: int, finish: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, str]:
+        """Finished pixels, or None and why memory ran out in any process. The error itself, which would hold what the
+        attempt had made, is gone then."""
+        pixels, failure = None, None
+        try:
+            pixels = self._decode_tiles(z, tile, finish)
+        except torch.OutOfMemoryError as error:
+            failure = error.with_traceback(None)
+        failure = self.team.out_of_memory(failure)
+        return (pixels, "") if failure is None else (None, str(failure))
 
     def _decoding(self, latents: Tensor, dtype: torch.dtype) -> Decoding:
         """What decoding `latents` comes to, for the choice of tiles."""
@@ -885,17 +925,30 @@ class Pipeline:
     # --- write --------------------------------------------------------------------------------------------------------
 
     def write(self, pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:
-        """The videos or pictures, each with its record as JSON beside it; returns their paths."""
+        """The videos or pictures, each with its record as JSON beside it; returns their paths.
+
+        Where a record can't be written its output is all the same; the WriteError comes after it.
+        """
         if pixels.is_floating_point():
             pixels = (pixels * 255).round().to(torch.uint8)
         paths = media.output_paths(path, len(pixels))
         for output, record, target in zip(pixels, records, paths, strict=True):
+            failures: list[OSError] = []
+
+            def write_record(target: Path = target, facts: dict[str, Any] = record) -> None:
+                try:
+                    media.write_sidecar(target, {**facts, "seconds": watch.so_far()})
+                except OSError as error:
+                    failures.append(error)  # noqa: B023  (it is called below)
+
             with watch.stage("write"):
                 if record["num_frames"] == 1:
-                    media.write_image(output[:, 0], target)
+                    media.write_image(output[:, 0], target, write_record)
                 else:
-                    media.write_video(output, target, fps=FPS)
-            media.write_sidecar(target, {**record, "seconds": watch.seconds})
+                    media.write_video(output, target, FPS, write_record)
+            media.remove_preview(target)
+            if failures:
+                raise failures[0]
             logger.info("wrote %s", target)
         return paths
 
@@ -926,14 +979,14 @@ class Pipeline:
         }
 
 
-def next_tile(decoding: Decoding, tile: int, error: Exception) -> int:
+def next_tile(decoding: Decoding, tile: int, error: str) -> int:
     """The size of tiles to go on with where `tile` took too much memory; says so. Raises where there is none left."""
     smaller = decoding.smaller_tile(tile)
     if smaller is None:
         raise torch.OutOfMemoryError(
             f"decoding runs out of memory even in tiles of {tile} pixels: set runtime.offload=on where it is not, or "
             f"ask for something smaller or shorter ({error})"
-        ) from error
+        )
     logger.warning(
         "decoding ran out of memory in tiles of %d pixels and starts again with %d; model.vae.spatial_tile=%d does so "
         "at once, with the same result",

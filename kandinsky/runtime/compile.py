@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 # of the 2B model moves about 0.5 TB more through memory in every evaluation, which takes an H100 some 0.15 s; a process
 # that finds its kernels on disk still needs a few seconds to load them. 16 evaluations don't earn that, 50 do.
 BREAK_EVEN_EVALUATIONS = 32
+FP8_CAPABILITY = (8, 9)  # of GPUs that Triton has fp8 numbers for
 # Graphs that a process may make of a block's code: sizes, masks, models, dtypes. PyTorch gives up after 8 unless told.
 LARGEST_NUMBER_OF_GRAPHS = 64
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -56,18 +57,27 @@ def model_evaluations(model: ModelConfig) -> int:
     return model.num_steps + round(model.num_steps * (end - begin) / model.guidance_every)
 
 
-def is_wanted(setting: str, device: torch.device, evaluations: int) -> bool:
+class CompileError(ValueError):
+    """The blocks could not be compiled; the message says what to do."""
+
+
+def is_wanted(setting: str, device: torch.device, evaluations: int, quantization: str | None = None) -> bool:
     """Whether `runtime.compile` (auto, on or off) means that a run of this many evaluations on this device compiles.
 
-    Raises ValueError where it was asked for and the device has no compiler.
+    quantization: of the DiT's weights. Raises ValueError where it was asked for and the device has no compiler, or none
+    for such weights.
     """
     if setting == "off" or (setting == "auto" and (device.type == "cpu" or evaluations < BREAK_EVEN_EVALUATIONS)):
         return False
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
+        missing, capability = "", torch.cuda.get_device_capability(device)
         if not has_triton():
             missing = f"no Triton that compiles for {device} (pip install triton, or triton-windows on Windows)"
+        elif quantization == "fp8" and capability < FP8_CAPABILITY:
+            missing = f"no fp8 in Triton for {device}, of compute capability {capability[0]}.{capability[1]} (from 8.9)"
+        if missing:
             if setting == "on":
                 raise ValueError(f"runtime.compile is on, but there is {missing}: run with --compile off")
             logger.info("not compiled: %s", missing)
@@ -75,10 +85,13 @@ def is_wanted(setting: str, device: torch.device, evaluations: int) -> bool:
     return True
 
 
-def with_compiled_blocks(execution: Execution, backend: str | Callable[..., Any] = "inductor") -> Execution:
+def with_compiled_blocks(
+    execution: Execution, backend: str | Callable[..., Any] = "inductor", required: bool = True
+) -> Execution:
     """The same with visual blocks that run compiled; their weights stay where they are.
 
-    Compilation itself happens when a block is first called, and so does its failure: a ValueError that says what to do.
+    Compilation itself happens when a block is first called, and so does its failure: where it is `required` a
+    CompileError, otherwise a warning, and the blocks run as they are from then on.
     """
     dense: Callable[..., Tensor] = execution.attention
     if dense is not sdpa:
@@ -87,8 +100,21 @@ def with_compiled_blocks(execution: Execution, backend: str | Callable[..., Any]
     block_sparse = opaque(kernel, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
     # The function of the class, with the block as an argument like the others: so all blocks share what is made of it.
     compiled = torch.compile(VisualBlock.forward, fullgraph=True, backend=backend)
+    has_failed = False
+
+    def run_block(*inputs: Any) -> Tensor:
+        nonlocal has_failed
+        if not has_failed:
+            try:
+                return run_compiled(compiled, *inputs)
+            except CompileError as error:
+                if required:
+                    raise
+                logger.warning("%s. Going on so", error)
+                has_failed = True
+        return execution.run_block(*inputs)
+
     logger.info("the DiT's blocks are compiled when they first run: that evaluation takes longer")
-    run_block = functools.partial(run_compiled, compiled)
     return dataclasses.replace(execution, attention=dense, block_sparse=block_sparse, run_block=run_block)
 
 
@@ -135,7 +161,7 @@ def run_compiled(
         if not type(error).__module__.startswith(COMPILERS):
             raise
         reason = getattr(error, "inner_exception", error)  # of a compiler behind Dynamo, which wraps what it raises
-        raise ValueError(
+        raise CompileError(
             f"the DiT's blocks could not be compiled ({type(reason).__name__}: {first_line(reason)}): run with "
             "--compile off (runtime.compile=off), which computes the same, slower"
         ) from error

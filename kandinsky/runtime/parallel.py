@@ -142,6 +142,10 @@ class GuidanceParallel:
         return shared
 
 
+class OutOfMemorySomewhere(torch.OutOfMemoryError):
+    """Raised in all processes at once, where one of them ran out of memory."""
+
+
 @dataclass(frozen=True)
 class TileParallel:
     """Divides the VAE's tiles among all processes: a `MapTiles` (kandinsky/models/vae_tiling.py)."""
@@ -149,15 +153,25 @@ class TileParallel:
     processes: Processes
 
     def __call__(self, function: Callable[[Tensor], Tensor], tiles: Sequence[Tensor]) -> Iterator[Tensor]:
-        """function(tile) for all tiles in their order, each computed by one process; the same everywhere."""
+        """function(tile) for all tiles in their order, each computed by one process; the same everywhere.
+
+        Where one runs out of memory, all raise OutOfMemorySomewhere.
+        """
         rank, size = self.processes.rank, self.processes.size
+        error: torch.OutOfMemoryError | None
         if len(tiles) == 1:
             yield function(tiles[0])
             return
         for begin in range(0, len(tiles), size):
             # Who has none left computes the last one again: the others take as long for theirs.
-            own = function(tiles[min(begin + rank, len(tiles) - 1)]).contiguous()
-            results = [torch.empty_like(own) for _ in range(size)]
+            try:
+                own = function(tiles[min(begin + rank, len(tiles) - 1)]).contiguous()
+                results = [torch.empty_like(own) for _ in range(size)]
+                error = None
+            except torch.OutOfMemoryError as failure:
+                error = failure.with_traceback(None)  # and without what its frames hold
+            if self.processes.any(error is not None):  # before they wait for a result that never comes
+                raise OutOfMemorySomewhere(str(error or "in another process"))
             dist.all_gather(results, own)
             yield from results[: len(tiles) - begin]
 
@@ -213,6 +227,22 @@ class Team:
     def agree(self, value: Value) -> Value:
         """The first process's value."""
         return self.processes.agree(value)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return self.processes.any(flag)
+
+    def out_of_memory(self, error: torch.OutOfMemoryError | None) -> torch.OutOfMemoryError | None:
+        """An attempt's error, of whichever process; None where all have succeeded.
+
+        A process that fails alone is met here by the others: at the end of their attempt, or where they compare notes
+        about their next tile.
+        """
+        if isinstance(error, OutOfMemorySomewhere):  # everybody has it
+            return error
+        if self.any(error is not None):
+            return error or OutOfMemorySomewhere("in another process")
+        return None
 
     def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
         """The same velocity, its two branches computed side by side where there are two halves."""

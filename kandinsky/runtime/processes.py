@@ -14,10 +14,13 @@ Knows torch.distributed and nothing of models, requests or what a process comput
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -45,7 +48,7 @@ class Processes:
         rank, size: which one of how many.
         local_rank: which one on this machine, and so which of its GPUs.
         store: what all of them read and write.
-        end: ends this process; a test puts something else in its place.
+        end: ends this process; interrupt: what a signal to it would do. A test puts something else in their places.
         silence: seconds.
     """
 
@@ -57,12 +60,14 @@ class Processes:
         store: Any,
         end: Callable[[int], Any] = os._exit,
         silence: float = SILENCE,
+        interrupt: Callable[[int], Any] = signal.raise_signal,
     ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._store = dist.PrefixStore("kandinsky", store)
         self._group_store = dist.PrefixStore("kandinsky_group", store)
         self._end_process = end
         self._silence = silence
+        self._interrupt = interrupt
         self._left = threading.Event()
         self._ending = threading.Lock()
         own = self._store.clone()  # type: ignore[attr-defined]  # for a thread of its own
@@ -105,6 +110,12 @@ class Processes:
         dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
         return values[0]
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any of them."""
+        flags = torch.tensor([int(flag)])  # on the CPU: nobody waits for a GPU
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
     def wait_for_all(self, what: str) -> None:
         """Come back when all processes have called this with the same word, which is used once."""
         self._store.set(f"{what}/{self.rank}", "1")
@@ -121,12 +132,37 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def interrupted(self, status: int) -> NoReturn:
+        """End all processes because this one was interrupted, without a word; does not return.
+
+        The first process is let end as if it had been interrupted itself: what there is is in its hands.
+        """
+        self._left.set()  # nobody tells this one how the others end
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._store.set(f"left/{self.rank}", "1")
+            if self.is_first:
+                self._store.set("told", str(self.rank))
+                self._store.set("failure", "interrupted")
+                # It may be the one that holds the store.
+                self._store.wait([f"left/{rank}" for rank in range(self.size)], timedelta(seconds=TELLING))
+            else:
+                self._store.set("interrupted", "1")
+                self._store.wait(["failure"], timedelta(seconds=TELLING))
+        self._end_process(status)
+        raise SystemExit(status)  # where that came back
+
     def fail(self, error: BaseException | str, status: int = FAILED) -> NoReturn:
-        """End all processes with this error, of which the first process tells; does not return."""
+        """End all processes with this error, of which the first process tells; does not return.
+
+        An exception that no user can mend is told with its traceback.
+        """
         text = " ".join(str(error).split())
+        name = "" if self.is_first else f"process {self.rank}: "
         if isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError)):
             text = f"the connection to another process is lost, it has ended or can't be reached ({text})"
-        name = "" if self.is_first else f"process {self.rank}: "
+        elif isinstance(error, BaseException) and error.__traceback__ and not isinstance(error, ValueError | OSError):
+            name = f"process {self.rank}: "
+            text = f"{text}\n{''.join(traceback.format_exception(error)).rstrip()}"
         self._end(self._store, name + text, status)
         raise SystemExit(status)  # where `end` came back
 
@@ -138,10 +174,14 @@ class Processes:
         seen, since = b"", time.monotonic()
         limit = STARTING  # until the first sign
         beat = 0
+        is_interrupted = False
         while not self._left.wait(BEAT):
             try:
                 beat += 1
                 store.set(f"beat/{self.rank}", str(beat))
+                if self.is_first and not is_interrupted and store.check(["interrupted"]):
+                    is_interrupted = True
+                    self._interrupt(signal.SIGTERM)
                 if store.check(["failure"]):
                     self._end(store, store.get("failure").decode(), FAILED)
                     return
@@ -174,6 +214,7 @@ class Processes:
                 while time.monotonic() < deadline and not store.check(["told"]):
                     time.sleep(BEAT / 10)
                 is_told = store.compare_set("told", "", str(self.rank)).decode() != str(self.rank)
+                store.set(f"left/{self.rank}", "1")
         except (RuntimeError, dist.DistError):
             pass  # nobody is left to be told by
         if not is_told:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from kandinsky import __version__
 from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.prompts import check_prompts, get_template
+from kandinsky.writing import remove_leftovers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -152,9 +152,9 @@ class PromptCache:
 
     def _keep(self, embeddings: TextEmbeddings, path: Path) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
             embeddings.save(path)
-        except (OSError, SafetensorError) as error:  # a full disk, a folder that belongs to somebody else
+        except OSError as error:  # a full disk, a folder that belongs to somebody else
             if not self._has_warned:
-                logger.warning("embeddings of prompts can't be kept in %s (%s); going on without", self.folder, error)
+                logger.warning("embeddings of prompts can't be kept (%s); going on without", error)
             self._has_warned = True

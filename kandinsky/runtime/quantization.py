@@ -15,7 +15,6 @@ and opens no file but the one that `save_checkpoint` writes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -34,6 +33,7 @@ from kandinsky.checkpoints import (
     quantized_parts,
 )
 from kandinsky.models.numerics import is_finite
+from kandinsky.writing import save_tensors
 
 DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -271,12 +271,4 @@ def quantize_qwen(qwen: nn.Module) -> Convert:
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write a model's tensors as a safetensors file that appears whole or not at all, at the path only once written."""
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(path, model.state_dict())

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
+    ("unfinished",),
     ("pipelines", "runtime", "plan"),
     ("latents_file", "resume", "preview", "prompt_expansion"),  # write as media does
     ("records",),  # what the two of them read
@@ -27,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # prompts is words and token ids without torch, and models/text_embedder stands on it
     ("attention", "prompts", "hub", "lora_file"),
     ("checkpoints", "sizes", "pictures", "layer_names"),  # request stands on sizes
-    ("config", "headers", "prompts_file"),
+    ("config", "headers", "prompts_file", "signals", "writing"),
     ("yaml_files", "untrusted"),
     ("given",),
 )
@@ -36,7 +37,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
     *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted", "records"),
-    *("prompts_file",),
+    *("prompts_file", "signals", "unfinished", "writing"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

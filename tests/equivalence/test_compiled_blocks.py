@@ -182,6 +182,23 @@ def test_a_failure_says_what_to_do() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_what_nobody_asked_for_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    attempts: list[int] = []
+
+    def broken(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        attempts.append(1)
+        raise RuntimeError("there is no g++ here")
+
+    dit, inputs = build_dit(), make_inputs()
+    with torch.no_grad():
+        expected = dit(*inputs)
+        execution = with_compiled_blocks(Execution(), broken, required=False)
+        for _ in range(2):
+            assert torch.equal(dit(*inputs, execution=execution), expected)
+    assert len(attempts) == 1
+    assert caplog.text.count("could not be compiled") == 1 and "no g++ here" in caplog.text
+
+
 # --- whole runs of the tiny models ------------------------------------------------------------------------------------
 
 

@@ -185,9 +185,9 @@ def test_seeds_and_names_follow_from_the_file(tmp_path: Path) -> None:
 
 
 def test_outputs_of_rows(tmp_path: Path) -> None:
-    named, absolute = plan(tmp_path, "a.csv", f"prompt,output\na,x/y.png\nb,{tmp_path}/z.png\n")
+    named, absolute = plan(tmp_path, "a.csv", f"prompt,output\na,x/y.png\nb,{tmp_path}/out/z.png\n")
     assert named.output == tmp_path / "out" / "x" / "y.png"
-    assert absolute.output == tmp_path / "z.png"
+    assert absolute.output == tmp_path / "out" / "z.png"
     assert named.output.parent.is_dir()
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kandinsky import loading
 from kandinsky.config import load_config
+from kandinsky.request import resolve_request
 from kandinsky.runtime.compile import (
     BREAK_EVEN_EVALUATIONS,
     CACHE_VARIABLE,
@@ -25,6 +27,7 @@ ENOUGH = BREAK_EVEN_EVALUATIONS
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -47,12 +50,51 @@ def test_is_wanted(setting: str, device: torch.device, evaluations: int, expecte
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """By itself it runs without and says so; asked for it is an error."""
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     with caplog.at_level("INFO"):
         assert not is_wanted("auto", GPU, ENOUGH)
     assert "not compiled: no Triton" in caplog.text
     with pytest.raises(ValueError, match=r"no Triton .* run with --compile off"):
         is_wanted("on", GPU, ENOUGH)
     assert is_wanted("on", CPU, ENOUGH)  # which has a compiler of its own
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((12, 0), True)])
+def test_fp8_weights_on_gpus_without_fp8(
+    capability: tuple[int, int], works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Known before anything loads: by itself it runs without, asked for it is an error; other weights compile."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    with caplog.at_level("INFO"):
+        assert is_wanted("auto", GPU, ENOUGH, "fp8") == works
+    assert ("not compiled: no fp8 in Triton" in caplog.text) != works
+    if not works:
+        with pytest.raises(ValueError, match=r"no fp8 in Triton .* 8.9.* run with --compile off"):
+            is_wanted("on", GPU, ENOUGH, "fp8")
+    assert is_wanted("on", GPU, ENOUGH, "int8") and is_wanted("on", CPU, ENOUGH, "fp8")
+
+
+def test_the_requests_evaluations_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a request; and the scheme of the weights is that of their file."""
+    counted: list[tuple[int, str | None]] = []
+
+    class Enough(Exception):
+        pass
+
+    def count(setting: str, device: torch.device, evaluations: int, quantization: str | None) -> bool:
+        counted.append((evaluations, quantization))
+        raise Enough
+
+    monkeypatch.setattr(loading, "is_wanted", count)
+    config = load_config(CONFIGS / "config_tiny_t2v.yaml", ["model.num_steps=50", "model.guidance_weight=5"])
+    request = resolve_request(config, "a circle", num_steps=7, guidance_interval=(0, 0.5), seed=0)
+    for scheme in (None, "fp8"):
+        monkeypatch.setattr(loading, "scheme_of", lambda path, scheme=scheme: scheme)
+        for wanted in (None, request):
+            with pytest.raises(Enough):
+                loading.load_pipeline(config, "cpu", request=wanted)
+    assert counted == [(100, None), (7 + 4, None), (100, "fp8"), (7 + 4, "fp8")]
 
 
 @pytest.mark.parametrize(

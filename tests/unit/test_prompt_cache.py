@@ -167,11 +167,10 @@ def test_a_folder_that_takes_nothing_costs_one_warning(tmp_path: Path, caplog: p
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def full(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
+    def full(path: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("kandinsky.models.text_embedder.save_file", full)
+    monkeypatch.setattr("kandinsky.writing._sync", full)
     cache, _ = cache_in(tmp_path)
     assert_same(cache.encode(["a"]), Encoder().encode(["a"]))
     assert "no space left" in caplog.text and list(tmp_path.iterdir()) == []

@@ -342,11 +342,10 @@ def test_saved_and_loaded(checkpoint: Path, tmp_path: Path, scheme: str, dtype: 
 
 
 def test_what_fails_to_be_written_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def full_disk(tensors: State, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def full_disk(path: Path) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    monkeypatch.setattr("kandinsky.writing._sync", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(load(checkpoint, "int8"), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())

@@ -301,11 +301,10 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: py
     TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
     before = path.read_bytes()
 
-    def full_disk(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-        file.write_bytes(b"half")
+    def full_disk(path: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("kandinsky.models.text_embedder.save_file", full_disk)
+    monkeypatch.setattr("kandinsky.writing._sync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
