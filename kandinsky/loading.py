@@ -624,6 +624,7 @@ def cache_prompts(
         device,
         always=[config.generation.negative_caption],
         everything=config.runtime.cache_prompts,
+        widths=(config.model.dit_params.in_text_dim, config.model.dit_params.in_text_dim2),
     )
 
 

@@ -31,8 +31,10 @@ def is_finite(x: Tensor) -> bool:
     return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())  # no mask as large as x
 
 
-def require_finite(model: str, output: Tensor, weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
-    """Raise ValueError where an output is not finite, naming the weights that are not.
+def require_finite(
+    model: str, output: Tensor, weights: Callable[[], Iterable[tuple[str, Tensor]]], otherwise: str = ""
+) -> None:
+    """Raise ValueError where an output is not finite, naming the weights that are not; where all are, with `otherwise`.
 
     Looking at the first output costs nothing; looking at all weights, which may be 77 GB in a memory-mapped file, is
     only done when it has gone wrong.
@@ -45,7 +47,5 @@ def require_finite(model: str, output: Tensor, weights: Callable[[], Iterable[tu
             f"{model} has NaN or infinite values in {len(bad)} of its tensors, like {bad[0]}: the file is damaged, "
             "download it again (python download_models.py --verify looks for such files)"
         )
-    raise ValueError(
-        f"{model} computes NaN or infinite values, though its weights have none: numbers above 65504 don't fit into "
-        "float16, so use dtype bfloat16 or float32"
-    )
+    otherwise = otherwise or "numbers above 65504 don't fit into float16, so use dtype bfloat16 or float32"
+    raise ValueError(f"{model} computes NaN or infinite values, though its weights have none: {otherwise}")

@@ -55,10 +55,12 @@ from kandinsky.pipelines.calls import (
     one_at_a_time,
     replacements,
 )
+from kandinsky.pipelines.culprits import blame, require_finite_input, require_finite_latents
 from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.preview import LatentRGB, Previews
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.prompts import check_prompts
+from kandinsky.records import check_outputs
 from kandinsky.request import FPS, FRAMES_PER_LATENT, Request, resolve_request, warn_about_size
 from kandinsky.resume import Stopped, StoppedRun, save_run, stopped_path
 from kandinsky.sampler import (
@@ -450,6 +452,8 @@ class Pipeline:
     @torch.no_grad()
     def finish(self, saved: SavedLatents, save_path: str | Path | None) -> Tensor:
         """Decode and write what a run that died had denoised; uint8 pixels (samples, 3, frames, height, width)."""
+        check_outputs(saved.records, {"latents": ("F32", tuple(saved.latents.shape))}, "these latents")
+        require_finite_input("latents", saved.latents)
         watch = Stopwatch(dict(saved.records[0]["seconds"]), devices=self._devices())
         save_path = save_path if self.team.is_first else None
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
@@ -565,6 +569,7 @@ class Pipeline:
                 f"{name} are {widths[0]} and {widths[1]} wide; this model takes {dit.in_text_dim} and "
                 f"{dit.in_text_dim2}: encode the prompt with this pipeline's encode_prompt"
             )
+        require_finite_input(name, embeds.text_embeds, embeds.pooled_embeds)
         return len(embeds.text_embeds)
 
     # --- encode -------------------------------------------------------------------------------------------------------
@@ -764,7 +769,8 @@ class Pipeline:
                 velocities.append(velocity)
             out = torch.cat(velocities)
             if record.evaluations == 1:  # once, because it waits for the device
-                require_finite("the DiT", out, partial(self.dit.named_weights, self.execution.hand_out))
+                weights = partial(self.dit.named_weights, self.execution.hand_out)
+                require_finite("the DiT", out, weights, blame(self.active_adapters()))
             return out
 
         divided = self.team.split_guidance(evaluate, guidance[state.step :])
@@ -821,6 +827,7 @@ class Pipeline:
                 guidance_every=every,
                 state=state,
             )
+        require_finite_latents(latents, self.dtype_name, self.active_adapters(), callback is not None)
         if block_cache is not None:
             if state.step < request.num_steps:
                 run.residuals = self.team.from_branches(block_cache.saved())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kandinsky.given import shown
 from kandinsky.models.text_embedder import TextEmbeddings
+from kandinsky.pipelines.culprits import require_finite_input
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -33,7 +34,7 @@ def one_at_a_time(method: Method) -> Method:
 
 
 def check_latents(latents: object, expected: tuple[int, ...]) -> None:
-    """Raise ValueError for what is no floating-point tensor of that shape."""
+    """Raise ValueError for what is no floating-point tensor of that shape, and for NaN in it."""
     if not isinstance(latents, Tensor):
         raise ValueError(f"latents are a {type(latents).__name__}; they must be a tensor {expected}")
     if tuple(latents.shape) != expected:
@@ -45,6 +46,7 @@ def check_latents(latents: object, expected: tuple[int, ...]) -> None:
         raise ValueError(
             f"latents are {str(latents.dtype).removeprefix('torch.')}; they must be floating-point numbers"
         )
+    require_finite_input("latents", latents)
 
 
 def check_save_path(save_path: object) -> None:
@@ -73,7 +75,10 @@ def replacements(returned: object, tensors: Mapping[str, Any]) -> Mapping[str, A
         raise ValueError(f"{name} {names}; it may replace {', '.join(tensors)}")
     for key, value in returned.items():
         if key == "latents":
-            check_latents(value, tuple(tensors[key].shape))
+            try:
+                check_latents(value, tuple(tensors[key].shape))
+            except ValueError as error:
+                raise ValueError(f"{name} other latents: {error}") from None
         elif tensors[key] is not None and not (
             isinstance(value, list | tuple)
             and len(value) == len(tensors[key])

@@ -28,6 +28,7 @@ from kandinsky.config import DiTConfig
 from kandinsky.given import as_number, shown
 from kandinsky.headers import open_tensors
 from kandinsky.lora_file import AdapterConfig, LoraFile, read_lora
+from kandinsky.models.numerics import is_finite
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.quantization import LowRank, QuantizedLinear, add_low_rank
 
@@ -48,6 +49,10 @@ class Adapter:
     path: str
     trigger: str
     layers: dict[str, Matrices]
+
+
+class NotFinite(ValueError):
+    """An adapter makes weights that are no numbers any more."""
 
 
 class Adapters:
@@ -84,8 +89,14 @@ class Adapters:
         """Read a file and make its adapter the only active one. Arguments and errors: `Pipeline.load_adapter`."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"adapter_name is {name!r}; it must be a string")
-        self.add(name, read_lora(path, self._params, adapter_config), trigger)
-        self.activate({name: 1.0})
+        adapters, scales = dict(self._adapters), dict(self._scales)
+        try:
+            self.add(name, read_lora(path, self._params, adapter_config), trigger)
+            self.activate({name: 1.0})
+        except NotFinite:
+            self._adapters = adapters
+            self.activate(scales)
+            raise
 
     def add(self, name: str, file: LoraFile, trigger: str | None = None) -> None:
         """Read the matrices of a file into memory, in the place of an adapter of the same name.
@@ -97,18 +108,26 @@ class Adapters:
         self._adapters[name] = Adapter(str(file.path), file.trigger if trigger is None else trigger, layers)
 
     def activate(self, scales: Mapping[str, float]) -> None:
-        """Have exactly these adapters in the weights, each times its scale. Raises ValueError for unknown names."""
+        """Have exactly these adapters in the weights, each times its scale.
+
+        Raises ValueError for unknown names, and where the sum is no number. Nothing has changed then.
+        """
         for name, scale in scales.items():
             if name not in self._adapters:
                 known = ", ".join(self._adapters) or "none: load_adapter comes first"
                 raise ValueError(f"there is no adapter {name!r}; loaded are {known}")
             if not math.isfinite(as_number(scale)):
                 raise ValueError(f"the scale of {name} is {shown(scale)}; it must be a finite number")
-        self._scales = {name: as_number(scale) for name, scale in scales.items()}
+        before, self._scales = self._scales, {name: as_number(scale) for name, scale in scales.items()}
         wanted = {layer for name, scale in self._scales.items() if scale for layer in self._adapters[name].layers}
         # Should something fail on the way, like memory, then the next change mends what this one left.
         self._changed |= wanted
-        self._rewrite(self._changed)
+        try:
+            self._rewrite(self._changed)
+        except NotFinite:
+            self._scales = before
+            self._rewrite(self._changed)
+            raise
         self._changed = wanted
 
     @property
@@ -122,9 +141,26 @@ class Adapters:
     # --- into the weights ---------------------------------------------------------------------------------------------
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """A parameter on the device with what is active added: a new tensor, or the same where nothing is."""
-        update = self._update(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        return weight if update is None else add_low_rank(weight, update)
+        """A parameter on the device with what is active added: a new tensor, or the same where nothing is.
+
+        Raises ValueError where that makes numbers that are none of numbers.
+        """
+        layer = name.removesuffix(".weight")
+        update = self._update(layer) if layer != name else None
+        if update is None:
+            return weight
+        merged = add_low_rank(weight, update)
+        if not is_finite(merged) and is_finite(weight):
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise NotFinite(
+                f"{self._paths(layer)}: with it, {name} has values that are not finite in {dtype}: "
+                "take the adapter out, or lower its scale"
+            )
+        return merged
+
+    def _paths(self, layer: str) -> str:
+        """For people, the files of the active adapters that change a layer."""
+        return " and ".join(self._adapters[name].path for name in self._scales if layer in self._adapters[name].layers)
 
     def begin(self) -> None:
         self._present = True

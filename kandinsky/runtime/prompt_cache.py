@@ -79,6 +79,7 @@ class PromptCache:
         always: prompts that are kept although `everything` is False, where they come without a picture: with one,
             even a default negative prompt is an entry (of megabytes) for every picture.
         everything: keep every prompt.
+        widths: of text and pooled embeddings; entries of others are made again. None: whatever they are.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PromptCache:
         *,
         always: Collection[str] = (),
         everything: bool = False,
+        widths: tuple[int, int] | None = None,
     ) -> None:
         self.embedder = embedder
         self.folder = folder
@@ -97,6 +99,7 @@ class PromptCache:
         self.device = device
         self.always = frozenset(always)
         self.everything = everything
+        self.widths = widths
         self._has_warned = False
 
     def encode(
@@ -141,7 +144,7 @@ class PromptCache:
         if self.everything or (prompt in self.always and image is None):
             path = self.path(prompt, content, image, max_length)
             try:
-                return TextEmbeddings.load(path).to(self.device)
+                return self._checked(TextEmbeddings.load(path), path).to(self.device)
             except ValueError as error:
                 if path.exists():
                     logger.warning("cached embeddings are not readable and are computed again: %s", error)
@@ -149,6 +152,13 @@ class PromptCache:
         if path is not None:
             self._keep(embeddings, path)
         return embeddings.to(self.device)
+
+    def _checked(self, embeddings: TextEmbeddings, path: Path) -> TextEmbeddings:
+        prompts, tokens, width = embeddings.text_embeds.shape
+        widths = width, embeddings.pooled_embeds.shape[-1]
+        if prompts != 1 or tokens < 1 or self.widths not in (None, widths):
+            raise ValueError(f"{path} holds embeddings of {prompts} prompts, {tokens} tokens, {widths} wide")
+        return embeddings
 
     def _keep(self, embeddings: TextEmbeddings, path: Path) -> None:
         try:
