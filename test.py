@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -63,10 +64,26 @@ class Launch:
     environment: with what torchrun and torch.distributed.launch tell; where they don't, there is one copy.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.rank = int(environment.get("RANK", 0))
-        self.size = int(environment.get("WORLD_SIZE", 1))
-        self.local_rank = int(environment.get("LOCAL_RANK", 0))  # on this machine
+    def __init__(self, environment: Mapping[str, str], together: bool = True) -> None:
+        """together: whether the copies are to meet. Raises ValueError for variables that no launcher has set so."""
+
+        def number(name: str, otherwise: int) -> int:
+            text = environment.get(name, str(otherwise))
+            if not re.fullmatch("[0-9]{1,9}", text.strip()):
+                raise ValueError(f"the variable {name} is {text!r}; a launcher sets it to a number: unset it")
+            return int(text)
+
+        self.rank = number("RANK", 0)
+        self.size = number("WORLD_SIZE", 1)
+        self.local_rank = number("LOCAL_RANK", 0)  # on this machine
+        if not self.rank < self.size:
+            raise ValueError(f"the variable RANK is {self.rank} of WORLD_SIZE {self.size}: it counts from 0")
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        if self.size > 1 and together and missing:
+            raise ValueError(
+                f"the variable WORLD_SIZE is {self.size}, and {missing[0]}, where they meet, is not set: start them "
+                f"with torchrun --nproc-per-node {self.size} test.py ..., or unset WORLD_SIZE"
+            )
 
     @property
     def is_first(self) -> bool:
@@ -98,6 +115,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
+    from kandinsky.command_line import Once
+
     parser = Parser(
         description="Generate a video or a picture from a text prompt, and from a picture where the config says so.",
         epilog="Any value of the YAML can be overridden: python test.py --prompt '...' model.num_steps=20",
@@ -105,7 +124,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="the variant's YAML file")
     parser.add_argument("--prompt", help="what to show, what happens, or what to change")
-    parser.add_argument("--image", type=Path, help="the picture that a video begins with, or that is edited")
+    parser.add_argument(
+        "--image", type=Path, action=Once, help="the picture that a video begins with, or that is edited"
+    )
     parser.add_argument("--negative_prompt", help="what not to show; used where guidance is on")
     parser.add_argument(
         "--width", type=int, help="pixels, a multiple of 16; default: the config's, or the picture's shape"
@@ -137,8 +158,8 @@ def build_parser() -> Parser:
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help="instead of a prompt: .txt with one a line, or .csv or .jsonl with the column prompt and, as needed, "
-        "negative_prompt, seed, width, height, image, output",
+        help="instead of a prompt: .txt with one a line, or .csv, .tsv or .jsonl with the column prompt and, as "
+        "needed, negative_prompt, seed, width, height, image, output",
     )
     parser.add_argument("--resume", action="store_true", help="of a prompts file, leave out what is there already")
     parser.add_argument(
@@ -211,6 +232,13 @@ def config_for(args: argparse.Namespace) -> Config:
 
 def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
     """What flags ask of every request; arguments of `resolve_request`."""
+    from kandinsky.config import MIN_SECONDS
+
+    if args.video_duration is not None and 0 < args.video_duration < MIN_SECONDS:
+        raise ValueError(
+            f"--video_duration {args.video_duration:g} is too short: a video has at least 5 frames, "
+            f"{MIN_SECONDS:.2f} s; 0 makes a picture"
+        )
     return {
         "time_length": args.video_duration,
         "width": args.width,
@@ -397,6 +425,7 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
 def run_many(args: argparse.Namespace, launch: Launch) -> int:
     """Generate from every row of a file and print what is there; how many rows failed. Raises as `run` does."""
     from kandinsky import batch
+    from kandinsky.prompts_file import first_of
 
     for flag in ("prompt", "output_filename"):
         if getattr(args, flag) is not None:
@@ -441,13 +470,14 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
         failed = batch.failures_of_all_ranks(failed)
     if failed:
         print(f"error: {len(failed)} of {len(rows)} prompts failed; --resume tries them again", file=sys.stderr)
-        print(*(f"  {line}" for line in failed), sep="\n", file=sys.stderr)
+        print(*(f"  {line}" for line in first_of(failed)), sep="\n", file=sys.stderr)
     return len(failed)
 
 
 def processes(args: argparse.Namespace) -> tuple[int, int]:
     """Which process this is, and of how many that share a prompts file."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    launched = Launch(os.environ, together=False)
+    rank, world_size = launched.rank, launched.size
     if world_size > 1 and not args.data_parallel:
         raise ValueError(f"{world_size} processes for one prompts file: --data_parallel gives each a share")
     if args.data_parallel and "RANK" not in os.environ:
@@ -487,10 +517,14 @@ def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from kandinsky.command_line import show_every_character
+
+    show_every_character()
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else arguments
     # torch.distributed.launch adds the number that it also has in the environment, with a name like no flag of ours.
     args = parser.parse_intermixed_args([word for word in words if not word.startswith("--local-rank=")])
+    check_strays(parser, args, words)
     starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)
     if all(given is None for given in starts) and not args.plan:
         parser.error("the following arguments are required: --prompt")
@@ -510,13 +544,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     # Processes that share a file of prompts have nothing to do with each other.
-    launch = Launch(os.environ if args.prompts_file is None else {})
+    try:
+        launch = Launch(os.environ if args.prompts_file is None else {})
+    except ValueError as error:
+        return fail(Launch({}), error)
     who = f"rank {os.environ.get('RANK')}: " if args.data_parallel else ""
     level = logging.INFO if launch.is_first else logging.ERROR
     logging.basicConfig(level=level, format=f"{who}%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is ours to say
     from kandinsky.signals import stop_on_signals
 
     with stop_on_signals(launch.stopper):
@@ -586,11 +624,27 @@ def interrupted(stop: KeyboardInterrupt, args: argparse.Namespace, words: Sequen
     return launch.stopper.status
 
 
+def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Refuse words that are no overrides, and say what happened where they are text that lost its quotes."""
+    from kandinsky.command_line import without_quotes
+    from kandinsky.config import Config
+
+    sections = {field.name for field in dataclasses.fields(Config)}
+    keys = tuple(f"{section}." for section in sections)  # those of overrides that lack a value are told as such
+    strays = [word for word in args.overrides if "=" not in word and not word.startswith(keys)]
+    takes_text = [action for action in parser._actions if action.nargs is None and action.type in (None, Path)]
+    flags = [flag for action in takes_text for flag in action.option_strings]
+    if strays and (what := without_quotes(words, strays, flags)) is not None:
+        parser.error(what)
+
+
 def fail(launch: Launch, *mistakes: object) -> int:
+    from kandinsky.given import one_line
+
     if launch.size > 1:
         launch.processes.fail("; ".join(map(str, mistakes)), 2)
     for what in mistakes:
-        print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
+        print("error:", one_line(str(what)), file=sys.stderr)
     return 2
 
 

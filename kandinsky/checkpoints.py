@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from kandinsky.command_line import show_every_character
 from kandinsky.config import Config, DiTConfig, load_config
 from kandinsky.given import MISSING, shortened, why_no_file
 from kandinsky.headers import BITS as BITS
@@ -665,6 +666,7 @@ def size_text(size: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """python -m kandinsky.checkpoints PATH ...: prints the reports; 1 where something is wrong."""
+    show_every_character()
     parser = argparse.ArgumentParser(description="Say what weights are and what is wrong with them.")
     parser.add_argument("path", nargs="+", type=Path, help="a .safetensors file, a folder, or a whole repository")
     reports = [inspect(path) for path in parser.parse_args(arguments).path]

@@ -44,9 +44,16 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} nested without end"
 
 
+def one_line(text: str) -> str:
+    """`text` on one line, what a terminal would obey and not show as escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(text.split())
+    )
+
+
 def shortened(text: str) -> str:
-    """`text` on one line that a terminal can show, its middle left out where it is long."""
-    text = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(text.split()))
+    """`text` on one line, its middle left out where it is long."""
+    text = one_line(text)
     if len(text) <= LONGEST_SHOWN:
         return text
     half = LONGEST_SHOWN // 2

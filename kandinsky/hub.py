@@ -38,6 +38,7 @@ from kandinsky.checkpoints import (
     size_text,
 )
 from kandinsky.config import Config, load_config
+from kandinsky.given import shown
 from kandinsky.headers import read_header
 from kandinsky.untrusted import home_path, is_plain_name, reason
 
@@ -140,9 +141,10 @@ def choose(words: str, known: Mapping[str, Config]) -> list[str]:
             continue
         match = meant.get(word.lower()) or meant.get(model_name(word).lower())
         if match is None:
-            near = difflib.get_close_matches(word.lower(), meant, n=2) or list(known)
-            near = list(dict.fromkeys(meant[name.lower()] for name in near))
-            raise ValueError(f"unknown model {word!r}: did you mean {' or '.join(near)}? (--models list shows all)")
+            near = difflib.get_close_matches(word.lower()[:100], meant, n=len(meant), cutoff=0.01)
+            near = list(dict.fromkeys(meant[name.lower()] for name in near))[:3] or list(known)
+            names = f"{', '.join(near[:-1])} or {near[-1]}"
+            raise ValueError(f"unknown model {shown(word)}: did you mean {names}? (--models list shows all)")
         chosen.append(match)
     if not chosen:
         raise ValueError(f"--models is empty: choose from {', '.join(known)}, all or list")

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("attention", "prompts", "hub", "lora_file"),
     ("checkpoints", "sizes", "pictures", "layer_names"),  # request stands on sizes
     ("config", "headers", "prompts_file", "signals", "writing"),
-    ("yaml_files", "untrusted"),
+    ("yaml_files", "untrusted", "command_line"),
     ("given",),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -37,7 +37,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
     *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted", "records"),
-    *("prompts_file", "signals", "unfinished", "writing"),
+    *("prompts_file", "command_line", "signals", "unfinished", "writing"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

@@ -181,6 +181,13 @@ def test_an_unknown_name_is_told_with_those_that_are_near(stand_in, run, word, n
     assert not stand_in.requests
 
 
+def test_the_nearest_three_are_suggested(stand_in, run):
+    done = run("--models", "nope")
+    names = re.fullmatch(r"error: unknown model 'nope': did you mean (\S+), (\S+) or (\S+)\? .*", done.error.strip())
+    assert done.code == 2 and names is not None and set(names.groups()) <= set(hub.known_models())
+    assert len(set(names.groups())) == 3
+
+
 def test_an_empty_choice_is_an_error(run):
     done = run("--models", ",")
     assert done.code == 2 and "5s_sft" in done.error
