@@ -456,6 +456,8 @@ class Pipeline:
         require_finite_input("latents", saved.latents)
         watch = Stopwatch(dict(saved.records[0]["seconds"]), devices=self._devices())
         save_path = save_path if self.team.is_first else None
+        if save_path is not None:
+            remove_leftovers(Path(save_path).parent)
         return self.decode_and_write(saved.latents, to_uint8, saved.records, save_path, watch)
 
     # --- LoRA adapters ------------------------------------------------------------------------------------------------

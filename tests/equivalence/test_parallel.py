@@ -203,6 +203,38 @@ def decoded(name: str, team: Team | None, folder: Path) -> Tensor:
     return pixels
 
 
+@torch.no_grad()
+def without_memory(team: Team | None, folder: Path) -> Tensor:
+    """One process alone runs out of memory: in one of its tiles, then when it is done with all of them.
+
+    All go on with the same smaller tiles, and nobody waits for what another one has given up.
+    """
+    pipe = pipeline("t2i", team)
+    vae = dataclasses.replace(pipe.config.model.vae, spatial_tile=256 if team is None else 448, spatial_overlap=64)
+    pipe.config = dataclasses.replace(pipe.config, model=dataclasses.replace(pipe.config.model, vae=vae))
+    latents = torch.randn(1, 1, 64, 64, 16, generator=torch.Generator().manual_seed(2))
+    failures = [320, 448] if team is not None and team.processes.rank == team.size - 1 else []
+    tiles: list[int] = []
+    decoder, decode_tiles = pipe.vae.decoder.forward, pipe._decode_tiles
+
+    def starved(z: Tensor) -> Tensor:
+        if 448 in failures:
+            failures.remove(448)
+            raise torch.OutOfMemoryError("no room for a tile")
+        return decoder(z)
+
+    def finish(pixels: Tensor) -> Tensor:
+        if failures == [tiles[-1]]:
+            raise torch.OutOfMemoryError("no room for the whole")
+        return pixels
+
+    pipe.vae.decoder.forward = starved
+    pipe._decode_tiles = lambda z, tile, finish: tiles.append(tile) or decode_tiles(z, tile, finish)
+    pixels = pipe.decode(latents, finish)
+    assert tiles == ([256] if team is None else [448, 320, 256])
+    return pixels
+
+
 def random_seed(team: Team | None, folder: Path) -> Tensor:
     """The same in all processes, whatever it is; compared with nothing else."""
     return latents_of(pipeline("i2v", team), seed=None)
@@ -276,6 +308,7 @@ CASES: dict[str, Case] = {
     **{f"sharded: {name}": functools.partial(sharded, name) for name in SHARDED},
     "decode t2v": functools.partial(decoded, "t2v"),
     "decode t2i": functools.partial(decoded, "t2i"),
+    "without memory": without_memory,
     "random seed": random_seed,
     "interrupted": interrupted,
     "resumed": resumed,
@@ -283,7 +316,7 @@ CASES: dict[str, Case] = {
     "refused": refused,
 }
 WITH_BRANCHES = ("t2v", "magcache", "sharded: magcache", "i2i", "resumed")
-TO_THE_BIT = ("decode t2v", "decode t2i")
+TO_THE_BIT = ("decode t2v", "decode t2i", "without memory")
 
 
 # --- in several processes ---------------------------------------------------------------------------------------------

@@ -224,6 +224,31 @@ def test_every_mistake_is_told_and_no_folder_made(tmp_path: Path) -> None:
         plan(tmp_path, "a.csv", "prompt,output\nx,\ny,a.avi\n")
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ("x.png", "sub/../x.png", r"is that of row 1 \(line 2\) as well"),
+        ("x.png", "./x.png", r"is that of row 1"),
+        ("x.png", "x.PNG", r"are one file, or share one, of row 1"),
+        ("X.png", "x.png", r"are one file, or share one"),
+        ("\u00e9.png", "e\u0301.png", r"are one file, or share one"),
+        ("real/x.png", "link/x.png", r"are one file, or share one"),
+    ],
+)
+def test_one_output_under_two_names(tmp_path: Path, first: str, second: str, says: str) -> None:
+    (tmp_path / "out" / "real").mkdir(parents=True)
+    (tmp_path / "out" / "link").symlink_to("real")
+    with pytest.raises(RowMistakes, match=says):
+        plan(tmp_path, "a.csv", f"prompt,output\na,{first}\nb,{second}\n")
+
+
+@pytest.mark.parametrize("name", ["../x.png", "sub/../../x.png", "/tmp/x.png", "a/../../out2/x.png"])
+def test_outputs_outside_of_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RowMistakes, match=r"row 2 \(line 3\): its output .* is outside of .*/out: name a file in it"):
+        plan(tmp_path, "a.csv", f"prompt,output\na,\nb,{name}\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_wrong_for_all_rows_is_told_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^guidance_weight is -1"):
         plan(tmp_path, "a.txt", "a\nb\n", guidance_weight=-1)

@@ -21,6 +21,7 @@ from kandinsky.latents_file import load_latents
 from kandinsky.loading import PIPELINES
 from kandinsky.models.text_embedder import TextEmbeddings
 from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.stopwatch import Stopwatch
 
 
 @pytest.fixture(scope="module")
@@ -401,3 +402,22 @@ def test_all_calls_show_all_options_and_take_them_by_position() -> None:
     assert torch.equal(by_name, by_position)
     with pytest.raises(TypeError, match="'widht'"):
         pipe("a red cat", widht=32)
+
+
+def test_seconds_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's end is when its GPUs have done what was asked of them; CPUs have by then."""
+    clock, waited = [0.0], []
+
+    def synchronize(device: torch.device) -> None:
+        waited.append(device)
+        clock[0] += 5
+
+    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    gpu = torch.device("cuda", 1)
+    watch = Stopwatch(devices=[torch.device("cpu"), gpu])
+    with watch.stage("denoise"):
+        clock[0] += 1
+    assert watch.seconds == {"denoise": 6} and waited == [gpu]
+    with watch.stage("denoise"):
+        assert watch.so_far() == {"denoise": 11}

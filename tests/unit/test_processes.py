@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -162,3 +164,44 @@ def test_who_leaves_in_peace_is_not_missed(store: dist.TCPStore, caplog: pytest.
     third.leave()
     first.leave()
     assert not ends and not caplog.records
+
+
+def test_an_unexpected_error_is_told_with_its_traceback_and_its_process(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends: Ends = []
+    members = meet(store, 2, ends)
+    try:
+        raise RuntimeError("a bug of ours")
+    except RuntimeError as error:
+        with pytest.raises(SystemExit):
+            members[1].fail(error)
+    wait_for(ends, 2)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("error: process 1: a bug of ours\nTraceback ") and said.count("Traceback") == 1
+    assert said.endswith("RuntimeError: a bug of ours") and "test_processes.py" in said
+
+
+def test_who_is_interrupted_ends_the_others_through_the_first(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process gets the signal too, and what it then does ends the rest, without a word of any."""
+    ends: Ends = []
+    signals: list[int] = []
+    members = meet(store, 3, ends)
+
+    def first_is_interrupted(number: int) -> None:
+        signals.append(number)
+        threading.Thread(target=end_first).start()
+
+    def end_first() -> None:
+        with pytest.raises(SystemExit):
+            members[0].interrupted(130)
+
+    members[0]._interrupt = first_is_interrupted
+    with pytest.raises(SystemExit):
+        members[2].interrupted(143)
+    wait_for(ends, 3)
+    assert signals == [signal.SIGTERM]
+    assert sorted(ends)[0] == (0, 130) and (2, 143) in ends
+    assert not caplog.records
