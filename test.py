@@ -300,13 +300,14 @@ def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
 
 def planned_machine(args: argparse.Namespace) -> Machine:
     """The machine that flags describe, or this one."""
-    from kandinsky.plan import GB, Machine, host_memory
+    from kandinsky.host_memory import host_memory
+    from kandinsky.plan import GB, Machine
 
     for flag in ("memory_gb", "host_memory_gb"):
         if (size := getattr(args, flag)) is not None and not size > 0:
             raise ValueError(f"--{flag} is {size:g}; it must be more than 0 (GB of 2^30 bytes)")
     host = host_memory() if args.host_memory_gb is None else args.host_memory_gb * GB
-    if args.device == "cpu":
+    if args.device == "cpu" and args.dtype in (None, "float32"):  # which every CPU computes in; torch is not asked
         return Machine(host)
     if args.memory_gb is not None:
         return Machine(host, args.memory_gb * GB)

@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.config import Config, DiTConfig, load_config
-from kandinsky.loading import load_dit, load_pipeline
+from kandinsky.loading import load_dit, load_pipeline, machine_memory
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Inputs, Pipeline
-from kandinsky.plan import HOST_OF_CPU_RUN, Machine, Stage, make_plan, weight_files
+from kandinsky.plan import HOST_OF_CPU_RUN, Stage, make_plan, weight_files
 from kandinsky.request import Request, resolve_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement
 from kandinsky.runtime.quantization import require_scheme, save_checkpoint
@@ -193,7 +193,8 @@ def request_of(row: Row, config: Config) -> Request:
 def predicted(row: Row, folder: Path) -> dict[str, Stage]:
     """The plan's stages by name, on a machine where everything fits."""
     config = config_of(row, folder)
-    made = make_plan(config, request_of(row, config), Machine(2**40), weight_files(config), row.dtype)
+    machine = dataclasses.replace(machine_memory(torch.device("cpu")), host_memory=2**40)
+    made = make_plan(config, request_of(row, config), machine, weight_files(config), row.dtype)
     return {stage.name: stage for stage in made.stages}
 
 

@@ -38,6 +38,7 @@ from kandinsky.checkpoints import (
 )
 from kandinsky.config import Config, DiTConfig, check_processes, load_config, preset_file, with_settings
 from kandinsky.headers import open_tensors, read_header
+from kandinsky.host_memory import host_memory
 from kandinsky.lora_file import configured_loras
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.numerics import aligned
@@ -55,7 +56,7 @@ from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
-from kandinsky.plan import CUDA_CONTEXT, Machine, host_memory, num_evaluations, resolve_runtime
+from kandinsky.plan import CUDA_CONTEXT, Machine, num_evaluations, resolve_runtime
 from kandinsky.preview import load_latent_rgb
 from kandinsky.prompt_expansion import PromptExpander
 from kandinsky.request import Request
@@ -402,16 +403,33 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     return DTYPES[name]
 
 
+def convolves_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a VAE of this dtype is to convolve in float32, because this CPU has no arithmetic for it.
+
+    Without, oneDNN leaves such convolutions to PyTorch's fallbacks, which for a video take a hundred times as long and
+    three times the memory.
+    """
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if device.type != "cpu" or asked is None:
+        return False
+    return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, asked)())
+
+
 def dtype_name(dtype: str | torch.dtype) -> str:
     """ "bfloat16" for torch.bfloat16 and its other spellings."""
     return str(dtype).removeprefix("torch.")
 
 
 def machine_memory(device: torch.device) -> Machine:
-    """What there is to fit into: the host's memory, and what is free on the GPU if `device` is one."""
+    """What there is to fit into: the host's memory, and what is free on the GPU if `device` is one.
+
+    Free is also what PyTorch keeps without using it: of a pipeline that is gone, in a notebook that loads another.
+    """
     if device.type == "cpu":
-        return Machine(host_memory())
+        slow = tuple(name for name, dtype in DTYPES.items() if convolves_in_float32(dtype, device))
+        return Machine(host_memory(), float32_convolutions=slow)
     free, total = torch.cuda.mem_get_info(device)  # makes the context, if there was none
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return Machine(host_memory(), min(free + CUDA_CONTEXT, total))
 
 
@@ -555,6 +573,7 @@ def load_vae(
     vae.to(memory_format=memory_format)  # type: ignore[call-overload]
     if isinstance(vae, AutoencoderKLHunyuanVideo) and torch.device(device).type == "cpu":
         vae.convolve_by_frame()  # CPUs have fast kernels for 2-D convolutions only, GPUs for both
+    vae.convolve_in_float32(convolves_in_float32(dtype, torch.device(device)))
     return vae
 
 

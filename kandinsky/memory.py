@@ -83,6 +83,7 @@ class Models:
     vae_channels: tuple[int, ...]
     qwen_intermediate: int
     element_size: int  # bytes of a number in the dtype that is computed with
+    float32_convolutions: bool = False  # of the VAE, on a CPU that has no arithmetic in that dtype
 
     @property
     def text(self) -> Weights:
@@ -347,9 +348,9 @@ def text_activations(width: int, intermediate: int, tokens: int, element_size: i
     return int(6 * tokens * width * element_size + 2 * middle + max(2 * middle, weight))
 
 
-def encode_bytes(channels: tuple[int, ...], width: int, height: int, element_size: int) -> int:
-    """The VAE's peak in encoding a picture, at most.
+def encode_bytes(channels: tuple[int, ...], width: int, height: int, element_size: int, work: int) -> int:
+    """The VAE's peak in encoding a picture, at most; `work` is the bytes of a number that it convolves.
 
     In its first block: input, hidden, two padded copies, result; or input, hidden, and float32 twice while normalising.
     """
-    return channels[0] * width * height * max(5 * element_size, 2 * element_size + 2 * FLOAT32)
+    return channels[0] * width * height * (2 * element_size + max(3 * work, 2 * FLOAT32))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, floor, prod
@@ -36,7 +35,6 @@ HOST_OF_GPU_RUN = int(3 * GB)  # of the process besides weights: Python, torch, 
 # Measured: what is resident with everything imported.
 HOST_OF_CPU_RUN = int(0.4 * GB)
 
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 STREAM_BUFFERS = 2  # see runtime/block_swap.py
 CHUNK_TOKENS = 8192
 TEMPLATE_TOKENS = 129  # of the video template, the longest
@@ -63,6 +61,7 @@ class Machine:
     link: float = 22e9  # bytes from pinned memory to the GPU: PCIe 4 with 16 lanes
     files: float = 3e9  # bytes from memory-mapped files
     flops: float = 100e12  # bfloat16, of a fast consumer card
+    float32_convolutions: tuple[str, ...] = ()  # dtypes in whose place this CPU's VAE convolves in float32
 
     @property
     def words(self) -> str:
@@ -98,16 +97,6 @@ class Plan:
         """What was chosen, all of it without effect on the results."""
         runtime = self.config.runtime
         return {name: getattr(runtime, name) for name in ("offload", "blocks_on_gpu", "chunk_tokens")}
-
-
-def host_memory(limit_file: Path = CONTAINER_LIMIT) -> int:
-    """Bytes of this machine's memory, or of what its container may use of it."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = limit_file.read_text().strip()
-    except OSError:  # not in a container, or in one that is told otherwise
-        return installed
-    return min(installed, int(limit)) if limit.isdecimal() else installed  # "max": no limit
 
 
 def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[str, Path]:
@@ -157,7 +146,7 @@ def make_plan(config: Config, request: Request, machine: Machine, files: Mapping
 
     Raises ValueError for files that are damaged, for a dtype that there isn't, and for a budget that is too small.
     """
-    plan = _first_that_fits(config, request, machine, memory.models(config, files, element_size(dtype)))
+    plan = _first_that_fits(config, request, machine, models_in(dtype, config, files, machine))
     if plan.refusal is None:
         return plan
     return dataclasses.replace(plan, refusal=f"{plan.refusal}. {nearest(config, request, machine, files, dtype)}")
@@ -167,7 +156,7 @@ def plan_decoding(config: Config, request: Request, machine: Machine, files: Map
     """The plan for finishing a request whose latents are there: only the VAE is loaded. Errors are `make_plan`'s."""
     runtime = dataclasses.replace(type(config.runtime)(), offload="off")
     settled, none = dataclasses.replace(config, runtime=runtime), Weights(0, 0, 0)
-    models = memory.models(settled, {"vae": files["vae"]}, element_size(dtype))
+    models = models_in(dtype, settled, {"vae": files["vae"]}, machine)
     models = dataclasses.replace(models, qwen=none, writer=None, clip=none, dit=none, dit_block=0)
     planned = _with_vae_budget(settled, request, machine, models)
     stages = tuple(s for s in estimate(planned, request, machine, models) if s.name in ("decode", "write"))
@@ -184,6 +173,12 @@ def plan_decoding(config: Config, request: Request, machine: Machine, files: Map
         if refusal
         else None,
     )
+
+
+def models_in(dtype: str, config: Config, files: Mapping[str, Path], machine: Machine) -> Models:
+    """`memory.models` in a dtype, as this machine computes in it. Raises ValueError for a dtype that there isn't."""
+    models = memory.models(config, files, element_size(dtype))
+    return dataclasses.replace(models, float32_convolutions=dtype in machine.float32_convolutions)
 
 
 def element_size(dtype: str) -> int:
@@ -268,18 +263,18 @@ def nearest(config: Config, request: Request, machine: Machine, files: Mapping[s
     """What would fit instead, in words: the same with weights in fewer bits; smaller; shorter."""
     lighter: list[tuple[str, Config, Models]] = []
     as_stored = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dit_quantization=None))
-    in_file = memory.models(as_stored, files, ELEMENT_SIZES[dtype]).dit_quantization
-    can_write = memory.models(config, files, ELEMENT_SIZES[dtype]).writer is not None
+    in_file = models_in(dtype, as_stored, files, machine).dit_quantization
+    can_write = models_in(dtype, config, files, machine).writer is not None
     for runtime in ({}, *QUANTIZATIONS):
         if in_file is not None and "dit_quantization" in runtime:  # what is quantised already stays so
             continue
         flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in runtime.items()]
         for generation in ({}, {"expand_prompts": False}) if can_write else ({},):
             changed = with_settings(config, runtime=runtime, generation=generation)
-            of_changed = memory.models(changed, files, ELEMENT_SIZES[dtype])
+            of_changed = models_in(dtype, changed, files, machine)
             lighter.append((" ".join(flags + ["--expand_prompt off"] * bool(generation)), changed, of_changed))
     if dtype == "float32":
-        lighter.insert(1, ("--dtype bfloat16", config, memory.models(config, files, ELEMENT_SIZES["bfloat16"])))
+        lighter.insert(1, ("--dtype bfloat16", config, models_in("bfloat16", config, files, machine)))
 
     area, seconds = request.width * request.height, range((request.num_frames - 2) // FPS, 0, -1)
     sizes = sorted((size for size in config.generation.resolutions if prod(size) < area), key=prod, reverse=True)
@@ -351,7 +346,8 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         everything -= writer.size
     add("encode text", models.text.size, _encoding(config, request, models), files=text_files)
     if config.task in ("i2v", "i2i"):
-        picture = memory.encode_bytes(models.vae_channels, request.width, request.height, models.element_size)
+        work = memory.FLOAT32 if models.float32_convolutions else models.element_size
+        picture = memory.encode_bytes(models.vae_channels, request.width, request.height, models.element_size, work)
         add("encode image", models.vae.size, picture)
     add("denoise", dit_weights, _denoising(config, request, models, machine))
     pixels = _decoding(config, request, models).peak_bytes(tile_size(config, request, models))
@@ -363,7 +359,8 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
 
 def _decoding(config: Config, request: Request, models: Models) -> Decoding:
     vae, size = config.model.vae, (request.width, request.height, request.num_frames)
-    return Decoding(vae.name, models.vae_channels, models.element_size, *size, vae.spatial_overlap)
+    of_vae = (models.vae_channels, models.element_size)
+    return Decoding(vae.name, *of_vae, *size, vae.spatial_overlap, models.float32_convolutions)
 
 
 def tile_size(config: Config, request: Request, models: Models) -> int:

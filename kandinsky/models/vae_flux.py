@@ -28,14 +28,26 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+class Conv2d(nn.Conv2d):
+    """With `in_float32` products are float32's; what comes in, what goes out and the weights keep their dtype."""
+
+    in_float32 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.in_float32:
+            return super().forward(x)
+        assert self.bias is not None
+        return self._conv_forward(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=GROUP_NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=GROUP_NORM_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(silu(self.norm1(x)))
@@ -62,7 +74,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -77,15 +89,17 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = upcast(self.conv.weight)  # (C out, C in, 3, 3)
         for dim in (2, 3):
             a, b, c = kernel.unbind(dim)
             kernel = torch.stack((c, b + c, a + b, a), dim)
-        kernel = kernel.transpose(0, 1).to(x.dtype)  # (C in, C out, 4, 4)
-        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+        dtype = torch.float32 if self.conv.in_float32 else x.dtype
+        kernel = kernel.transpose(0, 1).to(dtype)  # (C in, C out, 4, 4)
+        assert self.conv.bias is not None
+        return F.conv_transpose2d(x.to(dtype), kernel, self.conv.bias.to(dtype), stride=2, padding=1).to(x.dtype)
 
 
 class DownBlock(nn.Module):
@@ -122,13 +136,13 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         last = len(channels) - 1
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(channels[max(i - 1, 0)], channels[i], layers, groups, i < last) for i in range(len(channels))
         )
         self.mid_block = MidBlock(channels[-1], groups, mid_attention)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=GROUP_NORM_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -150,14 +164,14 @@ class Decoder(nn.Module):
         super().__init__()
         last = len(channels) - 1
         deep_first = list(reversed(channels))
-        self.conv_in = nn.Conv2d(latent_channels, deep_first[0], 3, padding=1)
+        self.conv_in = Conv2d(latent_channels, deep_first[0], 3, padding=1)
         self.mid_block = MidBlock(deep_first[0], groups, mid_attention)
         self.up_blocks = nn.ModuleList(
             UpBlock(deep_first[max(i - 1, 0)], deep_first[i], layers + 1, groups, i < last)
             for i in range(len(channels))
         )
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=GROUP_NORM_EPS)
-        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -189,6 +203,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.scaling_factor = scaling_factor
         self.block_out_channels = tuple(block_out_channels)
+        self.float32_convolutions = False
         self.shift_factor = shift_factor
         self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 1)
         shared = (latent_channels, block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention)
@@ -207,3 +222,10 @@ class AutoencoderKL(nn.Module):
         """z (B, C, h, w) unscaled latents -> pixels (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         axes = tiling.spatial_axes(self.spatial_compression_ratio, decoding=True) if tiling else []
         return apply_tiled(self.decoder, z, axes, map_tiles)
+
+    def convolve_in_float32(self, enabled: bool = True) -> None:
+        """For CPUs that have no arithmetic in the VAE's dtype, where its convolutions take several times as long."""
+        self.float32_convolutions = enabled
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                module.in_float32 = enabled

@@ -122,17 +122,19 @@ def convolve(window: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequen
     return rearrange(out, "(b t) c h w -> b c t h w", t=frames)
 
 
-def new_video(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor of `shape`, its dtype, device and memory format as `like`'s."""
+def new_video(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of `shape` and `dtype`, its device and memory format as `like`'s."""
     channels_last = like.is_contiguous(memory_format=torch.channels_last_3d)
     memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 class CausalConv3d(nn.Module):
     """Convolution that pads by repeating the border: both sides in space, only the past in time.
 
-    With `by_frame` every time tap is a 2-D convolution and the taps are added up: the same sum in another order.
+    With `by_frame` every time tap is a 2-D convolution and the taps are added up: the same sum in another order. With
+    `in_float32` the products are float32's, of the few frames that it works on at a time; what comes in, what goes out
+    and the weights keep their dtype.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
@@ -140,6 +142,7 @@ class CausalConv3d(nn.Module):
         self.border = kernel // 2
         self.by_frame = False
         self.for_cpu = False
+        self.in_float32 = False
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
 
     def forward(self, x: Tensor, prepare: FrameOperation = unchanged, out: Tensor | None = None) -> Tensor:
@@ -148,20 +151,27 @@ class CausalConv3d(nn.Module):
         `out` is memory that the result may be written to, x itself where their shapes agree.
         """
         weight, bias, stride = self.conv.weight, self.conv.bias, self.conv.stride
+        dtype = self.dtype_inside(x)
         if x.shape[2] == 1:
             # The only frame is its own past: all taps see the same picture, so their sum is one tap.
-            weight = upcast(weight).sum(2, keepdim=True).to(weight.dtype)
+            weight = upcast(weight).sum(2, keepdim=True)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         frames_out = (x.shape[2] - 1) // stride[0] + 1
-        for begin, end, window in padded_windows(x, prepare, self.border, weight.shape[2], stride[0]):
+        frames_in = padded_windows(x, lambda frames: prepare(frames).to(dtype), self.border, weight.shape[2], stride[0])
+        for begin, end, window in frames_in:
             part = convolve(window, weight, bias, stride, self.is_by_frame(window))
             del window
             if part.shape[2] == frames_out:
-                return part
+                return part.to(x.dtype)
             if out is None:
-                out = new_video(part, (*part.shape[:2], frames_out, *part.shape[3:]))
+                out = new_video(part, (*part.shape[:2], frames_out, *part.shape[3:]), x.dtype)
             out[:, :, begin:end] = part
         assert out is not None
         return out
+
+    def dtype_inside(self, x: Tensor) -> torch.dtype:
+        """What products of x are computed in."""
+        return torch.float32 if self.in_float32 else x.dtype
 
     def is_by_frame(self, window: Tensor) -> bool:
         if torch.is_grad_enabled():
@@ -274,7 +284,7 @@ class Upsample(nn.Module):
     def _convolve_phases(self, x: Tensor) -> Tensor:
         batch, channels, frames, rows, columns = x.shape
         time, height, width = self.factor
-        conv = self.conv.conv
+        conv, dtype = self.conv.conv, self.conv.dtype_inside(x)
         weight = upcast(conv.weight)
         if frames == 1:
             time, weight = 1, weight.sum(2, keepdim=True)
@@ -282,18 +292,19 @@ class Upsample(nn.Module):
         for i, by_row in enumerate(phase_kernels(weight, 3, height)):
             for j, by_column in enumerate(phase_kernels(by_row, 4, width)):
                 # Both phases of time see the same frames: one convolution with twice the output channels.
-                kernels[i, j] = torch.cat(phase_kernels(by_column, 2, time)).to(x.dtype)
+                kernels[i, j] = torch.cat(phase_kernels(by_column, 2, time)).to(dtype)
         taps = next(iter(kernels.values())).shape[2]
-        bias = None if conv.bias is None else conv.bias.repeat(time)
+        bias = None if conv.bias is None else conv.bias.repeat(time).to(dtype)
 
         out = None
-        for begin, end, window in padded_windows(x, unchanged, border=1, taps=taps):
+        for begin, end, window in padded_windows(x, lambda frames: frames.to(dtype), border=1, taps=taps):
             for (i, j), kernel in kernels.items():
                 view = window[..., i : i + rows + kernel.shape[3] - 1, j : j + columns + kernel.shape[4] - 1]
                 phases = convolve(view, kernel, bias, conv.stride, self.conv.is_by_frame(view))
                 own, *earlier = phases.chunk(time, dim=1)
                 if out is None:
-                    out = new_video(own, (batch, channels, time * (frames - 1) + 1, height * rows, width * columns))
+                    size = (time * (frames - 1) + 1, height * rows, width * columns)
+                    out = new_video(own, (batch, channels, *size), x.dtype)
                 pixels = out[..., i::height, j::width]
                 pixels[:, :, time * begin : time * (end - 1) + 1 : time] = own
                 for phase in earlier:  # input frame n > 0 makes the output frames 2n - 1 and 2n
@@ -431,6 +442,7 @@ class AutoencoderKLHunyuanVideo(nn.Module):
         super().__init__()
         self.scaling_factor = scaling_factor
         self.block_out_channels = tuple(block_out_channels)
+        self.float32_convolutions = False
         self.spatial_compression_ratio = spatial_compression_ratio
         self.temporal_compression_ratio = temporal_compression_ratio
         factors = level_factors(len(block_out_channels), spatial_compression_ratio, temporal_compression_ratio)
@@ -468,6 +480,13 @@ class AutoencoderKLHunyuanVideo(nn.Module):
                 narrow = module.conv.in_channels % 32 != 0
                 module.by_frame = enabled and (narrow or module.conv.kernel_size == (1, 1, 1))
                 module.for_cpu = enabled
+
+    def convolve_in_float32(self, enabled: bool = True) -> None:
+        """For CPUs that have no arithmetic in the VAE's dtype, where its convolutions take a hundred times as long."""
+        self.float32_convolutions = enabled
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.in_float32 = enabled
 
     def _tiled_axes(self, tiling: VAETiling | None, decoding: bool) -> list[TiledAxis]:
         if tiling is None:

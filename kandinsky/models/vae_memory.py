@@ -1,9 +1,10 @@
 """How much memory decoding needs, as a formula, and the tile that fits into a budget.
 
 The formula counts the tensors that exist at once where a decoder's peak is: in the first block at full resolution. It
-depends on sizes, channels and the dtype and on nothing else, neither on the device nor on what happens to be free, so
-the same settings cut the same tiles and give the same pixels on every machine. On a CPU it is within 15 % of the
-measured peak; on a GPU kernels may want memory besides that it does not know of.
+depends on sizes, channels and dtypes and on nothing else, neither on the device nor on what happens to be free, so the
+same settings cut the same tiles and give the same pixels on every machine, but on CPUs that have no arithmetic in the
+dtype and convolve in float32. On a CPU it is within 15 % of the measured peak; on a GPU kernels may want memory besides
+that it does not know of.
 
 Knows numbers only, and no torch, so that a plan can be made before anything loads.
 """
@@ -17,6 +18,7 @@ from typing import Literal
 GB = 2**30  # bytes, as memory is sold
 
 RGB = 3
+FLOAT32 = 4  # bytes
 WINDOW_FRAMES = 17  # what videos are decoded in
 SMALLEST_TILE = 256  # pixels; of a smaller one too much is overlap
 TILE_STEP = 64
@@ -40,24 +42,29 @@ class Decoding:
     height: int
     num_frames: int  # 1 for a picture
     overlap: int  # of tiles, in pixels, at least
+    float32_convolutions: bool = False  # in place of some in a dtype that the CPU has no arithmetic for
 
     def tile_bytes(self, width: int, height: int, frames: int) -> int:
         """Bytes besides the weights at the peak of decoding one tile of one window."""
         pixels, size = width * height, self.element_size
         outer, inner = self.channels[0], self.channels[:2][-1]  # of the last block and of what comes into it
+        work = FLOAT32 if self.float32_convolutions else size  # of what a convolution sees and makes
+        cast = work if work > size else 0
         if self.vae == "flux":
             # First convolution: input, input normalised, result. Second: input, hidden, hidden normalised, result.
-            return max(2 * inner + outer, inner + 3 * outer) * pixels * size
+            first = 2 * inner * size + inner * cast + outer * work
+            second = (inner + 2 * outer) * size + outer * cast + outer * work
+            return max(first, second) * pixels
         if frames == 1:
             # Normalising: input, input in float32, result in float32. Convolution: input, two padded copies, result.
-            return max(inner * size + 2 * inner * 4, (3 * inner + outer) * size) * pixels
+            return (inner * size + max(2 * inner * FLOAT32, (2 * inner + outer) * work)) * pixels
         few = min(frames, max(LEAST_FRAMES_AT_ONCE, ELEMENTS_AT_ONCE // (inner * pixels)))
         # First convolution: input and result; a few padded frames with two of history, the same in the kernel's layout,
         # the history again; twice the few frames that come out.
-        convolution = (inner + outer) * frames + (2 * few + 6) * inner + 2 * few * outer
+        convolution = (inner + outer) * frames * size + ((2 * few + 6) * inner + 2 * few * outer) * work
         # Shortcut, where channels change: input, hidden, result; a few frames that go in, and twice what comes out.
-        shortcut = 0 if inner == outer else (inner + 2 * outer) * frames + few * (inner + 2 * outer)
-        return max(convolution, shortcut) * pixels * size
+        shortcut = 0 if inner == outer else (inner + 2 * outer) * (frames * size + few * work)
+        return max(convolution, shortcut) * pixels
 
     def peak_bytes(self, tile: int) -> int:
         """Bytes besides the weights at the peak of decoding all of it, in squares of `tile` pixels.

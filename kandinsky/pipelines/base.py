@@ -902,7 +902,8 @@ class Pipeline:
         vae, (frames, rows, columns) = self.config.model.vae, latents.shape[1:4]
         ratio = self.vae.spatial_compression_ratio
         size = columns * ratio, rows * ratio, FRAMES_PER_LATENT * (frames - 1) + 1
-        return Decoding(vae.name, self.vae.block_out_channels, dtype.itemsize, *size, vae.spatial_overlap)
+        of_vae = (self.vae.block_out_channels, dtype.itemsize)
+        return Decoding(vae.name, *of_vae, *size, vae.spatial_overlap, self.vae.float32_convolutions)
 
     def _decode_tiles(self, z: Tensor, tile: int, finish: Callable[[Tensor], Tensor]) -> Tensor:
         """Unscaled latents (1, C, T, H, W) -> finished pixels (1, 3, frames, height, width) on the CPU."""

@@ -30,14 +30,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "sizes", "pictures", "layer_names"),  # request stands on sizes
     ("config", "headers", "prompts_file", "signals", "writing"),
     ("yaml_files", "untrusted", "command_line"),
-    ("given",),
+    ("given", "host_memory"),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_TORCH = (
     *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
     *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted", "records"),
-    *("prompts_file", "command_line", "signals", "unfinished", "writing"),
+    *("prompts_file", "command_line", "signals", "unfinished", "writing", "host_memory"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky.models import vae_hunyuan
 from kandinsky.models.layers import gated_residual, modulated_norm
 from kandinsky.models.rope import apply_rotary, visual_rotary_table
+from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, ResnetBlock, Upsample
 
 TOLERANCE = 1e-5
@@ -35,6 +39,11 @@ def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value."""
     assert a.shape == b.shape
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def rms(a: Tensor, b: Tensor) -> float:
+    """Root mean square of the difference, over that of b."""
+    return ((a.float() - b).square().mean() / b.square().mean()).sqrt().item()
 
 
 def video(*shape: int) -> Tensor:
@@ -91,6 +100,46 @@ def test_decoding_with_autograd(frames: int) -> None:
     assert difference(fast, plain.detach()) <= TOLERANCE
     plain.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.decoder.parameters())
+
+
+@pytest.mark.parametrize("kind", ["video", "picture"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_convolutions_in_float32_of_what_is_stored_in_less(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No convolution of 3x3 is left in the smaller dtype, results keep it, and they are as near to float32's."""
+    vae: AutoencoderKLHunyuanVideo | AutoencoderKL
+    if kind == "video":
+        vae, pixels = build_vae(), video(1, 3, 9, 32, 48)
+        vae.convolve_by_frame(True)
+    else:
+        vae, pixels = (
+            AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8),
+            video(1, 3, 32, 48),
+        )
+    vae = vae.to(dtype)
+    pixels = pixels.to(dtype)
+    wide = copy.deepcopy(vae).float()
+    latents = vae.encode(pixels).mean
+    decoded = vae.decode(latents)
+
+    vae.convolve_in_float32()
+    dtypes = set()
+    for name in ("conv2d", "conv3d", "conv_transpose2d"):
+        original = getattr(F, name)
+
+        def watched(x: Tensor, weight: Tensor, *rest: Any, original: Any = original, **named: Any) -> Tensor:
+            if weight.shape[-1] > 1:
+                dtypes.update((x.dtype, weight.dtype))
+            return original(x, weight, *rest, **named)
+
+        monkeypatch.setattr(F, name, watched)
+    found = vae.encode(pixels).mean, vae.decode(latents)
+    assert dtypes == {torch.float32} and found[0].dtype == found[1].dtype == dtype
+    exact = wide.encode(pixels.float()).mean, wide.decode(latents.float())
+    for in_float32, plain, expected in zip(found, (latents, decoded), exact, strict=True):
+        assert rms(in_float32, expected) <= 1.05 * rms(plain, expected) < 0.03
 
 
 @torch.no_grad()

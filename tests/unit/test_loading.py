@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -451,3 +452,39 @@ def test_each_path_reaches_its_component(world: dict[str, Any], tmp_path: Path) 
         with pytest.raises(ValueError) as error:
             get_T2V_pipeline("cpu", **world | {name: tmp_path / "nothing"})
         assert_one_line(error, str(tmp_path / "nothing"))
+
+
+# --- what there is to compute with ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [("t2v", "hunyuan"), ("t2i", "flux")])
+def test_vae_where_the_processor_has_no_arithmetic_in_its_dtype(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VAE convolves in float32, and the plan of that machine counts it."""
+    cpu, folder = torch.device("cpu"), REPOSITORY / "assets" / "tiny" / {"t2v": "t2v", "t2i": "image"}[name] / "vae"
+    for native in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+        assert load_vae(folder, cpu, torch.bfloat16, kind).float32_convolutions is not native
+        assert ("bfloat16" in loading.machine_memory(cpu).float32_convolutions) is not native
+        assert not load_vae(folder, cpu, torch.float32, kind).float32_convolutions
+        assert not loading.convolves_in_float32(torch.bfloat16, torch.device("cuda"))
+
+
+def test_which_processors_have_no_arithmetic_in_bfloat16() -> None:
+    """As torch says, whose answer follows ONEDNN_MAX_CPU_ISA: one of the machines that .ci/run plays."""
+    asked_for = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    if asked_for != "AVX2" and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("this processor may have it")
+    assert loading.convolves_in_float32(torch.bfloat16, torch.device("cpu"))
+
+
+def test_what_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pipeline that is gone: else a notebook could load a large one only once."""
+    gb = 2**30
+    numbers = {"memory_reserved": 30 * gb, "memory_allocated": 2 * gb}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * gb, 48 * gb))
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+    found = loading.machine_memory(torch.device("cuda:0"))
+    assert found.gpu_memory == 38 * gb + loading.CUDA_CONTEXT and found.float32_convolutions == ()

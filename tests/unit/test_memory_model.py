@@ -223,14 +223,22 @@ class Decode:
 
     @property
     def predicted(self) -> int:
+        import torch
+
+        from kandinsky.loading import convolves_in_float32
+
         frames, rows, columns = self.latents
-        size = 4 if self.dtype == "float32" else 2
-        decoding = Decoding(self.vae, self.channels, size, 8 * columns, 8 * rows, 4 * frames - 3, 64)  # type: ignore
+        dtype = getattr(torch, self.dtype)
+        decoding = Decoding(
+            self.vae, self.channels, dtype.itemsize, 8 * columns, 8 * rows, 4 * frames - 3, 64,  # type: ignore
+            float32_convolutions=convolves_in_float32(dtype, torch.device("cpu")),
+        )  # fmt: skip
         return decoding.peak_bytes(self.tile)
 
     def prepare(self) -> tuple[Callable[[], object], Callable[[], object]]:
         import torch
 
+        from kandinsky.loading import convolves_in_float32
         from kandinsky.models.vae_flux import AutoencoderKL
         from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
         from kandinsky.models.vae_tiling import VAETiling
@@ -243,6 +251,7 @@ class Decode:
             vae.convolve_by_frame(True)
         else:
             vae.to(memory_format=torch.channels_last)
+        vae.convolve_in_float32(convolves_in_float32(dtype, torch.device("cpu")))
 
         def decode(*size: int) -> Callable[[], object]:
             latents = torch.randn(1, 16, *size[0 if is_video else 1 :]).to(dtype)

@@ -340,12 +340,28 @@ def test_prompts_are_written_out_where_that_is_wanted_and_can_be_done(tmp_path: 
     check_advice(config_of("5s_i2v"), plan)
 
 
-def test_memory_of_a_container(tmp_path: Path) -> None:
-    installed, limit = planning.host_memory(tmp_path / "none"), tmp_path / "memory.max"
-    assert installed > 2**28
-    for words, expected in (("max\n", installed), (f"{2**27}\n", 2**27), (f"{2**60}\n", installed)):
-        limit.write_text(words)
-        assert planning.host_memory(limit) == expected
+def test_convolutions_in_float32_are_counted() -> None:
+    """Where a CPU has no arithmetic in bfloat16: more than with it, less than all in float32, and tiles that fit."""
+
+    def activations(dtype: str, stage: str, task: str = "5s_i2v", **machine: Any) -> int:
+        config = config_of(task, None, "runtime.offload=off")
+        made = make_plan(config, default_request(config), Machine(256 * GB, **machine), {}, dtype)
+        return next(one.activations for one in made.stages if one.name == stage)
+
+    without = {"float32_convolutions": ("bfloat16", "float16")}
+    for stage in ("encode image", "decode"):
+        with_it, between, wide = (
+            activations("bfloat16", stage), activations("bfloat16", stage, **without), activations("float32", stage),
+        )  # fmt: skip
+        assert with_it < between < wide
+    assert activations("float32", "decode", **without) == wide
+    assert activations("bfloat16", "denoise", **without) == activations("bfloat16", "denoise")
+    # A budget is one for what is really taken.
+    config = config_of("5s_sft", None, "runtime.offload=on")
+    large = resolve_request(config, "a cat", width=1280, height=768)
+    small = make_plan(config, large, Machine(15.5 * GB, **without), {}, "bfloat16")
+    assert small.refusal is None and small.overrides
+    assert max(stage.host for stage in small.stages) <= 15.5 * GB
 
 
 def test_plan_for_decoding_alone() -> None:
