@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kandinsky.given import MISSING, shortened, why_no_file
+from kandinsky.given import shortened, why_no_file
 from kandinsky.untrusted import open_file, parse_json, reason
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
@@ -149,8 +149,8 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
 
 def why_absent(path: Path, what: str) -> str:
     """Why there is no `what` (a file, a folder) at a path, for people."""
-    if (why := why_no_file(path)) not in (None, MISSING) and not path.is_symlink() and not path.is_dir():
-        return str(why)
+    if path.exists() and not path.is_dir() and (why := why_no_file(path)):
+        return why
     try:
         path.stat()
     except OSError as error:
