@@ -148,6 +148,8 @@ def _config_values(
             raise ValueError(f"{error}, so it is not readable as the JSON config of an adapter") from None
         return _checked_values(values, str(given)), Path(given).name
     if given is not None:
+        if not isinstance(given, Mapping) and not hasattr(given, "to_dict"):
+            raise ValueError(f"adapter_config is {shown(given)}; give a JSON file, a dict, or peft's LoraConfig")
         return _checked_values(given if isinstance(given, Mapping) else given.to_dict(), "adapter_config"), "its config"
     if METADATA_KEY not in metadata:
         return None, None

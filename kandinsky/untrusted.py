@@ -36,13 +36,19 @@ def home_path(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path}: there is no user {Path(path).parts[0][1:]!r} on this machine") from None
+        raise ValueError(f"{named(path)}: there is no user {Path(path).parts[0][1:]!r} on this machine") from None
+
+
+def named(path: str | Path) -> str:
+    """A path as a message has it: whole, unless no terminal can show it or no file has such a name."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 1000 else shortened(text)
 
 
 def open_file(path: str | Path) -> BinaryIO:
     """The file, for reading. Raises ValueError where there is no regular file, OSError where it can't be opened."""
     if why := why_no_file(path):
-        raise ValueError(f"{path}: {why}")
+        raise ValueError(f"{named(path)}: {why}")
     # Without waiting, should somebody have put a FIFO there since.
     return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
 
@@ -52,7 +58,7 @@ def read_bytes(path: str | Path, limit: int = MAX_JSON_BYTES) -> bytes:
     with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"{path}: more than {limit:,} bytes, which no such file has")
+        raise ValueError(f"{named(path)}: more than {limit:,} bytes, which no such file has")
     return content
 
 
@@ -87,7 +93,7 @@ def read_json(path: str | Path, what: str | None = None) -> dict[str, Any]:
 
     Raises ValueError as `parse_json` and `read_bytes` do, and where it can't be read or is no object.
     """
-    what = what or str(path)
+    what = what or named(path)
     try:
         value = parse_json(read_bytes(path), what)
     except OSError as error:

@@ -17,6 +17,7 @@ of them and on every machine: FUZZ_CASE=i runs it alone.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -191,15 +192,15 @@ def spoiled_value(rng: Random, value: Any, nasty: tuple[Any, ...] = NASTY_VALUES
 
     nasty: what entries are replaced with, besides each other.
     """
-    value = json.loads(json.dumps(value))
+    value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         places = list(_places(value))
         if not places or rng.random() < 0.02:
-            return rng.choice(nasty)
+            return copy.deepcopy(rng.choice(nasty))
         holder, key = rng.choice(places)
         match rng.randrange(8):
             case 0 | 1 | 2 | 3:
-                holder[key] = rng.choice(nasty)
+                holder[key] = copy.deepcopy(rng.choice(nasty))
             case 4:
                 del holder[key]
             case 5:
@@ -208,7 +209,7 @@ def spoiled_value(rng: Random, value: Any, nasty: tuple[Any, ...] = NASTY_VALUES
                 holder[rng.choice(NASTY_TEXTS)] = holder.pop(key)
             case _:
                 other, there = rng.choice(places)
-                holder[key] = json.loads(json.dumps(other[there])) if _has(other, there) else None
+                holder[key] = copy.deepcopy(other[there]) if _has(other, there) else None
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,15 @@ from random import Random
 import pytest
 
 from tests.robustness import fuzzing
-from tests.robustness.fuzzing import assert_clear, clearly_refused, fuzz, spoiled_bytes, spoiled_json, spoiled_value
+from tests.robustness.fuzzing import (
+    NASTY_VALUES,
+    assert_clear,
+    clearly_refused,
+    fuzz,
+    spoiled_bytes,
+    spoiled_json,
+    spoiled_value,
+)
 
 
 def test_only_clear_lines_pass() -> None:
@@ -85,8 +94,10 @@ def test_what_waits_for_ever_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_spoiling_spoils_and_leaves_the_seed_alone() -> None:
     value = {"a": {"b": [1, 2, 3]}, "c": "text", "d": None}
     text = json.dumps(value)
+    before = copy.deepcopy(NASTY_VALUES)
     texts = {json.dumps(spoiled_value(Random(i), value)) for i in range(500)}
     assert len(texts) > 200
+    assert before == NASTY_VALUES  # a case must not depend on those before it
     assert json.dumps(value) == text
     assert len({spoiled_bytes(Random(i), text.encode()) for i in range(500)}) > 300
 
