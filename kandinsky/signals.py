@@ -22,8 +22,11 @@ REPEATED = 2.0  # seconds within which a launcher passes on the Ctrl-C that its 
 
 
 class Stoppable(Protocol):
-    is_denoising: bool
-    interrupt: bool
+    @property
+    def is_denoising(self) -> bool: ...
+
+    @property
+    def interrupt(self) -> bool: ...
 
     def stop(self) -> None: ...
 

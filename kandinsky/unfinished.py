@@ -20,15 +20,21 @@ from kandinsky.request import Request
 from kandinsky.writing import discard
 
 if TYPE_CHECKING:
-    from kandinsky.pipelines.base import Pipeline
+    from kandinsky.pipelines.base import Pipeline, StepCallback
 
 OF_SAMPLES = ("text", "negative_caption", "seed")
 
 
 def what_is_left(
-    pipeline: Pipeline, request: Request, image: Path | None, output: Path, progress: bool = True
+    pipeline: Pipeline,
+    request: Request,
+    image: Path | None,
+    output: Path,
+    progress: bool = True,
+    callback: StepCallback | None = None,
 ) -> Callable[[], None] | None:
     """What makes the rest of an output of one sample, where an earlier run has left latents or steps of it.
+    `callback` is for the steps that are left (see `Pipeline.resume`).
 
     None where there are none, or only of other wishes or settings; such files stay where they are. Raises ValueError
     where a file is damaged.
@@ -38,7 +44,7 @@ def what_is_left(
     if latents.exists() and _of_latents(latents_file.checked_records(latents)[0], wanted):
         return partial(_finish, pipeline, latents, output)
     if stopped.exists() and _of_run(resume.read_record(stopped), wanted):
-        return partial(_go_on, pipeline, stopped, output, progress)
+        return partial(_go_on, pipeline, stopped, output, progress, callback)
     return None
 
 
@@ -49,8 +55,8 @@ def _finish(pipeline: Pipeline, latents: Path, output: Path) -> None:
     discard(resume.stopped_path(output))  # of the same output, and earlier
 
 
-def _go_on(pipeline: Pipeline, stopped: Path, output: Path, progress: bool) -> None:
-    pipeline.resume(resume.load_run(stopped), output, progress)
+def _go_on(pipeline: Pipeline, stopped: Path, output: Path, progress: bool, callback: StepCallback | None) -> None:
+    pipeline.resume(resume.load_run(stopped), output, progress, callback)
     discard(stopped)
 
 

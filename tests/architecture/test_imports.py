@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # From the roof to the ground. A new file in kandinsky/ gets its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "batch"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
+    ("__init__", "batch", "serving"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
     ("loading",),
     ("unfinished",),
     ("pipelines", "runtime", "plan"),
@@ -35,7 +35,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_TORCH = (
-    *("__init__", "batch", "config", "checkpoints", "sizes", "prompts", "request", "media", "latents_file", "hub"),
+    *(
+        "__init__",
+        "batch",
+        "serving",
+        "config",
+        "checkpoints",
+        "sizes",
+        "prompts",
+        "request",
+        "media",
+        "latents_file",
+        "hub",
+    ),
     *("lora_file", "memory", "plan", "given", "yaml_files", "pictures", "headers", "untrusted", "records"),
     *("prompts_file", "command_line", "signals", "unfinished", "writing", "host_memory"),
 )

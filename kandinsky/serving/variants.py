@@ -1,0 +1,244 @@
+"""The models that a server has, each a config: which requests they take, what these come to, and how long they last.
+
+No torch: a request is checked, and what it will take is worked out, before anything that is loaded hears of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kandinsky.config import MAX_SECONDS, NABLA_PIXELS, PATCH_PIXELS, Config, split_lora, with_settings
+from kandinsky.given import as_whole, shortened, shown
+from kandinsky.lora_file import find_lora, read_lora
+from kandinsky.plan import Machine, Plan, default_request, forward_flops, make_plan, num_evaluations, weight_files
+from kandinsky.request import FPS, MAX_SEED, Request, recorded_request, resolve_request
+from kandinsky.serving.fields import FIELDS, split_size
+from kandinsky.serving.limits import Limits
+from kandinsky.untrusted import is_plain_name, reason
+
+NEEDS_PICTURE = ("i2v", "i2i")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A wish with nothing left open: one output of a model."""
+
+    model: str
+    request: Request
+    magcache: bool = False
+    loras: tuple[tuple[str, float], ...] = ()  # names in the server's folder, and scales
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A config under the name that clients use."""
+
+    name: str
+    config: Config
+    cache_dir: str = "./weights/"
+
+    @property
+    def makes_images(self) -> bool:
+        return self.config.task in ("t2i", "i2i")
+
+    @property
+    def needs_picture(self) -> bool:
+        return self.config.task in NEEDS_PICTURE
+
+    def with_magcache(self, wanted: bool) -> Config:
+        """The config that a job has. Raises ValueError where the model has not been measured for MagCache."""
+        if wanted == self.config.magcache.enabled:
+            return self.config
+        return with_settings(self.config, magcache={"enabled": wanted})
+
+    def plan(self, request: Request, machine: Machine, dtype: str | None, magcache: bool = False) -> Plan:
+        """What a request takes there. Raises ValueError as `make_plan` does."""
+        name = dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
+        return make_plan(
+            self.with_magcache(magcache), request, machine, weight_files(self.config, self.cache_dir), name
+        )
+
+    @cached_property
+    def default(self) -> Request:
+        return default_request(self.config)
+
+    def work(self, request: Request) -> tuple[float, float]:
+        """How much of it there is to denoise and how much else, in units that mean something beside each other only."""
+        flops = forward_flops(self.config, request) * num_evaluations(request)
+        return flops, float(request.width * request.height * request.num_frames)
+
+    def describe(self, loras: Sequence[str]) -> dict[str, Any]:
+        """What a client needs to know to ask well."""
+        generation, model = self.config.generation, self.config.model
+        nabla = model.attention.type == "nabla"
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "local",
+            "task": self.config.task,
+            "needs_picture": self.needs_picture,
+            "sizes": [f"{width}x{height}" for width, height in generation.resolutions],
+            "other_sizes": None if self.makes_images else {"multiple_of": NABLA_PIXELS if nabla else PATCH_PIXELS},
+            "max_seconds": 0 if self.makes_images else MAX_SECONDS,
+            "magcache": self.config.magcache.mag_ratios is not None,
+            "loras": list(loras),
+            "defaults": {
+                "size": f"{generation.width}x{generation.height}",
+                "seconds": generation.time_length,
+                "steps": model.num_steps,
+                "guidance": model.guidance_weight,
+                "negative_prompt": generation.negative_caption,
+                "scheduler_scale": self.config.metrics.scheduler_scale,
+                "magcache": self.config.magcache.enabled,
+            },
+        }
+
+
+def settings_of(request: Request, magcache: bool, loras: Iterable[tuple[str, float]]) -> dict[str, Any]:
+    """What makes an output again, under the names of the fields of a request."""
+    sample = request.samples[0]
+    return {
+        "prompt": sample.text,
+        "negative_prompt": sample.negative_caption,
+        "size": f"{request.width}x{request.height}",
+        "seconds": 0 if request.is_image else (request.num_frames - 1) / FPS,
+        "seed": sample.seed,
+        "steps": request.num_steps,
+        "guidance": request.guidance_weight,
+        "guidance_interval": list(request.guidance_interval),
+        "guidance_every": request.guidance_every,
+        "scheduler_scale": request.scheduler_scale,
+        "expand_prompt": request.expand_prompts,
+        "magcache": magcache,
+        "loras": [f"{name}:{scale:g}" for name, scale in loras],
+    }
+
+
+class Catalogue:
+    """All models of a server, and the adapters beside them."""
+
+    def __init__(self, variants: Sequence[Variant], lora_dir: Path | None = None, limits: Limits | None = None) -> None:
+        """Raises ValueError for two models of one name, and for none."""
+        self.variants = {variant.name: variant for variant in variants}
+        self.lora_dir, self.limits = lora_dir, limits or Limits()
+        if len(self.variants) != len(variants) or not variants:
+            raise ValueError(f"{len(variants)} configs with {len(self.variants)} names: give one or more, each once")
+
+    def __getitem__(self, name: str) -> Variant:
+        """Raises ValueError where there is none of that name."""
+        if name not in self.variants:
+            raise ValueError(f"there is no model {shown(name)}: choose one of {', '.join(self.variants)}")
+        return self.variants[name]
+
+    def loras(self) -> dict[str, Path]:
+        """The adapters that there are now, by name."""
+        if self.lora_dir is None or not self.lora_dir.is_dir():
+            return {}
+        found = sorted(path for path in self.lora_dir.iterdir() if path.is_dir() or path.suffix == ".safetensors")
+        return {path.stem if path.is_file() else path.name: path for path in found}
+
+    def orders(
+        self, fields: Mapping[str, Any], picture: tuple[int, int] | None, tasks: Sequence[str] = ()
+    ) -> list[Order]:
+        """What the fields of a request come to, an order for each output. `picture`: the size of the one that came.
+
+        tasks: what may be made; none: anything. Raises ValueError in the words of the command line.
+        """
+        variant = self._choose(fields, picture, tasks)
+        self._check_lengths(fields)
+        wishes = {FIELDS[name].wish: value for name, value in fields.items() if FIELDS[name].wish}
+        if (size := fields.get("size")) is not None and (sides := split_size(size)) is not None:
+            if wishes.keys() & {"width", "height"}:
+                raise ValueError("both size and width or height are given: leave one of them out")
+            wishes["width"], wishes["height"] = sides
+        count = as_whole(fields.get("n", 1))
+        if count is None or not 1 <= count <= self.limits.images:
+            raise ValueError(f"n is {shown(fields['n'])}; it must be a whole number from 1 to {self.limits.images}")
+        sizes = [] if picture is None else [picture]
+        text = fields.get("prompt")
+        if text is None:
+            raise ValueError("there is no prompt: say what to show")
+        request = resolve_request(variant.config, text, image_sizes=sizes, **wishes)  # type: ignore[arg-type]
+        pixels = request.width * request.height * request.num_frames
+        if pixels > self.limits.pixels:
+            raise ValueError(
+                f"{request.num_frames} frames of {request.width}x{request.height} are {pixels / 1e6:.0f} million "
+                f"pixels, and this server makes at most {self.limits.pixels / 1e6:.0f} in a job: ask for something "
+                "smaller or shorter"
+            )
+        loras = self._loras(fields.get("loras", []), variant)
+        magcache = fields.get("magcache", variant.config.magcache.enabled)
+        variant.with_magcache(magcache)  # or refused
+        order = Order(variant.name, request, magcache, loras)
+        return [_with_seed(order, i) for i in range(count)]
+
+    def _choose(self, fields: Mapping[str, Any], picture: tuple[int, int] | None, tasks: Sequence[str]) -> Variant:
+        name = fields.get("model")
+        if name is not None:
+            variant = self[name]
+            if tasks and variant.config.task not in tasks:
+                able = [one.name for one in self.variants.values() if one.config.task in tasks]
+                raise ValueError(
+                    f"{variant.name} is a model for {variant.config.task}, and this makes {' or '.join(tasks)}: "
+                    + (f"choose one of {', '.join(able)}" if able else "this server has no model for it")
+                )
+            return variant
+        able_variants = [
+            variant
+            for variant in self.variants.values()
+            if (not tasks or variant.config.task in tasks) and variant.needs_picture == (picture is not None)
+        ]
+        if not able_variants:
+            what = "with" if picture is not None else "without"
+            raise ValueError(f"this server has no model for that {what} a picture; it has {', '.join(self.variants)}")
+        return able_variants[0]
+
+    def _check_lengths(self, fields: Mapping[str, Any]) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = fields.get(name)
+            if isinstance(text, str) and len(text) > self.limits.prompt:
+                raise ValueError(
+                    f"the {name.replace('_', ' ')} has {len(text):,} characters, and at most {self.limits.prompt:,} "
+                    "are read: shorten it"
+                )
+
+    def _loras(self, given: Sequence[str], variant: Variant) -> tuple[tuple[str, float], ...]:
+        there = self.loras() if given else {}
+        found: dict[str, float] = {}
+        for text in given:
+            name, scale = split_lora(text)
+            if not is_plain_name(name) or name not in there:
+                known = ", ".join(there) or "none"
+                raise ValueError(f"there is no adapter {shown(name)}; this server has {known}")
+            if name in found:
+                raise ValueError(f"the adapter {shown(name)} is named twice: name each once")
+            read_lora(find_lora(there[name]), variant.config.model.dit_params)
+            found[name] = scale
+        return tuple(found.items())
+
+
+def _with_seed(order: Order, further: int) -> Order:
+    """The order of a later output of one request: seeds count up."""
+    (sample,) = order.request.samples
+    seed = ((sample.seed or 0) + further) % (MAX_SEED + 1)
+    request = dataclasses.replace(order.request, samples=(dataclasses.replace(sample, seed=seed),))
+    return dataclasses.replace(order, request=request)
+
+
+def request_from(values: Mapping[str, Any], config: Config) -> Request:
+    """What `dataclasses.asdict` made of a request and JSON kept. Raises ValueError where it is none of this config."""
+    try:
+        return recorded_request(values, config)
+    except ValueError as error:
+        raise ValueError(f"the job's settings are none of this model's any more: {reason(error)}") from None
+
+
+def model_name(path: str | Path) -> str:
+    """What a config is called by clients: configs/config_5s_sft.yaml -> 5s_sft."""
+    return shortened(Path(path).stem.removeprefix("config_"))
