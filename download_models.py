@@ -43,12 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from kandinsky.command_line import show_every_character
+    from kandinsky.common.command_line import show_every_character
 
     show_every_character()
     args = build_parser().parse_args(arguments)
-    from kandinsky import hub
-    from kandinsky.checkpoints import expected_dit_shapes
+    from kandinsky.checkpoints import hub
+    from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 
     try:
         known = hub.known_models()

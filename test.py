@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from kandinsky.cli.signals import Stopper
     from kandinsky.config import Config
-    from kandinsky.plan import Machine
+    from kandinsky.planning.plan import Machine
     from kandinsky.request import Request
-    from kandinsky.signals import Stopper
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
 # Flags that stand for a value of the YAML: flag -> (key, help).
@@ -102,7 +102,7 @@ class Launch:
     @cached_property
     def stopper(self) -> Stopper:
         """What signals come to; it is to know the pipeline."""
-        from kandinsky.signals import Stopper
+        from kandinsky.cli.signals import Stopper
 
         return Stopper(self.size > 1, self.is_first)
 
@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    from kandinsky.command_line import Once
+    from kandinsky.common.command_line import Once
 
     parser = Parser(
         description="Generate a video or a picture from a text prompt, and from a picture where the config says so.",
@@ -255,7 +255,7 @@ def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> str:
     """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
-    from kandinsky.plan import make_plan, plan_decoding, report, weight_files
+    from kandinsky.planning.plan import make_plan, plan_decoding, report, weight_files
 
     if args.decode_latents is not None:
         make = plan_decoding
@@ -274,7 +274,7 @@ def plan(args: argparse.Namespace) -> str:
 
 def asked(args: argparse.Namespace) -> tuple[Config, Request]:
     """What flags ask for; where they name no prompt and no picture, of any prompt, and a picture of the usual size."""
-    from kandinsky import media
+    from kandinsky.outputs import media
     from kandinsky.request import resolve_request
 
     config = config_for(args)
@@ -287,9 +287,9 @@ def asked(args: argparse.Namespace) -> tuple[Config, Request]:
 
 def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
     """What a run that died was for, as far as its decoding goes."""
-    from kandinsky import latents_file
-    from kandinsky.plan import default_request
-    from kandinsky.records import recorded_config
+    from kandinsky.outputs import latents_file
+    from kandinsky.outputs.records import recorded_config
+    from kandinsky.planning.plan import default_request
 
     records = latents_file.checked_records(args.decode_latents)
     config = recorded_config(records[0], overrides_of(args), args.decode_latents, decoding=True)
@@ -300,8 +300,9 @@ def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
 
 def planned_machine(args: argparse.Namespace) -> Machine:
     """The machine that flags describe, or this one."""
-    from kandinsky.host_memory import host_memory
-    from kandinsky.plan import GB, Machine
+    from kandinsky.common.host_memory import host_memory
+    from kandinsky.models.vae_memory import GB
+    from kandinsky.planning.plan import Machine
 
     for flag in ("memory_gb", "host_memory_gb"):
         if (size := getattr(args, flag)) is not None and not size > 0:
@@ -311,7 +312,7 @@ def planned_machine(args: argparse.Namespace) -> Machine:
         return Machine(host)
     if args.memory_gb is not None:
         return Machine(host, args.memory_gb * GB)
-    from kandinsky.loading import machine_memory
+    from kandinsky.loading.assemble import machine_memory
     from kandinsky.runtime.placement import parse_device_map
 
     return dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
@@ -324,7 +325,7 @@ def download(args: argparse.Namespace, config: Config, launch: Launch) -> None:
     """
     if not args.download:
         return
-    from kandinsky import hub
+    from kandinsky.checkpoints import hub
 
     def fetch() -> None:
         hub.download(hub.sources(config, args.cache_dir, only_missing=True), args.cache_dir, args.hf_token)
@@ -340,8 +341,9 @@ def download(args: argparse.Namespace, config: Config, launch: Launch) -> None:
 
 def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
-    from kandinsky import latents_file, lora_file, media
+    from kandinsky.checkpoints import lora_file
     from kandinsky.config import check_processes
+    from kandinsky.outputs import latents_file, media
     from kandinsky.request import resolve_request
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
@@ -365,7 +367,7 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
         lora_file.configured_loras(config, args.cache_dir)
 
         download(args, config, launch)
-        from kandinsky.loading import load_pipeline
+        from kandinsky.loading.assemble import load_pipeline
         from kandinsky.pipelines.base import Inputs
 
         pipeline = launch.stopper.pipeline = load_pipeline(
@@ -384,11 +386,11 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
 
 def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Go on with a run that was stopped while denoising; return the path of the result."""
-    from kandinsky import media
-    from kandinsky import resume as stopped
+    from kandinsky.common.writing import Kept, discard
     from kandinsky.config import check_processes
-    from kandinsky.records import recorded_config
-    from kandinsky.writing import Kept, discard
+    from kandinsky.outputs import media
+    from kandinsky.outputs import resume as stopped
+    from kandinsky.outputs.records import recorded_config
 
     record = stopped.read_record(args.resume_from)
     config = recorded_config(record, overrides_of(args), args.resume_from, decoding=False)
@@ -399,7 +401,7 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
         output = args.output_filename or stopped.output_path(args.resume_from, suffix)
         media.check_writable(output, suffix)
 
-    from kandinsky.loading import load_pipeline
+    from kandinsky.loading.assemble import load_pipeline
 
     run = stopped.load_run(args.resume_from)
     pipeline = launch.stopper.pipeline = load_pipeline(
@@ -425,8 +427,8 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
 
 def run_many(args: argparse.Namespace, launch: Launch) -> int:
     """Generate from every row of a file and print what is there; how many rows failed. Raises as `run` does."""
-    from kandinsky import batch
-    from kandinsky.prompts_file import first_of
+    from kandinsky.serving import batch
+    from kandinsky.serving.prompts_file import first_of
 
     for flag in ("prompt", "output_filename"):
         if getattr(args, flag) is not None:
@@ -444,7 +446,7 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
     failed = []
     if jobs:
         download(args, config, Launch({}))  # by every process for itself
-        from kandinsky.loading import device_of_rank, load_pipeline, spread_over
+        from kandinsky.loading.assemble import device_of_rank, load_pipeline, spread_over
 
         is_local = args.data_parallel and args.device in (None, "cuda")
         device = device_of_rank(int(os.environ.get("LOCAL_RANK", rank))) if is_local else args.device
@@ -495,9 +497,9 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
 
 def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Decode and write what a run that died had denoised; return the path of the result."""
-    from kandinsky import latents_file, media
-    from kandinsky.records import recorded_config
-    from kandinsky.writing import discard
+    from kandinsky.common.writing import discard
+    from kandinsky.outputs import latents_file, media
+    from kandinsky.outputs.records import recorded_config
 
     record = latents_file.checked_records(args.decode_latents)[0]
     config = recorded_config(record, overrides_of(args), args.decode_latents, decoding=True)
@@ -506,7 +508,7 @@ def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
         suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX
         output = args.output_filename or latents_file.output_path(args.decode_latents, suffix)
         media.check_writable(output, suffix)
-    from kandinsky.loading import load_for_decoding
+    from kandinsky.loading.assemble import load_for_decoding
 
     pipeline = load_for_decoding(
         config, args.device, cache_dir=args.cache_dir, dtype=args.dtype, processes=launch.processes
@@ -518,7 +520,7 @@ def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from kandinsky.command_line import show_every_character
+    from kandinsky.common.command_line import show_every_character
 
     show_every_character()
     parser = build_parser()
@@ -556,7 +558,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is ours to say
-    from kandinsky.signals import stop_on_signals
+    from kandinsky.cli.signals import stop_on_signals
 
     with stop_on_signals(launch.stopper):
         return work_on(work, args, words, launch)
@@ -600,8 +602,8 @@ def work_on(
 
 def interrupted(stop: KeyboardInterrupt, args: argparse.Namespace, words: Sequence[str], launch: Launch) -> int:
     """Say what there is and how to go on from it; the exit status."""
-    from kandinsky.resume import Stopped
-    from kandinsky.writing import Kept
+    from kandinsky.common.writing import Kept
+    from kandinsky.outputs.resume import Stopped
 
     file = args.decode_latents or args.resume_from
     if isinstance(stop, Kept) and args.prompts_file is None:
@@ -627,7 +629,7 @@ def interrupted(stop: KeyboardInterrupt, args: argparse.Namespace, words: Sequen
 
 def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str]) -> None:
     """Refuse words that are no overrides, and say what happened where they are text that lost its quotes."""
-    from kandinsky.command_line import without_quotes
+    from kandinsky.common.command_line import without_quotes
     from kandinsky.config import Config
 
     sections = {field.name for field in dataclasses.fields(Config)}
@@ -640,7 +642,7 @@ def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str])
 
 
 def fail(launch: Launch, *mistakes: object) -> int:
-    from kandinsky.given import one_line
+    from kandinsky.common.given import one_line
 
     if launch.size > 1:
         launch.processes.fail("; ".join(map(str, mistakes)), 2)

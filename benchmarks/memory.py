@@ -36,9 +36,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from kandinsky.checkpoints import expected_dit_shapes
+from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.config import DiTConfig
-from kandinsky.loading import dit_parts, host_weights, load_dit
+from kandinsky.loading.assemble import dit_parts, host_weights, load_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.offload import OffloadPlacement

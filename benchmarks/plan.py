@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.config import Config, DiTConfig, load_config
-from kandinsky.loading import load_dit, load_pipeline, machine_memory
+from kandinsky.loading.assemble import load_dit, load_pipeline, machine_memory
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Inputs, Pipeline
-from kandinsky.plan import HOST_OF_CPU_RUN, Stage, make_plan, weight_files
+from kandinsky.planning.plan import HOST_OF_CPU_RUN, Stage, make_plan, weight_files
 from kandinsky.request import Request, resolve_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement
 from kandinsky.runtime.quantization import require_scheme, save_checkpoint

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from kandinsky.given import as_number, as_whole, shortened, shown
+from kandinsky.common.given import as_number, as_whole, shortened, shown
 from kandinsky.yaml_files import read_yaml, with_overrides
 
 logger = logging.getLogger(__name__)

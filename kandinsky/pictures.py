@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from kandinsky.given import MISSING, shortened, why_no_file
+from kandinsky.common.given import MISSING, shortened, why_no_file
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kandinsky.common.given import as_number, as_whole, shown
 from kandinsky.config import MAX_PATCHES, MAX_SECONDS, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS, Config
-from kandinsky.given import as_number, as_whole, shown
 from kandinsky.sizes import check_picture, size_for_image, size_for_video
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kandinsky.given import shortened, shown, why_no_file
+from kandinsky.common.given import shortened, shown, why_no_file
 
 KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 

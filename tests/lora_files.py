@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kandinsky.checkpoints import expected_dit_shapes
+from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.config import DiTConfig
 
 

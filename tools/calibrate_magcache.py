@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky.writing import atomic_path
+from kandinsky.common.writing import atomic_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
 
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> list[float]:
     """Measure, print and, where asked to, write; returns the ratios."""
     import kandinsky
     from kandinsky.runtime.magcache import skip_plan
-    from kandinsky.sampler import uses_guidance
+    from kandinsky.sampling.sampler import uses_guidance
 
     # What is measured is the plain run: without a cache, and every evaluation with the one before it a step away.
     plain = ["magcache.enabled=false", "model.guidance_interval=[0,1]", "model.guidance_every=1"]

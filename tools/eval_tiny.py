@@ -305,7 +305,7 @@ def evaluate_vae(
     """
     import torch
 
-    from kandinsky.models.vae_hunyuan import VAETiling
+    from kandinsky.models.vae_tiling import VAETiling
 
     parameter = next(vae.parameters())
     tiling = VAETiling() if video else None

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kandinsky import media
 from kandinsky.config import load_config
-from kandinsky.loading import load_vae, locate_weights
-from kandinsky.preview import FILE
+from kandinsky.loading.assemble import load_vae, locate_weights
+from kandinsky.outputs import media
+from kandinsky.outputs.preview import FILE
 from kandinsky.request import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from tools import tiny_world
 

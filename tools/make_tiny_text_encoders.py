@@ -37,8 +37,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from kandinsky.models.text_embedder import TextEmbedder
-from kandinsky.prompts import get_template, prefix_length
+from kandinsky.text.embedder import TextEmbedder
+from kandinsky.text.prompts import get_template, prefix_length
 
 QWEN_FOLDER, CLIP_FOLDER = "text_encoder", "text_encoder2"
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")

@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def quantize(args: argparse.Namespace) -> tuple[int, int]:
     """Write the file; returns the bytes of tensors and headers read and written. Raises ValueError as loading does."""
-    from kandinsky.checkpoints import find_weights, missing_weights_message, resolve_path
+    from kandinsky.checkpoints.files import find_weights, missing_weights_message, resolve_path
     from kandinsky.config import load_config
 
     if args.output.suffix != ".safetensors" or args.output.exists():
@@ -42,7 +42,7 @@ def quantize(args: argparse.Namespace) -> tuple[int, int]:
     if not path.exists():
         raise ValueError(missing_weights_message(path, config))
 
-    from kandinsky.loading import load_dit, resolve_dtype
+    from kandinsky.loading.assemble import load_dit, resolve_dtype
     from kandinsky.runtime.quantization import save_checkpoint
 
     dtype = resolve_dtype(args.dtype, "cpu")

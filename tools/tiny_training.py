@@ -20,9 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import Config
-from kandinsky.loading import KEEP_PRECISION, load_text_encoders
+from kandinsky.loading.assemble import KEEP_PRECISION, load_text_encoders
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
-from kandinsky.models.text_embedder import TextEmbedder
+from kandinsky.text.embedder import TextEmbedder
 
 log = logging.getLogger("train_tiny")
 LATENT_NOISE = 0.1  # std of the noise on the latent mean, in place of a KL term; also the exported posterior's std

@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kandinsky.config import Config, load_config
-from kandinsky.media import halve_image
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.outputs.media import halve_image
+from kandinsky.text.embedder import TextEmbedder
+from kandinsky.text.embeddings import TextEmbeddings
 from tools import tiny_world
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
 from tools.tiny_training import (

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from kandinsky.attention.block_sparse import masked_dense
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import load_config
-from kandinsky.loading import load_dit, load_vae
+from kandinsky.loading.assemble import load_dit, load_vae
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
-from kandinsky.models.text_embedder import TextEmbedder
-from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.text.embedder import TextEmbedder
 from tools import tiny_world
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
 from tools.tiny_training import (

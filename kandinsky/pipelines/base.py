@@ -26,28 +26,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kandinsky import media
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.conditioning import (
-    Conditioning,
-    draw_noise,
-    from_first_frame,
-    from_source,
-    from_text,
-    normalize_first_frames,
-)
+from kandinsky.checkpoints.lora_file import AdapterConfig
+from kandinsky.common.writing import remove_leftovers, write_somewhere
 from kandinsky.config import Config, config_to_dict
-from kandinsky.latents_file import SavedLatents
-from kandinsky.latents_file import on_disk as latents_on_disk
-from kandinsky.lora_file import AdapterConfig
 from kandinsky.models.dit import DiffusionTransformer3D, Execution, RequestTables, RunBlocks
 from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import text_rotary_table
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import MapTiles, VAETiling
+from kandinsky.outputs import media
+from kandinsky.outputs.latents_file import SavedLatents
+from kandinsky.outputs.latents_file import on_disk as latents_on_disk
+from kandinsky.outputs.preview import LatentRGB, Previews
+from kandinsky.outputs.records import check_outputs
+from kandinsky.outputs.resume import Stopped, StoppedRun, save_run, stopped_path
 from kandinsky.pipelines.calls import (
     check_callback,
     check_latents,
@@ -57,13 +52,16 @@ from kandinsky.pipelines.calls import (
 )
 from kandinsky.pipelines.culprits import blame, require_finite_input, require_finite_latents
 from kandinsky.pipelines.stopwatch import Stopwatch
-from kandinsky.preview import LatentRGB, Previews
-from kandinsky.prompt_expansion import PromptExpander
-from kandinsky.prompts import check_prompts
-from kandinsky.records import check_outputs
 from kandinsky.request import FPS, FRAMES_PER_LATENT, Request, resolve_request, warn_about_size
-from kandinsky.resume import Stopped, StoppedRun, save_run, stopped_path
-from kandinsky.sampler import (
+from kandinsky.sampling.conditioning import (
+    Conditioning,
+    draw_noise,
+    from_first_frame,
+    from_source,
+    from_text,
+    normalize_first_frames,
+)
+from kandinsky.sampling.sampler import (
     NUM_TRAIN_TIMESTEPS,
     Branch,
     Guidance,
@@ -75,7 +73,9 @@ from kandinsky.sampler import (
     uses_guidance,
 )
 from kandinsky.sizes import check_picture, size_for_image
-from kandinsky.writing import remove_leftovers, write_somewhere
+from kandinsky.text.embeddings import PromptEncoder, TextEmbeddings
+from kandinsky.text.expansion import PromptExpander
+from kandinsky.text.prompts import check_prompts
 
 if TYPE_CHECKING:
     from PIL import Image

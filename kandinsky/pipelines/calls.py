@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from kandinsky.given import shown
-from kandinsky.models.text_embedder import TextEmbeddings
+from kandinsky.common.given import shown
 from kandinsky.pipelines.culprits import require_finite_input
+from kandinsky.text.embeddings import TextEmbeddings
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

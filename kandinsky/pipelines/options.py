@@ -17,8 +17,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from kandinsky.models.text_embedder import TextEmbeddings
 from kandinsky.pipelines.base import StepCallback
+from kandinsky.text.embeddings import TextEmbeddings
 
 
 class CallOptions(TypedDict, total=False):

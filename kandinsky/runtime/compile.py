@@ -33,7 +33,7 @@ from kandinsky.config import ModelConfig
 from kandinsky.models.dit import Execution
 from kandinsky.models.layers import VisualBlock
 from kandinsky.models.rope import RotaryTable
-from kandinsky.sampler import uses_guidance
+from kandinsky.sampling.sampler import uses_guidance
 
 logger = logging.getLogger(__name__)
 

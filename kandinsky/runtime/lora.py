@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kandinsky.checkpoints.headers import open_tensors
+from kandinsky.checkpoints.lora_file import AdapterConfig, LoraFile, read_lora
+from kandinsky.common.given import as_number, shown
 from kandinsky.config import DiTConfig
-from kandinsky.given import as_number, shown
-from kandinsky.headers import open_tensors
-from kandinsky.lora_file import AdapterConfig, LoraFile, read_lora
 from kandinsky.models.numerics import is_finite
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.quantization import LowRank, QuantizedLinear, add_low_rank

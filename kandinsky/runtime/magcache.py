@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kandinsky.config import MagCacheConfig
 from kandinsky.models.dit import BlockInputs, RunBlocks
-from kandinsky.sampler import Branch
+from kandinsky.sampling.sampler import Branch
 
 
 def skip_plan(

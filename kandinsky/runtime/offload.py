@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings
+from kandinsky.text.embedder import TextEmbedder
+from kandinsky.text.embeddings import TextEmbeddings
 
 if TYPE_CHECKING:
     from PIL import Image

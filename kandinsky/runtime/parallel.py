@@ -30,9 +30,9 @@ from kandinsky.attention.block_sparse import BLOCK_TOKENS
 from kandinsky.attention.engines import Attention
 from kandinsky.models.dit import BlockInputs, RunBlocks
 from kandinsky.models.rope import RotaryTable
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
 from kandinsky.runtime.processes import Processes, Value
-from kandinsky.sampler import Branch, Guidance, Velocity
+from kandinsky.sampling.sampler import Branch, Guidance, Velocity
+from kandinsky.text.embeddings import PromptEncoder, TextEmbeddings
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -23,9 +23,9 @@ import torch
 import transformers
 
 from kandinsky import __version__
-from kandinsky.models.text_embedder import PromptEncoder, TextEmbeddings
-from kandinsky.prompts import check_prompts, get_template
-from kandinsky.writing import remove_leftovers
+from kandinsky.common.writing import remove_leftovers
+from kandinsky.text.embeddings import PromptEncoder, TextEmbeddings
+from kandinsky.text.prompts import check_prompts, get_template
 
 if TYPE_CHECKING:
     from PIL import Image

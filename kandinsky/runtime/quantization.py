@@ -23,17 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky.checkpoints import (
+from kandinsky.checkpoints.dit_layout import (
     INT8_GROUP,
     NF4_GROUP,
-    Header,
     is_quantizable,
     quantization_from_header,
     quantized_layers,
     quantized_parts,
 )
+from kandinsky.checkpoints.headers import Header
+from kandinsky.common.writing import save_tensors
 from kandinsky.models.numerics import is_finite
-from kandinsky.writing import save_tensors
 
 DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from kandinsky.headers import open_tensors, read_header
+from kandinsky.checkpoints.headers import open_tensors, read_header
 from kandinsky.models.dit import DiffusionTransformer3D
 
 

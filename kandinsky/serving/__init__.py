@@ -1,1 +1,1 @@
-"""What answers requests for as long as it runs: an engine with pipelines that stay loaded, and the ways in to it."""
+"""Many requests: files of prompts, and an engine with pipelines that stay loaded, with the ways in to it."""

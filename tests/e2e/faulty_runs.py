@@ -33,7 +33,7 @@ CTRL_C = "os.kill(os.getpid(), signal.SIGINT) if len(calls) == {at} else None\n 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 # stage -> (module, the object that has the function, the function)
 STAGES = {
-    "load": ("kandinsky.loading", "module", "load_vae"),
+    "load": ("kandinsky.loading.assemble", "module", "load_vae"),
     "encode": ("kandinsky.pipelines.base", "module.Pipeline", "condition"),
     "denoise": ("kandinsky.pipelines.base", "module", "euler_sample"),
     "step": ("kandinsky.models.dit", "module.DiffusionTransformer3D", "forward"),

@@ -556,7 +556,7 @@ def test_out_of_memory_is_told_and_bugs_are_not_hidden(
 
 
 def break_loading(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    from kandinsky import loading
+    from kandinsky.loading import assemble as loading
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise error

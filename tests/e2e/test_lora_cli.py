@@ -87,8 +87,8 @@ def test_mistakes_are_told_before_anything_loads(
 ) -> None:  # fmt: skip
     """In one line: neither a download nor the weights are waited for."""
     write_lora(folder / "wrong.safetensors", DIT, prefix="text_encoder.")
-    monkeypatch.setitem(sys.modules, "kandinsky.loading", None)  # whoever imports it fails otherwise
-    monkeypatch.setitem(sys.modules, "kandinsky.hub", None)
+    monkeypatch.setitem(sys.modules, "kandinsky.loading.assemble", None)  # whoever imports it fails otherwise
+    monkeypatch.setitem(sys.modules, "kandinsky.checkpoints.hub", None)
     monkeypatch.chdir(folder)
     words = ["--config", str(CONFIG), "--prompt", "a", "--output_filename", "a.mp4", "--download", "--lora", text]
     assert cli.main(words) == 2
@@ -115,9 +115,9 @@ def test_latents_are_decoded_without_their_adapters(
 
 def test_stopped_runs_go_on_with_their_adapters(generate: Any, cli: ModuleType, folder: Path, tmp_path: Path) -> None:
     """From the command line by themselves; where a pipeline has others, it says so."""
-    from kandinsky.loading import load_pipeline
+    from kandinsky.loading.assemble import load_pipeline
+    from kandinsky.outputs.resume import Stopped, load_run
     from kandinsky.request import resolve_request
-    from kandinsky.resume import Stopped, load_run
 
     text = f"{folder / 'dolly in'}:0.5"
     expected, _ = generate("--lora", text, "--sample_steps", "2")

@@ -64,7 +64,7 @@ def test_each_output_is_that_of_a_run_of_its_own(run: Run, tmp_path: Path, monke
     """With the text encoder loaded once where it is offloaded, and failures that cost nobody else anything."""
     import torch
 
-    from kandinsky import loading
+    from kandinsky.loading import assemble as loading
     from kandinsky.pipelines.base import Pipeline
 
     generate = Pipeline.generate
@@ -330,7 +330,7 @@ import ray
 import torch
 from kandinsky import batch
 from kandinsky.config import load_config
-from kandinsky.models.text_embedder import TextEmbeddings
+from kandinsky.text.embeddings import TextEmbeddings
 
 class Pipeline:
     config = SimpleNamespace(task="t2v")

@@ -27,7 +27,7 @@ def test_plan_is_printed_and_nothing_loaded(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0
     imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
-    assert "kandinsky.plan" in imported and "torch" not in imported
+    assert "kandinsky.planning.plan" in imported and "torch" not in imported
     assert "24.0 GB on the GPU, 64.0 GB of host memory" in run.stdout
     assert re.search(r"^denoise +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d$", run.stdout, re.MULTILINE)
     assert re.search(r"settings: runtime\.offload=on runtime\.blocks_on_gpu=\d+$", run.stdout, re.MULTILINE)
@@ -113,8 +113,8 @@ def test_a_run_with_a_preset(tiny: Path, cli: ModuleType, tmp_path: Path) -> Non
 def test_a_run_that_cannot_fit_ends_before_anything_is_read(
     tiny: Path, cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kandinsky.loading as loading
-    from kandinsky.plan import Machine
+    from kandinsky.loading import assemble as loading
+    from kandinsky.planning.plan import Machine
 
     monkeypatch.setattr(loading, "machine_memory", lambda device: Machine(2**28))
     monkeypatch.setattr(loading, "load_dit", lambda *_: pytest.fail("weights are read"))

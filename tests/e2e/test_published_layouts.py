@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 import download_models
-from kandinsky import hub
-from kandinsky.checkpoints import COMFY_PREFIX, expected_dit_shapes, inspect
+from kandinsky.checkpoints import hub
+from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, expected_dit_shapes
+from kandinsky.checkpoints.inspect import inspect
 from kandinsky.config import Config, load_config
-from kandinsky.loading import load_dit, load_pipeline
+from kandinsky.loading.assemble import load_dit, load_pipeline
 from kandinsky.pipelines.base import Pipeline
 from tests.hub_stand_in import TOKEN, HubStandIn, Repo, point_client_at, running_hub
 

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from kandinsky import checkpoints
+from kandinsky.checkpoints import inspect as checkpoints
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [

@@ -163,7 +163,7 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(mistakes)
-    monkeypatch.setattr("kandinsky.loading.load_pipeline", lambda *_, **__: pytest.fail("models were loaded"))
+    monkeypatch.setattr("kandinsky.loading.assemble.load_pipeline", lambda *_, **__: pytest.fail("models were loaded"))
     assert cli.main(words(task, None, *more)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky.checkpoints import check_dit_header, read_header, resolve_path
+from kandinsky.checkpoints.dit_layout import check_dit_header
+from kandinsky.checkpoints.files import resolve_path
+from kandinsky.checkpoints.headers import read_header
 from kandinsky.config import load_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"

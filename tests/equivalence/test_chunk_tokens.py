@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading import load_pipeline
+from kandinsky.loading.assemble import load_pipeline
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.layers import by_chunks
 from tests.unit.small_pipelines import randomised

@@ -239,7 +239,7 @@ def test_with_what_else_is_switched_on(
     """The graph is run without being compiled further."""
     spared: list[int] = []
     monkeypatch.setattr(
-        "kandinsky.loading.with_compiled_blocks", functools.partial(with_compiled_blocks, backend="aot_eager")
+        "kandinsky.loading.assemble.with_compiled_blocks", functools.partial(with_compiled_blocks, backend="aot_eager")
     )
     expected = generate("config_tiny_t2v.yaml", False, **options)
     assert not counters["stats"]
@@ -254,7 +254,7 @@ def test_with_what_else_is_switched_on(
 def test_with_nabla_and_streamed_quantised_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The map is part of the graph, the kernel one operation of it."""
     monkeypatch.setattr(
-        "kandinsky.loading.with_compiled_blocks", functools.partial(with_compiled_blocks, backend="aot_eager")
+        "kandinsky.loading.assemble.with_compiled_blocks", functools.partial(with_compiled_blocks, backend="aot_eager")
     )
     options: dict[str, Any] = {"blocks_on_gpu": 2, "dit_quantization": "int8"}
     expected = generate("config_tiny_t2v_10s.yaml", False, **options)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kandinsky.config import load_config
-from kandinsky.loading import load_pipeline
+from kandinsky.loading.assemble import load_pipeline
 from kandinsky.models.numerics import ALIGNMENT, aligned
-from kandinsky.models.text_embedder import TextEmbeddings
+from kandinsky.text.embeddings import TextEmbeddings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "config_tiny_t2v.yaml"

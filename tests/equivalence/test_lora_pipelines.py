@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from kandinsky.config import load_config
-from kandinsky.loading import load_pipeline
+from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime import lora
 from kandinsky.runtime.block_swap import BlockSwap

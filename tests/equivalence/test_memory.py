@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import MODELS, measure_in_a_process, write_checkpoint
-from kandinsky.checkpoints import expected_dit_shapes
+from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 
 LITE_WITH_FEW_BLOCKS = dataclasses.replace(MODELS["lite"], num_visual_blocks=3)  # 0.5 GB
 

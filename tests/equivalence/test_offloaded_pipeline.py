@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kandinsky import loading
 from kandinsky.config import load_config
-from kandinsky.loading import load_pipeline
+from kandinsky.loading import assemble as loading
+from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.offload import Offloaded, TextEncodersOnDemand

@@ -26,10 +26,10 @@ from torch.distributed.tensor import DTensor
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import DiTConfig, MagCacheConfig
-from kandinsky.loading import load_dit, load_sharded_dit
+from kandinsky.loading.assemble import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
+from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.request import resolve_request
-from kandinsky.resume import Stopped, load_run
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.parallel import FirstProcessEncodes, SequenceParallel, Team
 from kandinsky.runtime.processes import Processes
@@ -376,7 +376,9 @@ def expected(folder: Path) -> dict[str, Tensor]:
 def found(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     """The results of all cases in each process."""
     context = multiprocessing.get_context("forkserver")  # its processes begin with what is imported here, once for all
-    context.set_forkserver_preload(["torch.distributed.fsdp", "kandinsky.loading", "tests.unit.small_pipelines"])
+    context.set_forkserver_preload(
+        ["torch.distributed.fsdp", "kandinsky.loading.assemble", "tests.unit.small_pipelines"]
+    )
     size, port = request.param, free_port()
     members = [context.Process(target=process, args=(rank, size, port, folder)) for rank in range(size)]
     for member in members:

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers_reference import LITE, PRO, Inputs, build_pair, largest_difference, random_text, rms, run_theirs
 from torch import Tensor
 
-from kandinsky.sampler import euler_sample, flow_timesteps
+from kandinsky.sampling.sampler import euler_sample, flow_timesteps
 
 LATENT_SIZE = (3, 8, 12)
 

@@ -42,15 +42,15 @@ from diffusers_reference import (
 from PIL import Image
 from torch import Tensor
 
-from kandinsky.conditioning import normalize_first_frames
 from kandinsky.config import Config, DiTConfig, load_config
-from kandinsky.models.text_embedder import TextEmbeddings
 from kandinsky.pipelines.base import Pipeline, to_uint8
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.runtime.placement import FixedPlacement
+from kandinsky.sampling.conditioning import normalize_first_frames
+from kandinsky.text.embeddings import TextEmbeddings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZE = (96, 64)  # width, height

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLHunyuanVideo as TheirVAE
 from diffusers_reference import largest_difference, randomise, rms
 from torch import Tensor
 
-from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, VAETiling
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiling import VAETiling
 
 TOLERANCE = 1e-5
 

@@ -29,12 +29,12 @@ WORKERS = 2  # cells at a time; most of their time is waiting
 PATIENCE = 240.0  # seconds after which a run hangs
 # stage -> (module, the object that has the function, the function, how the name of its first argument ends)
 STAGES = {
-    "load": ("kandinsky.loading", "", "load_vae", ""),
+    "load": ("kandinsky.loading.assemble", "", "load_vae", ""),
     "encode": ("kandinsky.pipelines.base", "Pipeline", "encode_prompts", ""),
     "step": ("kandinsky.models.dit", "DiffusionTransformer3D", "forward", ""),
-    "save": ("kandinsky.writing", "", "_sync", ".tmp.safetensors"),  # latents, written and without a name
+    "save": ("kandinsky.common.writing", "", "_sync", ".tmp.safetensors"),  # latents, written and without a name
     "decode": ("kandinsky.pipelines.base", "Pipeline", "decode", ""),
-    "write": ("kandinsky.media", "", "write_sidecar", ""),  # the output is written and without a name
+    "write": ("kandinsky.outputs.media", "", "write_sidecar", ""),  # the output is written and without a name
 }
 PRINTED = re.compile(r"(?:go on with: (?:python|torchrun --nproc-per-node \d+)|goes on: python) test\.py (.*)")
 
@@ -205,7 +205,7 @@ def main(plan: str, results: str) -> None:
     assert spec is not None and spec.loader is not None
     cli = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cli)
-    for module in ("kandinsky.loading", "imageio.v2", "imageio_ffmpeg", "torch.distributed.fsdp"):
+    for module in ("kandinsky.loading.assemble", "imageio.v2", "imageio_ffmpeg", "torch.distributed.fsdp"):
         importlib.import_module(module)
     import torch
 

@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kandinsky import latents_file, media, writing
-from kandinsky.models.text_embedder import TextEmbeddings
+from kandinsky.common import writing
+from kandinsky.common.writing import Kept, WriteError, atomic_path, remove_leftovers, reserved, save_tensors
+from kandinsky.outputs import latents_file, media
+from kandinsky.outputs.resume import Stopped, load_run, stopped_path
 from kandinsky.request import resolve_request
-from kandinsky.resume import Stopped, load_run, stopped_path
-from kandinsky.writing import Kept, WriteError, atomic_path, remove_leftovers, reserved, save_tensors
+from kandinsky.text.embeddings import TextEmbeddings
 from tests.unit.small_pipelines import build
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits, locks and permissions of POSIX")
@@ -351,7 +352,7 @@ def test_an_output_whose_record_cannot_be_written_is_there(tmp_path: Path, monke
 
 
 def test_previews_that_cannot_be_written_cost_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from kandinsky.preview import LatentRGB, Previews
+    from kandinsky.outputs.preview import LatentRGB, Previews
 
     (tmp_path / "file").touch()
     previews = Previews(1, LatentRGB(torch.zeros(4, 3), torch.zeros(3)), [tmp_path / "file" / "a.png"])

@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading import PIPELINES
+from kandinsky.loading.assemble import PIPELINES
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.text_embedder import TextEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime.placement import FixedPlacement
+from kandinsky.text.embeddings import TextEmbeddings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = {"t2v": "5s_sft", "i2v": "5s_i2v", "t2i": "t2i", "i2i": "i2i"}

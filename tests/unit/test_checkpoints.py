@@ -8,19 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky.checkpoints import (
+from kandinsky.checkpoints.dit_layout import (
     check_dit_header,
     dit_params_from_header,
     expected_dit_shapes,
-    find_weights,
     is_quantizable,
-    missing_weights_message,
     quantization_from_header,
     quantized_layers,
     quantized_parts,
-    read_header,
-    resolve_path,
 )
+from kandinsky.checkpoints.files import find_weights, missing_weights_message, resolve_path
+from kandinsky.checkpoints.headers import read_header
 from kandinsky.config import DiTConfig, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky import loading
 from kandinsky.config import load_config
+from kandinsky.loading import assemble as loading
 from kandinsky.request import resolve_request
 from kandinsky.runtime.compile import (
     BREAK_EVEN_EVALUATIONS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kandinsky.conditioning import (
+from kandinsky.sampling.conditioning import (
     Conditioning,
     draw_noise,
     from_first_frame,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kandinsky import media
+from kandinsky.outputs import media
 from tools.contact_sheet import GAP, LINE, STRIP, TILE_GAP, captioned_sheet, frames_shown, main
 
 

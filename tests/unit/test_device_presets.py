@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kandinsky.config import DEVICE_PRESETS, Config, load_config, preset_file
-from kandinsky.loading import get_T2V_pipeline
+from kandinsky.loading.assemble import get_T2V_pipeline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = ("8gb", "12gb", "16gb", "24gb", "48gb", "80gb", "cpu")
@@ -84,7 +84,7 @@ def test_getters_take_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(config)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr("kandinsky.loading.load_pipeline", stop)
+    monkeypatch.setattr("kandinsky.loading.assemble.load_pipeline", stop)
     with pytest.raises(RuntimeError, match="enough"):
         get_T2V_pipeline("cpu", device_preset="8gb", overrides=["model.vae.memory_budget_gb=2.5"])
     assert seen[0].runtime.qwen_quantization and seen[0].model.vae.memory_budget_gb == 2.5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky.checkpoints import expected_dit_shapes
+from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_proofs_are_tests() -> None:
 def test_python_example_uses_the_real_arguments() -> None:
     import inspect
 
-    from kandinsky.loading import get_I2V_pipeline, get_T2V_pipeline
+    from kandinsky.loading.assemble import get_I2V_pipeline, get_T2V_pipeline
     from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
     from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 
@@ -138,7 +138,7 @@ def test_arguments_of_the_calls_are_named() -> None:
     a path is in the table."""
     import inspect
 
-    from kandinsky.loading import PIPELINES
+    from kandinsky.loading.assemble import PIPELINES
 
     parameters = [set(inspect.signature(pipeline.__call__).parameters) for pipeline in PIPELINES.values()]
     rows = table_rows(DOCS["python"], "argument")
@@ -163,7 +163,8 @@ def test_functions_of_a_request_exist() -> None:
 
 def test_memory_table_is_the_plan_s() -> None:
     from kandinsky.config import preset_file
-    from kandinsky.plan import GB, Machine, default_request, make_plan
+    from kandinsky.models.vae_memory import GB
+    from kandinsky.planning.plan import Machine, default_request, make_plan
 
     heading = "GPU, host with 64 GB"
     presets = re.findall(r"`(\d+)gb`", DOCS["memory"].split(f"| {heading} |")[1].split("\n")[0])

@@ -21,8 +21,8 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import WeakFileLock
 
-from kandinsky import hub
-from kandinsky.checkpoints import find_weights, resolve_path
+from kandinsky.checkpoints import hub
+from kandinsky.checkpoints.files import find_weights, resolve_path
 from kandinsky.config import load_config
 from tests.hub_stand_in import (
     TOKEN,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kandinsky.host_memory import host_memory
+from kandinsky.common.host_memory import host_memory
 
 UNLIMITED = 9223372036854771712  # what version 1 says where there is no limit
 

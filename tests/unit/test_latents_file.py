@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kandinsky import latents_file
+from kandinsky.outputs import latents_file
 
 LATENTS = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
 RECORDS = [{"prompt": "a cat – “ü”", "seed": 1}, {"prompt": "two", "seed": 2}]

@@ -18,19 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kandinsky import checkpoints
-from kandinsky.checkpoints import (
-    BITS,
-    COMFY_PREFIX,
-    VAE_TENSORS,
-    Header,
-    expected_dit_shapes,
-    find_weights,
-    inspect,
-    quantized_parts,
-)
+from kandinsky.checkpoints import files as checkpoints
+from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, expected_dit_shapes, quantized_parts
+from kandinsky.checkpoints.files import find_weights
+from kandinsky.checkpoints.headers import BITS, Header
+from kandinsky.checkpoints.inspect import VAE_TENSORS, inspect
 from kandinsky.config import load_config
-from kandinsky.loading import load_dit, load_pipeline, load_vae
+from kandinsky.loading.assemble import load_dit, load_pipeline, load_vae
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 

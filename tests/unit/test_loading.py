@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kandinsky import headers, loading
 from kandinsky.attention.block_sparse import sdpa_block_sparse
-from kandinsky.checkpoints import COMFY_PREFIX, expected_dit_shapes
+from kandinsky.checkpoints import headers
+from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, expected_dit_shapes
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading import get_T2V_pipeline, load_dit, load_vae, resolve_dtype
+from kandinsky.loading import assemble as loading
+from kandinsky.loading.assemble import get_T2V_pipeline, load_dit, load_vae, resolve_dtype
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, CausalConv3d
-from kandinsky.prompts import get_template, prefix_length
+from kandinsky.text.prompts import get_template, prefix_length
 from tools.make_tiny_text_encoders import make_text_encoders
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import TASKS, build, call
 from torch import Tensor
 
+from kandinsky.checkpoints.lora_file import AdapterConfig, configured_loras, find_lora, read_lora
 from kandinsky.config import DiTConfig, load_config, split_lora
-from kandinsky.lora_file import AdapterConfig, configured_loras, find_lora, read_lora
 from kandinsky.runtime.lora import Adapters
 from tests.lora_files import linear_layers, write_lora
 

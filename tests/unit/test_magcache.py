@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kandinsky.config import MagCacheConfig, load_config, with_settings
 from kandinsky.runtime.magcache import MagCache, cache_for_request, skip_plan, stretched
-from kandinsky.sampler import guidance_plan
+from kandinsky.sampling.sampler import guidance_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

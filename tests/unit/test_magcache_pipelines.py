@@ -23,10 +23,10 @@ from torch import Tensor
 
 from kandinsky import get_I2I_pipeline
 from kandinsky.config import MagCacheConfig, load_config
-from kandinsky.loading import load_pipeline
+from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime.magcache import MagCache, cache_for_request, skip_plan
-from kandinsky.sampler import flow_timesteps
+from kandinsky.sampling.sampler import flow_timesteps
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 6

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kandinsky import media
+from kandinsky.outputs import media
 
 
 def smooth_video(num_frames: int = 9, height: int = 48, width: int = 80) -> np.ndarray:

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from kandinsky import memory
-from kandinsky.checkpoints import find_weights
+from kandinsky.checkpoints.files import find_weights
 from kandinsky.config import DiTConfig, load_config, with_settings
 from kandinsky.models.vae_memory import GB, Decoding
-from kandinsky.plan import Machine, default_request, make_plan, weight_files
+from kandinsky.planning import memory
+from kandinsky.planning.plan import Machine, default_request, make_plan, weight_files
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGEST_ERROR = 0.15
@@ -79,7 +79,7 @@ def _count(shape: tuple[int, ...]) -> int:
 def test_weights_of_files_are_what_is_loaded(name: str, dtype: str) -> None:
     import torch
 
-    from kandinsky.loading import load_dit, load_text_encoders, load_vae
+    from kandinsky.loading.assemble import load_dit, load_text_encoders, load_vae
 
     config = load_config(CONFIGS / f"config_{name}.yaml")
     files, torch_dtype = weight_files(config), getattr(torch, dtype)
@@ -110,7 +110,7 @@ def test_quantised_weights_are_what_is_loaded(scheme: str, tmp_path: Path) -> No
     """On the way from the file, and in a file that is quantised, whose header says so."""
     import torch
 
-    from kandinsky.loading import load_dit, load_text_encoders
+    from kandinsky.loading.assemble import load_dit, load_text_encoders
     from kandinsky.runtime.quantization import save_checkpoint
 
     config = load_config(CONFIGS / "config_tiny_t2v.yaml")
@@ -225,7 +225,7 @@ class Decode:
     def predicted(self) -> int:
         import torch
 
-        from kandinsky.loading import convolves_in_float32
+        from kandinsky.loading.assemble import convolves_in_float32
 
         frames, rows, columns = self.latents
         dtype = getattr(torch, self.dtype)
@@ -238,7 +238,7 @@ class Decode:
     def prepare(self) -> tuple[Callable[[], object], Callable[[], object]]:
         import torch
 
-        from kandinsky.loading import convolves_in_float32
+        from kandinsky.loading.assemble import convolves_in_float32
         from kandinsky.models.vae_flux import AutoencoderKL
         from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
         from kandinsky.models.vae_tiling import VAETiling
@@ -336,7 +336,7 @@ def main(rows: str) -> None:
     torch.set_num_threads(1)
     peaks = []
     if rows == "RUN":
-        from kandinsky.loading import load_pipeline
+        from kandinsky.loading.assemble import load_pipeline
 
         pipe = load_pipeline(load_config(CONFIGS / "config_tiny_t2v.yaml"), "cpu")
         pipe.generate(dataclasses.replace(default_request(pipe.config), num_steps=1), progress=False)

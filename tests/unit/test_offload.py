@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kandinsky.models.text_embedder import TextEmbeddings
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, TextEncodersOnDemand, take_weights
+from kandinsky.text.embeddings import TextEmbeddings
 
 CPU = torch.device("cpu")
 

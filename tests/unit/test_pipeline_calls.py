@@ -17,11 +17,11 @@ from small_pipelines import PICTURE, POOLED_DIM, TASKS, TEXT_DIM, WordsEmbedder,
 from torch import Tensor
 
 from kandinsky.config import Config
-from kandinsky.latents_file import load_latents
-from kandinsky.loading import PIPELINES
-from kandinsky.models.text_embedder import TextEmbeddings
+from kandinsky.loading.assemble import PIPELINES
+from kandinsky.outputs.latents_file import load_latents
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.stopwatch import Stopwatch
+from kandinsky.text.embeddings import TextEmbeddings
 
 
 @pytest.fixture(scope="module")

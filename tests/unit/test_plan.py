@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky import plan as planning
 from kandinsky.config import Config, load_config, preset_file, with_settings
 from kandinsky.models.vae_memory import GB
-from kandinsky.plan import Machine, Plan, default_request, make_plan, report, resolve_runtime
+from kandinsky.planning import plan as planning
+from kandinsky.planning.plan import Machine, Plan, default_request, make_plan, report, resolve_runtime
 from kandinsky.request import Request, resolve_request
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -181,7 +181,7 @@ def test_what_lies_on_the_host_of_a_gpu(offload: str) -> None:
 def test_evaluations_are_those_of_the_sampler(
     steps: int, weight: float, interval: tuple[float, float], every: int
 ) -> None:
-    from kandinsky.sampler import guidance_plan
+    from kandinsky.sampling.sampler import guidance_plan
 
     request = dataclasses.replace(
         default_request(config_of("5s_sft")), num_steps=steps, guidance_weight=weight, guidance_interval=interval,
@@ -291,7 +291,7 @@ def test_quantising_is_not_advised_for_a_quantised_file(tmp_path: Path, monkeypa
     """It can't be done; of other files it is the first that is."""
     from safetensors.torch import save_file
 
-    from kandinsky.checkpoints import is_quantizable, quantized_parts
+    from kandinsky.checkpoints.dit_layout import is_quantizable, quantized_parts
 
     config, torch = config_of("tiny_t2v"), pytest.importorskip("torch")
     dtypes = {"BF16": torch.bfloat16, "I8": torch.int8, "F32": torch.float32}
@@ -391,7 +391,7 @@ def test_unknown_dtype() -> None:
 
 def test_auto_is_resolved_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
     config = config_of("5s_t2v_pro")
-    with caplog.at_level(logging.INFO, "kandinsky.plan"):
+    with caplog.at_level(logging.INFO, "kandinsky.planning.plan"):
         resolved = resolve_runtime(config, None, Machine(64 * GB, 16 * GB), {}, "bfloat16")
     assert resolved.runtime.offload == "on" and 0 < (resolved.runtime.blocks_on_gpu or 0) < 60
     assert re.search(r"offload on, blocks_on_gpu \d+: without offload decode takes", caplog.text)
@@ -401,7 +401,7 @@ def test_auto_is_resolved_with_a_reason(caplog: pytest.LogCaptureFixture) -> Non
 def test_auto_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
     """Offload only where memory does not hold all at once, and nothing to tell where it does."""
     config = config_of("5s_sft")
-    with caplog.at_level(logging.INFO, "kandinsky.plan"):
+    with caplog.at_level(logging.INFO, "kandinsky.planning.plan"):
         assert resolve_runtime(config, None, Machine(128 * GB), {}, "float32").runtime.offload == "off"
         assert not caplog.records
         assert resolve_runtime(config, None, Machine(32 * GB), {}, "float32").runtime.offload == "on"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky.models.text_embedder import TextEmbeddings
 from kandinsky.runtime import prompt_cache
 from kandinsky.runtime.prompt_cache import PromptCache, default_folder, fingerprint
+from kandinsky.text.embeddings import TextEmbeddings
 
 NEGATIVE = "ugly, static"
 PICTURES = [Image.fromarray(np.full((4, 6, 3), value, np.uint8)) for value in (10, 20)]
@@ -170,7 +170,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyte
     def full(path: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("kandinsky.writing._sync", full)
+    monkeypatch.setattr("kandinsky.common.writing._sync", full)
     cache, _ = cache_in(tmp_path)
     assert_same(cache.encode(["a"]), Encoder().encode(["a"]))
     assert "no space left" in caplog.text and list(tmp_path.iterdir()) == []

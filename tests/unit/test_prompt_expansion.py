@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kandinsky import get_T2V_pipeline
-from kandinsky.prompt_expansion import PromptExpander, clean, expand_prompt, fault_of, instructions
+from kandinsky.text.expansion import PromptExpander, clean, expand_prompt, fault_of, instructions
 from tests.unit.small_pipelines import TASKS, build, call, latents_of
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"

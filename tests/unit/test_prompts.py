@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from kandinsky.prompts import (
+from kandinsky.text.prompts import (
     check_prefix,
     default_negative_caption,
     get_template,
@@ -147,6 +147,6 @@ def test_a_prefix_of_another_length_is_an_error_that_says_what_to_do() -> None:
 
 
 def test_import_brings_no_torch() -> None:
-    use = "import sys, kandinsky.prompts as prompts; prompts.get_template('video')"
+    use = "import sys, kandinsky.text.prompts as prompts; prompts.get_template('video')"
     code = f"{use}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

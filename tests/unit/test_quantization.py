@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kandinsky import loading
-from kandinsky.checkpoints import (
+from kandinsky.checkpoints.dit_layout import (
     COMFY_PREFIX,
     expected_dit_shapes,
     is_quantizable,
     quantization_from_header,
     quantized_parts,
-    read_header,
 )
+from kandinsky.checkpoints.headers import read_header
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading import load_dit
+from kandinsky.loading import assemble as loading
+from kandinsky.loading.assemble import load_dit
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.runtime.quantization import (
     DTYPES,
@@ -345,7 +345,7 @@ def test_what_fails_to_be_written_leaves_nothing(checkpoint: Path, tmp_path: Pat
     def full_disk(path: Path) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("kandinsky.writing._sync", full_disk)
+    monkeypatch.setattr("kandinsky.common.writing._sync", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(load(checkpoint, "int8"), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
@@ -529,7 +529,7 @@ def test_command_refuses(
 METER = """
 import re, sys, threading, torch
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading import load_dit
+from kandinsky.loading.assemble import load_dit
 from kandinsky.runtime.quantization import require_scheme
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s*(\\d+)", open("/proc/self/status").read())[1])

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kandinsky.common.given import shown
 from kandinsky.config import Config, load_config
-from kandinsky.given import shown
 from kandinsky.request import MAX_SEED, Request, Sample, resolve_request, warn_about_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky.sampler import euler_sample, flow_timesteps, guidance_plan, uses_guidance
+from kandinsky.sampling.sampler import euler_sample, flow_timesteps, guidance_plan, uses_guidance
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

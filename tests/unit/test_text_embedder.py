@@ -19,8 +19,10 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from kandinsky.models.text_embedder import TextEmbedder, TextEmbeddings, load_text_embedder, text_encoder_files
-from kandinsky.prompts import get_template, prefix_length
+from kandinsky.text.embedder import TextEmbedder
+from kandinsky.text.embeddings import TextEmbeddings
+from kandinsky.text.encoder_files import load_text_embedder, text_encoder_files
+from kandinsky.text.prompts import get_template, prefix_length
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
 
 CAPTIONS = [
@@ -304,7 +306,7 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: py
     def full_disk(path: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("kandinsky.writing._sync", full_disk)
+    monkeypatch.setattr("kandinsky.common.writing._sync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         TextEmbeddings(torch.rand(1, 3, 4), torch.rand(1, 5), None).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

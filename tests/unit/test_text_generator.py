@@ -13,8 +13,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kandinsky.models.text_embedder import load_text_embedder
-from kandinsky.models.text_generator import CHAT, can_generate, load_text_generator
+from kandinsky.text.encoder_files import load_text_embedder
+from kandinsky.text.generator import CHAT, can_generate, load_text_generator
 
 TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny" / "image"
 PICTURE = Image.radial_gradient("L").resize((112, 84)).convert("RGB")
@@ -47,7 +47,7 @@ def embedder(folder: Path, vision: bool) -> Any:
 
 @pytest.mark.parametrize("vision", [False, True])
 def test_the_same_words_as_transformers(folder: Path, vision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.models.text_embedder.check_prefix", lambda *args: None)  # a tokenizer of its own
+    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)  # a tokenizer of its own
     for own_tower in {vision, False}:
         generator = load_text_generator(embedder(folder, own_tower), folder, vision=vision)
         images = [PICTURE] if vision else []
@@ -77,7 +77,7 @@ def test_the_same_words_as_transformers(folder: Path, vision: bool, monkeypatch:
 
 
 def test_global_generators_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.models.text_embedder.check_prefix", lambda *args: None)
+    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)
     generator = load_text_generator(embedder(folder, False), folder)
     before = torch.get_rng_state()
     answers = {generator.generate("a red circle", seed=seed, max_new_tokens=3) for seed in (1, 1)}
@@ -86,7 +86,7 @@ def test_global_generators_are_left_alone(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_weights_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.models.text_embedder.check_prefix", lambda *args: None)
+    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)
     encoders = embedder(folder, True)
     model = load_text_generator(encoders, folder, vision=True).model
     assert model.model.language_model is encoders.language_model
@@ -95,7 +95,7 @@ def test_weights_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_who_can_write(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.models.text_embedder.check_prefix", lambda *args: None)
+    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)
     assert can_generate(folder)
     assert not can_generate(TINY / "text_encoder")
     with pytest.raises(ValueError, match="can read but not write"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kandinsky.config import HD_SIZES, SD_SIZES, Config, load_config
-from kandinsky.loading import PIPELINES
+from kandinsky.loading.assemble import PIPELINES
 from kandinsky.models import vae_hunyuan, vae_memory
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo

@@ -1,0 +1,354 @@
+"""How much memory each model takes, as formulas: its weights, and what exists besides them while it runs.
+
+Weights are counted from the headers of the files where those are there, else from the published shapes. Activations are
+counted from the tensors that exist at once in the eager code of models/ at its peak; a compiled model needs less. On a
+CPU that is within 15 % of the measured peak (tests/unit/test_memory_model.py). On a GPU it has not been measured: the
+count is the same there, but kernels may want memory of their own, and PyTorch keeps some that nobody uses.
+
+Bytes everywhere. Knows shapes and numbers; knows no tensors and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from kandinsky.checkpoints.dit_layout import (
+    check_dit_header,
+    expected_dit_shapes,
+    is_quantizable,
+    quantized_layers,
+    quantized_parts,
+    strip_prefix,
+)
+from kandinsky.checkpoints.files import find_weights, folder_of, has_tied_head
+from kandinsky.checkpoints.headers import BITS, Header, read_header
+from kandinsky.common.untrusted import read_json
+from kandinsky.config import Config, DiTConfig
+
+FLOAT32 = 4
+# Dtypes that a CPU computes with where they lie in a mapped file, for the size of the dtype that is computed in: of the
+# two small ones a model's files have one, and float32 is copied (see models/numerics.py, `aligned`).
+IN_PLACE: dict[int, tuple[str, ...]] = {2: ("F16", "BF16"), 4: ()}
+# Parameters that no header has to be read for: Qwen2.5-VL-7B without its head, CLIP ViT-L/14's text model, the VAEs.
+QWEN_PARAMETERS = 7_070_619_136
+QWEN_EMBEDDING_PARAMETERS = 544_997_376  # of those: not a linear layer, so never quantised
+QWEN_VISION_PARAMETERS = 676_550_144
+QWEN_INTERMEDIATE = 18944  # width of its feed-forward
+QWEN_HEAD_PARAMETERS = 544_997_376  # what it writes with
+CLIP_PARAMETERS = 123_060_480
+VAE_PARAMETERS = {"hunyuan": 246_478_803, "flux": 83_819_683}
+VAE_CHANNELS = (128, 256, 512, 512)  # of both
+NF4_SIZE = 0.5 + 4 / 64  # bytes of a weight with its share of a scale
+KEPT_PRECISION = ("time_embeddings.", "modulation.")  # see loading.py
+
+NABLA_BLOCK = 64  # tokens
+NABLA_DENSITY = 0.2  # share of its blocks that NABLA is taken to keep; it depends on what is generated
+SORTED_AT_ONCE = 2**24  # entries of NABLA's maps that are worked on at a time
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One model's weights: bytes where they are computed with, and of the files that they come from."""
+
+    size: int
+    read: int  # bytes of the files that are read
+    mapped: int  # of `size`, what a CPU computes with where it lies, in the memory-mapped file
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(self.size + other.size, self.read + other.read, self.mapped + other.mapped)
+
+    @property
+    def left_mapped(self) -> int:
+        """Bytes of the files that stay mapped without being needed; the system drops them when it likes."""
+        return self.read - self.mapped if self.mapped else 0
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a request's models are made of."""
+
+    qwen: Weights
+    writer: Weights | None  # what Qwen needs besides to write prompts out; None: it can't, or is not to
+    clip: Weights
+    vae: Weights
+    dit: Weights
+    dit_block: int  # bytes of one visual block where it runs
+    dit_blocks: int  # how many there are
+    dit_quantization: str | None  # as it is in memory, whether it is so in the file or made so on the way
+    vae_channels: tuple[int, ...]
+    qwen_intermediate: int
+    element_size: int  # bytes of a number in the dtype that is computed with
+    float32_convolutions: bool = False  # of the VAE, on a CPU that has no arithmetic in that dtype
+
+    @property
+    def text(self) -> Weights:
+        return self.qwen + self.clip
+
+    @property
+    def all(self) -> Weights:
+        return self.text + self.vae + self.dit
+
+    @property
+    def dit_rest(self) -> int:
+        """Bytes of all but the visual blocks."""
+        return self.dit.size - self.dit_blocks * self.dit_block
+
+
+def models(config: Config, files: Mapping[str, Path], element_size: int) -> Models:
+    """The models of a config in a dtype of `element_size` bytes, quantised as config.runtime says, or as the file is.
+
+    files: where "dit", "vae", "qwen" and "clip" are. One that does not exist is taken to be the published one.
+    Raises ValueError for a file that exists and is damaged, or a DiT's of another variant.
+    """
+    dit, block, scheme = _dit(config, files.get("dit"), element_size)
+    qwen, intermediate = _qwen(config, files.get("qwen"), element_size)
+    return Models(
+        qwen=qwen,
+        writer=_writer(config, files.get("qwen"), element_size),
+        clip=_clip(files.get("clip")),
+        vae=_vae(files.get("vae"), VAE_PARAMETERS[config.model.vae.name], element_size),
+        dit=dit,
+        dit_block=block,
+        dit_blocks=config.model.dit_params.num_visual_blocks,
+        dit_quantization=scheme,
+        vae_channels=_vae_channels(files.get("vae")),
+        qwen_intermediate=intermediate,
+        element_size=element_size,
+    )
+
+
+def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int, str | None]:
+    """The DiT's weights, the bytes of one of its visual blocks, and in what scheme its layers are in memory."""
+    params, scheme = config.model.dit_params, config.runtime.dit_quantization
+    header = dit_header(params, path)
+    in_file, shapes = quantized_layers(header), expected_dit_shapes(params)
+    size = blocks = mapped = 0
+    for name, (dtype, shape) in header.items():
+        layer, _, part = name.rpartition(".")
+        stored = _stored({name: (dtype, shape)})
+        kept = stored if any(word in name for word in KEPT_PRECISION) else prod(shape) * element_size
+        if layer in in_file and part != "bias":
+            outputs, inputs = shapes[f"{layer}.weight"]
+            kept = _stored({name: quantized_parts(in_file[layer], outputs, inputs)[part]})
+        elif scheme is not None and not in_file and part == "weight" and is_quantizable(layer):
+            kept, stored = _stored(quantized_parts(scheme, *shape)), 0
+        size += kept
+        blocks += kept if name.startswith("visual_transformer_blocks.") else 0
+        mapped += kept if kept == stored and (dtype != "F32" or layer in in_file) else 0
+    return (
+        Weights(size, _stored(header), mapped),
+        blocks // params.num_visual_blocks,
+        next(iter(in_file.values()), scheme),
+    )
+
+
+def dit_header(dit: DiTConfig, path: Path | None) -> Header:
+    """The header of the DiT's file, or as it would be in bfloat16 where there is none."""
+    if path is None or not path.exists():
+        return {name: ("BF16", shape) for name, shape in expected_dit_shapes(dit).items()}
+    header = _header(path)
+    try:
+        check_dit_header(header, dit)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return strip_prefix(header)
+
+
+def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int]:
+    """Qwen's weights, and the width of its feed-forward."""
+    vision, to_nf4 = config.task == "i2i", config.runtime.qwen_quantization
+    if path is None or not path.exists():
+        parameters = QWEN_PARAMETERS + vision * QWEN_VISION_PARAMETERS
+        linear = parameters - QWEN_EMBEDDING_PARAMETERS if to_nf4 else 0
+        plain = (parameters - linear) * element_size
+        mapped = plain if element_size == BITS["BF16"] // 8 else 0
+        return Weights(plain + int(linear * NF4_SIZE), 2 * parameters, mapped), QWEN_INTERMEDIATE
+    size = read = mapped = 0
+    intermediate = QWEN_INTERMEDIATE
+    for name, (dtype, shape) in _header(path).items():
+        if "lm_head" in name or ("visual." in name and not vision):
+            continue
+        read += _stored({name: (dtype, shape)})
+        if name.endswith("mlp.gate_proj.weight") and "visual." not in name:
+            intermediate = shape[0] if shape else intermediate
+        if to_nf4 and len(shape) == 2 and "embed" not in name:
+            size += _stored(quantized_parts("nf4", *shape))
+            continue
+        size += prod(shape) * element_size
+        mapped += prod(shape) * element_size if dtype in IN_PLACE[element_size] else 0
+    return Weights(size, read, mapped), intermediate
+
+
+def _writer(config: Config, path: Path | None, element_size: int) -> Weights | None:
+    """Qwen's head, and its vision tower where the encoder has none and there is a picture; see models/text_generator.
+
+    Never quantised.
+    """
+    if config.generation.expand_prompts is False:
+        return None
+    with_vision = config.task == "i2v"
+    if path is None or not path.exists():
+        parameters = QWEN_HEAD_PARAMETERS + with_vision * QWEN_VISION_PARAMETERS
+        return Weights(parameters * element_size, 2 * parameters, 2 * parameters if element_size == 2 else 0)
+    header = _header(path)
+    if "lm_head.weight" not in header and not _has_tied_head(path):
+        return None
+    needed = {name: entry for name, entry in header.items() if name == "lm_head.weight"}
+    needed |= {name: entry for name, entry in header.items() if with_vision and "visual." in name}
+    same = {name: entry for name, entry in needed.items() if entry[0] in IN_PLACE[element_size]}
+    return Weights(element_size * sum(prod(shape) for _, shape in needed.values()), _stored(needed), _stored(same))
+
+
+def _has_tied_head(path: Path) -> bool:
+    """Whether Qwen writes with its embeddings."""
+    try:
+        return has_tied_head(read_json(folder_of(path) / "config.json"))
+    except ValueError:
+        return False
+
+
+def _clip(path: Path | None) -> Weights:
+    """CLIP is always computed with in float32."""
+    if path is None or not path.exists():
+        return Weights(CLIP_PARAMETERS * FLOAT32, CLIP_PARAMETERS * FLOAT32, 0)
+    without = ("vision", "visual", "text_projection", "logit")
+    header = {name: entry for name, entry in _header(path).items() if not name.startswith(without)}
+    size = FLOAT32 * sum(prod(shape) for _, shape in header.values())
+    return Weights(size, _stored(header), 0)
+
+
+def _vae(path: Path | None, published: int, element_size: int) -> Weights:
+    """A CPU has the convolutions' weights in another order, so of those no file's are computed with."""
+    if path is None or not path.exists():
+        return Weights(published * element_size, published * FLOAT32, 0)
+    header = _header(path)
+    same = {name: entry for name, entry in header.items() if entry[0] in IN_PLACE[element_size] and len(entry[1]) < 3}
+    return Weights(element_size * sum(prod(shape) for _, shape in header.values()), _stored(header), _stored(same))
+
+
+def _vae_channels(path: Path | None) -> tuple[int, ...]:
+    """`block_out_channels` of a VAE's config.json, or the published ones where there is none."""
+    file = None if path is None else folder_of(path) / "config.json"
+    if file is None or not file.is_file():
+        return VAE_CHANNELS
+    try:
+        channels = read_json(file, "it").get("block_out_channels", VAE_CHANNELS)
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as a VAE's config ({error}); download it again") from None
+    if not isinstance(channels, list | tuple) or not channels or not all(type(n) is int and n > 0 for n in channels):
+        raise ValueError(f"{file}: not readable as a VAE's config; download it again")
+    return tuple(channels)
+
+
+def _header(path: Path) -> Header:
+    return {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
+
+
+def _stored(header: Header) -> int:
+    """Bytes of a header's tensors."""
+    return sum(prod(shape) * BITS.get(dtype, 32) // 8 for dtype, shape in header.values())
+
+
+# --- what exists besides the weights ----------------------------------------------------------------------------------
+
+
+def dit_activations(
+    dit: DiTConfig,
+    tokens: int,
+    text_tokens: int,
+    element_size: int,
+    *,
+    nabla: bool = False,
+    flex: bool = False,
+    on_gpu: bool = False,
+    chunk_tokens: int | None = None,
+    quantization: str | None = None,
+) -> int:
+    """Peak of one forward of the DiT for one sample, its rotary tables included.
+
+    nabla: attention is block-sparse, by flex_attention's kernel (`flex`, what a GPU gets) or in plain PyTorch.
+    on_gpu: kernels that work on two dtypes cast as they read; on a CPU PyTorch first makes copies in the wider one.
+    chunk_tokens: what `runtime.chunk_tokens` says; queries, keys and values are then taken to be written into their
+        places chunk by chunk, and the feed-forward's result likewise.
+    quantization: of the linear layers, each of which is made into numbers again while it is used.
+    """
+    hidden = tokens * dit.model_dim * element_size  # one tensor of the size of all tokens
+    wide = tokens * dit.model_dim * FLOAT32
+    cast = 0 if element_size == FLOAT32 else 1  # whether float32 is a copy
+    rows = min(tokens, chunk_tokens or tokens)
+    share = rows / tokens
+    rope = 2 * tokens * dit.head_dim * FLOAT32  # cosines and sines, and once more as complex numbers
+
+    # The patch embedding, the block's input, its hidden states so far, the last normalised ones; layer norm in float32.
+    norm = 4 * hidden + (1 + cast) * wide
+    # The same without hidden states of its own, then q, and k in float32, normalised, rotated; v comes after them.
+    turned = max(2 * wide, cast * (2 * wide + hidden)) + cast * wide
+    qkv = 5 * hidden + share * (turned + (hidden if rows < tokens else 0))
+    # Block map and kernel; then the result, its projection, and where v is as its product left it a copy of that.
+    attention = 6 * hidden + max(
+        (2 if rows < tokens else 3) * hidden, _nabla_bytes(dit, tokens, hidden, flex) if nabla else 0
+    )
+    # The four of `norm`, and the feed-forward's wide middle with what comes of it, or with a weight; of chunks also the
+    # result of all of them.
+    middle = rows * dit.ff_dim * element_size
+    weight = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
+    feed_forward = 4 * hidden + middle + max(share * hidden, weight) + (hidden if rows < tokens else 0)
+
+    # The four of `norm`, what is added to the hidden states, and the sum: in float32 and then cast.
+    residual = 5 * hidden + (hidden if not cast else wide + hidden if on_gpu else 3 * wide)
+
+    text = 2 * text_tokens * dit.model_dim * element_size
+    return int(max(norm, qkv, attention, feed_forward, residual)) + rope + text
+
+
+def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:
+    """The map of blocks and what the kernel makes of it, besides q, k and v."""
+    row = tokens // NABLA_BLOCK
+    entries = dit.num_heads * row**2
+    worked_on = min(entries, max(SORTED_AT_ONCE, row**2))
+    if flex:
+        # The map (a byte), lists of full and of partly masked blocks (int32 both), and running counts in int64.
+        return entries * 9 + worked_on * 24
+    # The map, and the kept blocks as int64 indices in five lists; v block by block, as q and k are already, the result
+    # twice; and keys and values of one row of blocks.
+    kept = int(entries * (1 + 5 * 8 * NABLA_DENSITY))
+    return kept + 3 * hidden + 2 * hidden // dit.num_heads
+
+
+def dequantized_bytes(scheme: str, weights: int, element_size: int) -> int:
+    """Peak of making a quantised layer's weights into numbers: in float32 first, but for nf4, whose kernel casts."""
+    cast = element_size if element_size < FLOAT32 else 0
+    return weights * {"int8": FLOAT32 + cast, "fp8": 2 * FLOAT32, "nf4": element_size}[scheme]
+
+
+def denoising_state(dit: DiTConfig, tokens: int, samples: int) -> int:
+    """What the sampler holds: noise, latents, what conditions them, velocities of both branches; all float32."""
+    cells = tokens * prod(dit.patch_size)
+    conditioned = dit.visual_cond or dit.instruct_type == "channel"
+    extra = dit.in_visual_dim + 1 if conditioned else 0
+    channels = 2 * dit.in_visual_dim + extra + (dit.in_visual_dim + extra) + 3 * dit.out_visual_dim
+    return samples * cells * channels * FLOAT32
+
+
+def magcache_bytes(dit: DiTConfig, tokens: int, samples: int, branches: int, element_size: int) -> int:
+    """The residuals that MagCache keeps: one for every sample and branch of guidance."""
+    return samples * branches * tokens * dit.model_dim * element_size
+
+
+def text_activations(width: int, intermediate: int, tokens: int, element_size: int, *, nf4: bool = False) -> int:
+    """Qwen's peak for one prompt: its feed-forward's gate, that activated, the other half and their product; six hidden
+    states. With nf4 weights, one of the feed-forward's in place of two of these."""
+    middle = tokens * intermediate * element_size
+    weight = dequantized_bytes("nf4", width * intermediate, element_size) if nf4 else 0
+    return int(6 * tokens * width * element_size + 2 * middle + max(2 * middle, weight))
+
+
+def encode_bytes(channels: tuple[int, ...], width: int, height: int, element_size: int, work: int) -> int:
+    """The VAE's peak in encoding a picture, at most; `work` is the bytes of a number that it convolves.
+
+    In its first block: input, hidden, two padded copies, result; or input, hidden, and float32 twice while normalising.
+    """
+    return channels[0] * width * height * (2 * element_size + max(3 * work, 2 * FLOAT32))

@@ -1,0 +1,1 @@
+"""Words (and the pictures beside them) into embeddings, and short prompts into captions."""
