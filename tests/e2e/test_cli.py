@@ -568,7 +568,7 @@ def break_loading(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None
 def test_killed_while_writing_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     code = (
         "import os, signal, numpy as np\n"
-        "from kandinsky import media\n"
+        "from kandinsky.outputs import media\n"
         "def frames():\n"
         "    return np.random.default_rng(0).integers(0, 255, (64, 128, 128, 3), dtype=np.uint8)\n"
         "import imageio_ffmpeg\n"

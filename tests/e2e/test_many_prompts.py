@@ -328,7 +328,7 @@ from types import SimpleNamespace
 
 import ray
 import torch
-from kandinsky import batch
+from kandinsky.serving import batch
 from kandinsky.config import load_config
 from kandinsky.text.embeddings import TextEmbeddings
 

@@ -170,7 +170,7 @@ def test_two_processes_are_given_two_names(tmp_path: Path) -> None:
         found = subprocess.run(
             [
                 *(sys.executable, "-c"),
-                "import os, signal, sys\nfrom kandinsky import media\n"
+                "import os, signal, sys\nfrom kandinsky.outputs import media\n"
                 "with media.reserved_output_path(sys.argv[1], 'a cat', 1) as path:\n"
                 "    print(path, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)",
                 str(tmp_path),
