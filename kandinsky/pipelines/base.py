@@ -474,7 +474,7 @@ class Pipeline:
 
         Args:
             adapter_config: a JSON file, its content as a dict, or peft's LoraConfig; None: what lies beside the file,
-                or is in it (see kandinsky.lora_file).
+                or is in it (see kandinsky/checkpoints/lora_file.py).
             adapter_path: a safetensors file in the layout of the official adapters, of peft, diffusers or ComfyUI, or
                 a folder with one.
             adapter_name: what `set_adapter` calls it.

@@ -10,7 +10,7 @@ host memory where its block streams; and while it is brought where the DiT is of
 compute on the device, in float32, and round once, and so to the same bits. To quantised weights nothing can be added
 exactly: there the matrices are on the device, in float32, and are added whenever a weight is dequantised.
 
-Knows neither devices nor where files are; the file format is kandinsky.lora_file's.
+Knows neither devices nor where files are; the file format is checkpoints/lora_file.py's.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kandinsky import latents_file, media, resume
-from kandinsky.plan import Machine
+from kandinsky.common.untrusted import read_json
+from kandinsky.common.writing import atomic_path, discard, remove_leftovers
+from kandinsky.outputs import latents_file, media, resume
+from kandinsky.planning.plan import Machine
 from kandinsky.serving.store import ENDED, Job, State, Store
 from kandinsky.serving.variants import Catalogue, Order, request_from, settings_of
 from kandinsky.serving.watching import Live, Watchers
-from kandinsky.untrusted import read_json
-from kandinsky.writing import atomic_path, discard, remove_leftovers
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kandinsky.given import shortened, shown
+from kandinsky.common.given import shortened, shown
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "text": {"type": "string"},

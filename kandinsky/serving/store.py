@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kandinsky.media import IMAGE_SUFFIX, VIDEO_SUFFIX
+from kandinsky.outputs.media import IMAGE_SUFFIX, VIDEO_SUFFIX
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 STATES = ("queued", "running", "done", "failed", "cancelled")

@@ -12,14 +12,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kandinsky.checkpoints.lora_file import find_lora, read_lora
+from kandinsky.common.given import as_whole, shortened, shown
+from kandinsky.common.untrusted import is_plain_name, reason
 from kandinsky.config import MAX_SECONDS, NABLA_PIXELS, PATCH_PIXELS, Config, split_lora, with_settings
-from kandinsky.given import as_whole, shortened, shown
-from kandinsky.lora_file import find_lora, read_lora
-from kandinsky.plan import Machine, Plan, default_request, forward_flops, make_plan, num_evaluations, weight_files
+from kandinsky.planning.plan import (
+    Machine,
+    Plan,
+    default_request,
+    forward_flops,
+    make_plan,
+    num_evaluations,
+    weight_files,
+)
 from kandinsky.request import FPS, MAX_SEED, Request, recorded_request, resolve_request
 from kandinsky.serving.fields import FIELDS, split_size
 from kandinsky.serving.limits import Limits
-from kandinsky.untrusted import is_plain_name, reason
 
 NEEDS_PICTURE = ("i2v", "i2i")
 

@@ -24,13 +24,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from kandinsky import media, resume
+from kandinsky.cli.signals import Stopper, stop_on_signals
+from kandinsky.common.untrusted import read_json
+from kandinsky.common.writing import discard
 from kandinsky.config import config_from_dict, with_settings
+from kandinsky.outputs import media, resume
 from kandinsky.request import Request, recorded_request
-from kandinsky.signals import Stopper, stop_on_signals
-from kandinsky.unfinished import what_is_left
-from kandinsky.untrusted import read_json
-from kandinsky.writing import discard
+from kandinsky.serving.unfinished import what_is_left
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +144,7 @@ class Making:
             return
         import torch
 
-        from kandinsky.sampler import flow_timesteps
+        from kandinsky.sampling.sampler import flow_timesteps
 
         sigmas = flow_timesteps(self.request.num_steps, self.request.scheduler_scale)
         sigma, next_sigma = float(sigmas[step]), float(sigmas[step + 1])
@@ -251,8 +251,8 @@ def why(error: Exception) -> dict[str, str]:
 
 def load(setup: Mapping[str, Any], news: News) -> Pipeline:
     """The pipeline. Raises as `load_pipeline` does."""
-    from kandinsky.loading import load_pipeline, machine_memory
-    from kandinsky.preview import load_latent_rgb
+    from kandinsky.loading.assemble import load_pipeline, machine_memory
+    from kandinsky.outputs.preview import load_latent_rgb
     from kandinsky.runtime.placement import parse_device_map
 
     config = config_from_dict(setup["config"])
@@ -268,7 +268,7 @@ def load(setup: Mapping[str, Any], news: News) -> Pipeline:
         request=request,
     )
     if setup["preview"] and pipeline.latent_rgb is None:
-        from kandinsky.plan import weight_files
+        from kandinsky.planning.plan import weight_files
 
         vae = config.model.vae
         pipeline.latent_rgb = load_latent_rgb(weight_files(config, setup["cache_dir"])["vae"], vae.name)

@@ -33,7 +33,18 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 # Rooms, and files of rooms, that come without torch, so that `test.py --help` and a mistyped flag answer at once.
 WITHOUT_TORCH = (
-    *("__init__", "config", "yaml_files", "sizes", "pictures", "request", "common", "checkpoints", "planning", "serving"),
+    *(
+        "__init__",
+        "config",
+        "yaml_files",
+        "sizes",
+        "pictures",
+        "request",
+        "common",
+        "checkpoints",
+        "planning",
+        "serving",
+    ),
     *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "text.prompts"),
     "cli.signals",
 )

@@ -140,7 +140,10 @@ FAULTS = {
 def test_one_of_two_machines_dies_while_denoising(name: str, tiny: Path, tmp_path: Path) -> None:
     fault, message = FAULTS[name]
     script = tmp_path / "faulty.py"
-    parts = {"imports": "import kandinsky.sampling.conditioning as module", "function": "module.Conditioning.model_input"}
+    parts = {
+        "imports": "import kandinsky.sampling.conditioning as module",
+        "function": "module.Conditioning.model_input",
+    }
     script.write_text(FAULTY.format(cli=str(CLI), fault=f"open('died', 'w').close(); {fault}", **parts))
     launchers = on_two_machines(tmp_path, script, *SETTINGS, "a.mp4")
     deadline = time.monotonic() + 120

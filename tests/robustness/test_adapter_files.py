@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kandinsky.layer_names import LayerNames
-from kandinsky.lora_file import read_lora
+from kandinsky.checkpoints.layer_names import LayerNames
+from kandinsky.checkpoints.lora_file import read_lora
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime.lora import Adapters
 from tests.lora_files import write_lora

@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from kandinsky.checkpoints import expected_dit_shapes, find_weights, inspect, resolve_path
+from kandinsky.checkpoints import inspect
+from kandinsky.checkpoints.dit_layout import expected_dit_shapes
+from kandinsky.checkpoints.files import find_weights, resolve_path
+from kandinsky.checkpoints.headers import BITS, open_tensors, read_header, read_metadata
+from kandinsky.common.untrusted import MAX_DEPTH, home_path, is_plain_name, parse_json, read_json
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.headers import BITS, open_tensors, read_header, read_metadata
-from kandinsky.loading import known_arguments, load_dit, load_vae
-from kandinsky.memory import models
-from kandinsky.models.text_embedder import read_config
+from kandinsky.loading.assemble import known_arguments, load_dit, load_vae
 from kandinsky.models.vae_flux import AutoencoderKL
-from kandinsky.preview import load_latent_rgb
-from kandinsky.untrusted import MAX_DEPTH, home_path, is_plain_name, parse_json, read_json
+from kandinsky.outputs.preview import load_latent_rgb
+from kandinsky.planning.memory import models
+from kandinsky.text.encoder_files import read_config
 from tests.robustness.fuzzing import NASTY_VALUES, assert_clear, clearly_refused, fuzz, spoiled_bytes, spoiled_json
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"
