@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from kandinsky.cli.signals import Stopper
+    from kandinsky.common.signals import Stopper
     from kandinsky.config import Config
     from kandinsky.planning.plan import Machine
     from kandinsky.request import Request
@@ -102,7 +102,7 @@ class Launch:
     @cached_property
     def stopper(self) -> Stopper:
         """What signals come to; it is to know the pipeline."""
-        from kandinsky.cli.signals import Stopper
+        from kandinsky.common.signals import Stopper
 
         return Stopper(self.size > 1, self.is_first)
 
@@ -558,7 +558,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is ours to say
-    from kandinsky.cli.signals import stop_on_signals
+    from kandinsky.common.signals import stop_on_signals
 
     with stop_on_signals(launch.stopper):
         return work_on(work, args, words, launch)

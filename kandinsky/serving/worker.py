@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from kandinsky.cli.signals import Stopper, stop_on_signals
+from kandinsky.common.signals import Stopper, stop_on_signals
 from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import discard
 from kandinsky.config import config_from_dict, with_settings

@@ -46,7 +46,6 @@ WITHOUT_TORCH = (
         "serving",
     ),
     *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "text.prompts"),
-    "cli.signals",
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
