@@ -368,7 +368,7 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
 
         download(args, config, launch)
         from kandinsky.loading.assemble import load_pipeline
-        from kandinsky.pipelines.base import Inputs
+        from kandinsky.pipelines.inputs import Inputs
 
         pipeline = launch.stopper.pipeline = load_pipeline(
             config,

@@ -38,7 +38,8 @@ from kandinsky.config import Config, DiTConfig, load_config
 from kandinsky.loading.assemble import load_dit, load_pipeline, machine_memory
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
-from kandinsky.pipelines.base import Inputs, Pipeline
+from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.inputs import Inputs
 from kandinsky.planning.plan import HOST_OF_CPU_RUN, Stage, make_plan, weight_files
 from kandinsky.request import Request, resolve_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement

@@ -48,9 +48,10 @@ from kandinsky.models.numerics import aligned
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.outputs.preview import load_latent_rgb
-from kandinsky.pipelines.base import Pipeline, Placement
+from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
+from kandinsky.pipelines.parts import Placement
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.planning.plan import CUDA_CONTEXT, Machine, num_evaluations, resolve_runtime

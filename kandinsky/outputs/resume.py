@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,33 +18,15 @@ from kandinsky.checkpoints.headers import open_tensors, read_header
 from kandinsky.common.writing import Kept, flags_for, save_tensors
 from kandinsky.outputs.records import ADVICE, check_stopped
 from kandinsky.outputs.records import read_record as read_metadata
-from kandinsky.request import Request
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kandinsky.sampling.conditioning import Conditioning
-    from kandinsky.sampling.sampler import Branch, SamplerState
-    from kandinsky.text.embeddings import TextEmbeddings
 
+from kandinsky.run_state import RunState
 
 SUFFIX = ".stopped.safetensors"
 METADATA_KEY = "kandinsky5_stopped"
-
-
-@dataclass
-class StoppedRun:
-    """A request in the middle of its denoising."""
-
-    request: Request
-    conditioning: Conditioning
-    branches: dict[Branch, list[TextEmbeddings]]  # of each sample
-    state: SamplerState
-    residuals: dict[str, Tensor] = field(default_factory=dict)  # what a cache of blocks goes on with
-    image_names: tuple[str, ...] = ()
-    evaluations: int = 0  # of the model, so far
-    seconds: dict[str, float] = field(default_factory=dict)
-    adapters: list[dict[str, Any]] = field(default_factory=list)  # that were active: name, path, scale, trigger
 
 
 class Stopped(Kept):
@@ -67,7 +48,7 @@ def output_path(stopped: str | Path, suffix: str) -> Path:
     return path.with_name(path.name.removesuffix(SUFFIX) + suffix)
 
 
-def save_run(path: str | Path, run: StoppedRun, config: Mapping[str, Any], dtype: str) -> None:
+def save_run(path: str | Path, run: RunState, config: Mapping[str, Any], dtype: str) -> None:
     """Write a run; replaces what is there. dtype: the model's, by name. Raises WriteError."""
     tensors = {"latents": run.state.latents, "difference": run.state.difference}
     tensors |= {f"conditioning.{name}": value for name, value in vars(run.conditioning).items()}
@@ -102,7 +83,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def load_run(path: str | Path) -> StoppedRun:
+def load_run(path: str | Path) -> RunState:
     """The run of a file, its tensors on the CPU. Raises ValueError as `read_record` does, and for NaN in a tensor."""
     from kandinsky.models.numerics import is_finite
     from kandinsky.sampling.conditioning import Conditioning
@@ -129,7 +110,7 @@ def load_run(path: str | Path) -> StoppedRun:
         for branch in record["branches"]
     }
     prefix = "residual."
-    return StoppedRun(
+    return RunState(
         request=request,
         conditioning=Conditioning(**parts("conditioning", Conditioning)),  # type: ignore[arg-type]
         branches=texts,

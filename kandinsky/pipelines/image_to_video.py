@@ -7,7 +7,8 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from kandinsky.pipelines.base import ImageSource, Pipeline, as_images
+from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.inputs import ImageSource, as_images
 from kandinsky.pipelines.options import CallOptions, task_call
 
 

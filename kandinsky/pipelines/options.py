@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from kandinsky.pipelines.base import StepCallback
+from kandinsky.pipelines.parts import StepCallback
 from kandinsky.text.embeddings import TextEmbeddings
 
 

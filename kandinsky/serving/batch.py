@@ -33,7 +33,8 @@ from kandinsky.serving.prompts_file import read_prompts as read_prompts
 from kandinsky.serving.unfinished import what_is_left
 
 if TYPE_CHECKING:
-    from kandinsky.pipelines.base import Inputs, Pipeline
+    from kandinsky.pipelines.base import Pipeline
+    from kandinsky.pipelines.inputs import Inputs
     from kandinsky.text.embeddings import TextEmbeddings
 
 
@@ -235,7 +236,7 @@ def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings
     """What the pipeline takes, with embeddings in place of words and without the picture."""
     import torch
 
-    from kandinsky.pipelines.base import Inputs
+    from kandinsky.pipelines.inputs import Inputs
 
     request, images = job.request, _images(job)
     # The same negative prompt is encoded once, where the text encoder sees no picture beside it.

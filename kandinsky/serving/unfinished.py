@@ -20,7 +20,8 @@ from kandinsky.outputs import latents_file, resume
 from kandinsky.request import Request
 
 if TYPE_CHECKING:
-    from kandinsky.pipelines.base import Pipeline, StepCallback
+    from kandinsky.pipelines.base import Pipeline
+    from kandinsky.pipelines.parts import StepCallback
 
 
 OF_SAMPLES = ("text", "negative_caption", "seed")

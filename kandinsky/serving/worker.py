@@ -94,7 +94,7 @@ class Making:
 
     def run(self) -> None:
         """Make the output, or the rest of it. Raises as `Pipeline.generate` does, and Cancelled."""
-        from kandinsky.pipelines.base import Inputs
+        from kandinsky.pipelines.inputs import Inputs
 
         pictures = [] if self.picture is None else [media.load_image(self.picture)]
         inputs = Inputs(pictures, [str(self.picture_name)] if pictures else [])

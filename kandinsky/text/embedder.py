@@ -28,6 +28,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import MAX_TEXT_POSITIONS
+from kandinsky.text.embeddings import TextEmbeddings
 from kandinsky.text.prompts import (
     IMAGE_TOKEN,
     check_prefix,
@@ -39,8 +40,6 @@ from kandinsky.text.prompts import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
-
-from kandinsky.text.embeddings import TextEmbeddings
 
 
 class TextEmbedder(nn.Module):

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -21,10 +21,6 @@ from kandinsky.checkpoints.headers import open_tensors, read_header, read_metada
 from kandinsky.common.given import shortened
 from kandinsky.common.writing import save_tensors
 from kandinsky.models.numerics import aligned, is_finite
-
-if TYPE_CHECKING:
-    pass
-
 
 _CHECKSUM = "sha256"  # metadata of saved embeddings
 

@@ -42,15 +42,11 @@ from kandinsky.checkpoints.headers import open_tensors, read_header
 from kandinsky.common.given import shortened
 from kandinsky.common.untrusted import read_json, reason
 from kandinsky.models.numerics import aligned
-from kandinsky.text.prompts import (
-    check_prefix,
-    get_template,
-)
+from kandinsky.text.embedder import TextEmbedder
+from kandinsky.text.prompts import check_prefix, get_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
-
-from kandinsky.text.embedder import TextEmbedder
 
 # What may stand before a tensor's own name in a file; the longest match wins. Names of the vision tower keep `visual.`.
 _QWEN_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")

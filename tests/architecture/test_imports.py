@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("pipelines", "runtime", "planning"),
     ("outputs",),
+    ("run_state",),
     ("text", "sampling", "request"),
     ("models", "sizes", "pictures"),
     ("attention", "checkpoints"),

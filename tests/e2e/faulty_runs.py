@@ -35,7 +35,7 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 STAGES = {
     "load": ("kandinsky.loading.assemble", "module", "load_vae"),
     "encode": ("kandinsky.pipelines.base", "module.Pipeline", "condition"),
-    "denoise": ("kandinsky.pipelines.base", "module", "euler_sample"),
+    "denoise": ("kandinsky.pipelines.denoise", "module", "euler_sample"),
     "step": ("kandinsky.models.dit", "module.DiffusionTransformer3D", "forward"),
     "decode": ("kandinsky.pipelines.base", "module.Pipeline", "decode"),
     "write": ("imageio_ffmpeg", "module", "count_frames_and_secs"),

@@ -43,7 +43,8 @@ from PIL import Image
 from torch import Tensor
 
 from kandinsky.config import Config, DiTConfig, load_config
-from kandinsky.pipelines.base import Pipeline, to_uint8
+from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.decode import to_uint8
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.text_to_image import TextToImagePipeline

@@ -263,7 +263,7 @@ def test_a_run_that_cannot_be_kept_at_all_goes_on(
 
     generate(build("t2i"), tmp_path / "whole" / "a.png")
     with monkeypatch.context() as patch:
-        patch.setattr("kandinsky.pipelines.base.save_run", full)
+        patch.setattr("kandinsky.pipelines.write.save_run", full)
         generate(build("t2i"), tmp_path / "a.png", callback=stop_at(0, 1))
     assert caplog.text.count("could not be kept (can't write") == 2
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "whole" / "a.png").read_bytes()

@@ -12,7 +12,8 @@ import torch
 
 from kandinsky.config import MagCacheConfig, config_from_dict, config_to_dict
 from kandinsky.outputs.resume import Stopped, load_run, output_path, read_record, stopped_path
-from kandinsky.pipelines.base import Inputs, Pipeline
+from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import resolve_request
 from kandinsky.runtime.magcache import cache_for_request
 from tests.unit.small_pipelines import PICTURE, TASKS, build

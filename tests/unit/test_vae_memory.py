@@ -23,7 +23,8 @@ from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import VAETiling, apply_tiled
-from kandinsky.pipelines.base import Pipeline, to_unit
+from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.decode import to_unit
 from kandinsky.runtime.placement import FixedPlacement
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -1,0 +1,108 @@
+"""The third stage: latents become pixels, in tiles, and in smaller ones where memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kandinsky.models.numerics import require_finite
+from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.models.vae_memory import GB, Decoding
+from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.pipelines.parts import Parts
+from kandinsky.request import FRAMES_PER_LATENT
+
+logger = logging.getLogger(__name__)
+
+FINISHED_AT_ONCE = 8  # decoded frames
+
+
+class DecodeStage(Parts):
+    """The VAE's decoder."""
+
+    def decode(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, T, H, W, C) scaled latents -> pixels (B, 3, frames, height, width) on the CPU, uint8 or as `finish`es.
+
+        In tiles of the size that the config gives or its memory budget allows, the smaller of the two. Where memory
+        runs out all the same, in smaller ones: that changes pixels a little, and the log says so. Raises
+        OutOfMemoryError where the smallest are too large as well. Several processes go on with smaller ones together,
+        whichever of them ran out of memory.
+        """
+        config, device = self.config.model.vae, self.placement.device("vae")
+        videos: list[Tensor] = []
+        with self.placement.use("vae"):
+            dtype = next(self.vae.parameters()).dtype
+            decoding = self._decoding(latents, dtype)
+            tile = config.spatial_tile
+            if config.memory_budget_gb is not None:
+                tile = decoding.tile_within(config.memory_budget_gb * GB, tile)
+            for sample in latents.split(1):
+                z = sample.permute(0, 4, 1, 2, 3).to(device=device, dtype=torch.float32)  # (1, C, T, H, W)
+                z = (z / self.vae.scaling_factor).to(dtype)
+                while True:
+                    pixels, failure = self._try_to_decode(z, tile, finish or to_uint8)
+                    if pixels is not None:
+                        videos.append(pixels)
+                        break
+                    tile = next_tile(decoding, tile, failure)
+                    torch.cuda.empty_cache()
+        return torch.cat(videos)
+
+    def _try_to_decode(self, z: Tensor, tile: int, finish: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, str]:
+        """Finished pixels, or None and why memory ran out in any process. The error itself, which would hold what the
+        attempt had made, is gone then."""
+        pixels, failure = None, None
+        try:
+            pixels = self._decode_tiles(z, tile, finish)
+        except torch.OutOfMemoryError as error:
+            failure = error.with_traceback(None)
+        failure = self.team.out_of_memory(failure)
+        return (pixels, "") if failure is None else (None, str(failure))
+
+    def _decoding(self, latents: Tensor, dtype: torch.dtype) -> Decoding:
+        """What decoding `latents` comes to, for the choice of tiles."""
+        vae, (frames, rows, columns) = self.config.model.vae, latents.shape[1:4]
+        ratio = self.vae.spatial_compression_ratio
+        size = columns * ratio, rows * ratio, FRAMES_PER_LATENT * (frames - 1) + 1
+        of_vae = (self.vae.block_out_channels, dtype.itemsize)
+        return Decoding(vae.name, *of_vae, *size, vae.spatial_overlap, self.vae.float32_convolutions)
+
+    def _decode_tiles(self, z: Tensor, tile: int, finish: Callable[[Tensor], Tensor]) -> Tensor:
+        """Unscaled latents (1, C, T, H, W) -> finished pixels (1, 3, frames, height, width) on the CPU."""
+        tiling = VAETiling(size=tile, overlap=min(self.config.model.vae.spatial_overlap, tile // 2))
+        if isinstance(self.vae, AutoencoderKL):
+            pixels = self.vae.decode(z[:, :, 0], tiling, self.team.map_tiles)[:, :, None]
+        else:
+            pixels = self.vae.decode(z, tiling, self.team.map_tiles)
+        require_finite("the VAE's decoder", pixels, self.vae.named_parameters)
+        # A few frames at a time: all of them in float32 would be as much memory as the video once or twice more.
+        return torch.cat([finish(frames).cpu() for frames in pixels.split(FINISHED_AT_ONCE, dim=2)], dim=2)
+
+
+def next_tile(decoding: Decoding, tile: int, error: str) -> int:
+    """The size of tiles to go on with where `tile` took too much memory; says so. Raises where there is none left."""
+    smaller = decoding.smaller_tile(tile)
+    if smaller is None:
+        raise torch.OutOfMemoryError(
+            f"decoding runs out of memory even in tiles of {tile} pixels: set runtime.offload=on where it is not, or "
+            f"ask for something smaller or shorter ({error})"
+        )
+    logger.warning(
+        "decoding ran out of memory in tiles of %d pixels and starts again with %d; model.vae.spatial_tile=%d does so "
+        "at once, with the same result",
+        *(tile, smaller, smaller),
+    )
+    return smaller
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, rounded in float32 (truncating would darken by 0.4 levels). May overwrite its input."""
+    return pixels.float().clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], float32."""
+    return pixels.float().clamp(-1, 1).add_(1).mul_(0.5)

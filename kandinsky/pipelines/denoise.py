@@ -1,0 +1,166 @@
+"""The second stage: from noise to latents, a step at a time, as far as nobody interrupts.
+
+What a run is in the middle of is its `RunState`: this stage goes on from wherever that is, and leaves in it how far it
+came.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kandinsky.attention.nabla import NablaConfig
+from kandinsky.models.dit import RequestTables
+from kandinsky.models.numerics import require_finite
+from kandinsky.models.rope import text_rotary_table
+from kandinsky.outputs.preview import Previews
+from kandinsky.pipelines.calls import replacements
+from kandinsky.pipelines.culprits import blame, require_finite_latents
+from kandinsky.pipelines.parts import Parts, StepCallback
+from kandinsky.pipelines.stopwatch import Stopwatch
+from kandinsky.run_state import RunState
+from kandinsky.sampling.conditioning import normalize_first_frames
+from kandinsky.sampling.sampler import (
+    NUM_TRAIN_TIMESTEPS,
+    Branch,
+    euler_sample,
+    flow_timesteps,
+    guidance_plan,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class DenoiseStage(Parts):
+    """Euler's steps over the DiT's velocities."""
+
+    def denoise(
+        self,
+        run: RunState,
+        progress: bool = True,
+        callback: StepCallback | None = None,
+        watch: Stopwatch | None = None,
+        previews: Previews | None = None,
+    ) -> Tensor:
+        """Latents (samples, T, H, W, C), scaled, float32, from where `run` is.
+
+        Keeps `run` up to date: an end before the last step can be gone on from. The evaluations that it took are
+        written into `watch`.
+        """
+        request, conditioning, branches, state = run.request, run.conditioning, run.branches, run.state
+        device = self.placement.device("dit")
+        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
+        attention = self.config.model.attention
+        nabla = NablaConfig(attention.P, attention.wT, attention.wH, attention.wW) if self.uses_nabla else None
+        scale_factor = self.config.metrics.scale_factor
+
+        # Everything that depends on the request's sizes alone, once and not at every step.
+        shared = self.dit.request_tables(request.latent_size, 1, scale_factor, device, nabla)
+
+        @cache
+        def tables(text_length: int) -> RequestTables:
+            return replace(shared, text_rope=text_rotary_table(text_length, self.dit.head_dim, device))
+
+        interval, every = request.guidance_interval, request.guidance_every
+        guidance = guidance_plan(request.num_steps, request.guidance_weight, interval, every)
+        block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
+        if block_cache is not None and state.step > 0:
+            done: dict[Branch, int] = {"cond": state.step, "uncond": guidance[: state.step].count("new")}
+            residuals = {name: residual.to(device) for name, residual in run.residuals.items()}
+            block_cache.restore(residuals, done, len(request.samples))
+        skipped_before = 0 if block_cache is None else block_cache.skipped
+        record = watch or Stopwatch()
+
+        def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
+            velocities = []
+            samples = conditioning.model_input(latents).split(1)
+            for i, (sample, text) in enumerate(zip(samples, branches[branch], strict=True)):
+                execution = self.execution
+                if block_cache is not None:
+                    execution = execution.within(partial(block_cache.run_blocks, branch, i))
+                velocity = self.dit(
+                    sample,
+                    text.text_embeds,
+                    text.pooled_embeds,
+                    timestep.expand(1),
+                    text_mask=text.text_mask,
+                    tables=tables(text.text_embeds.shape[1]),
+                    execution=execution,
+                )
+                velocities.append(velocity)
+            out = torch.cat(velocities)
+            if record.evaluations == 1:  # once, because it waits for the device
+                weights = partial(self.dit.named_weights, self.execution.hand_out)
+                require_finite("the DiT", out, weights, blame(self.active_adapters()))
+            return out
+
+        divided = self.team.split_guidance(evaluate, guidance[state.step :])
+
+        def velocity(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
+            record.evaluations += 1
+            return divided(latents, timestep, branch)
+
+        def until_interrupted(steps: range) -> Iterable[int]:
+            bar = tqdm(
+                steps,
+                desc="denoise",
+                unit="step",
+                initial=state.step,
+                total=request.num_steps,
+                disable=not progress,
+            )
+            for step in bar:
+                if self.team.any(self.interrupt):
+                    logger.warning("interrupted after %d of %d steps", step, request.num_steps)
+                    return
+                yield step
+
+        def on_step_end(step: int, latents: Tensor) -> Tensor:
+            latents = conditioning.hold(latents)
+            if previews is not None:
+                sigma, next_sigma = float(sigmas[step]), float(sigmas[step + 1])
+                # As far along the step's straight line as it takes to get to sigma 0.
+                clean = torch.lerp(state.latents, latents, sigma / (sigma - next_sigma))
+                previews(step, request.num_steps, conditioning.hold(clean))
+            if callback is None:
+                return latents
+            tensors: dict[str, Any] = {
+                "latents": latents,
+                "prompt_embeds": branches["cond"],
+                "negative_prompt_embeds": branches.get("uncond"),
+            }
+            returned = callback(self, step, sigmas[step] * NUM_TRAIN_TIMESTEPS, dict(tensors))
+            tensors.update(replacements(returned, tensors))
+            branches["cond"] = tensors["prompt_embeds"]
+            if "uncond" in branches:
+                branches["uncond"] = tensors["negative_prompt_embeds"]
+            return conditioning.hold(tensors["latents"])
+
+        with self.placement.use("dit"):
+            latents = euler_sample(
+                velocity,
+                state.latents,
+                sigmas,
+                request.guidance_weight,
+                until_interrupted,
+                on_step_end,
+                guidance_interval=interval,
+                guidance_every=every,
+                state=state,
+            )
+        require_finite_latents(latents, self.dtype_name, self.active_adapters(), callback is not None)
+        if block_cache is not None:
+            if state.step < request.num_steps:
+                run.residuals = self.team.from_branches(block_cache.saved())
+            skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
+            record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
+        if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
+            return normalize_first_frames(latents)
+        return latents

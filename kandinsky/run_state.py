@@ -1,0 +1,34 @@
+"""A request in the middle of its denoising: all that the next step needs.
+
+It is made when a request is encoded, changed by every step, and kept on disk (outputs/resume.py) where a run is stopped
+between two steps. Text encoders and pictures have done their part in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kandinsky.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kandinsky.sampling.conditioning import Conditioning
+    from kandinsky.sampling.sampler import Branch, SamplerState
+    from kandinsky.text.embeddings import TextEmbeddings
+
+
+@dataclass
+class RunState:
+    """A request in the middle of its denoising."""
+
+    request: Request
+    conditioning: Conditioning
+    branches: dict[Branch, list[TextEmbeddings]]  # of each sample
+    state: SamplerState
+    residuals: dict[str, Tensor] = field(default_factory=dict)  # what a cache of blocks goes on with
+    image_names: tuple[str, ...] = ()
+    evaluations: int = 0  # of the model, so far
+    seconds: dict[str, float] = field(default_factory=dict)
+    adapters: list[dict[str, Any]] = field(default_factory=list)  # that were active: name, path, scale, trigger
