@@ -312,8 +312,8 @@ def planned_machine(args: argparse.Namespace) -> Machine:
         return Machine(host)
     if args.memory_gb is not None:
         return Machine(host, args.memory_gb * GB)
-    from kandinsky.loading.assemble import machine_memory
-    from kandinsky.runtime.placement import parse_device_map
+    from kandinsky.loading.device_map import parse_device_map
+    from kandinsky.loading.devices import machine_memory
 
     return dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
 
@@ -446,7 +446,8 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
     failed = []
     if jobs:
         download(args, config, Launch({}))  # by every process for itself
-        from kandinsky.loading.assemble import device_of_rank, load_pipeline, spread_over
+        from kandinsky.loading.assemble import load_pipeline
+        from kandinsky.loading.devices import device_of_rank, spread_over
 
         is_local = args.data_parallel and args.device in (None, "cuda")
         device = device_of_rank(int(os.environ.get("LOCAL_RANK", rank))) if is_local else args.device

@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.config import DiTConfig
-from kandinsky.loading.assemble import dit_parts, host_weights, load_dit
+from kandinsky.loading.dit import dit_parts, load_dit
+from kandinsky.loading.weights import host_weights
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.offload import OffloadPlacement

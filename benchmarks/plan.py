@@ -35,7 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.config import Config, DiTConfig, load_config
-from kandinsky.loading.assemble import load_dit, load_pipeline, machine_memory
+from kandinsky.loading.assemble import load_pipeline
+from kandinsky.loading.devices import machine_memory
+from kandinsky.loading.dit import load_dit
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline

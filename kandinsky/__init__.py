@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kandinsky.config import load_config
-    from kandinsky.loading.assemble import get_I2I_pipeline, get_I2V_pipeline, get_T2I_pipeline, get_T2V_pipeline
+    from kandinsky.loading.getters import get_I2I_pipeline, get_I2V_pipeline, get_T2I_pipeline, get_T2V_pipeline
 
 __version__ = "0.1.0"
 _HOME = {
-    "get_T2V_pipeline": "kandinsky.loading.assemble",
-    "get_I2V_pipeline": "kandinsky.loading.assemble",
-    "get_T2I_pipeline": "kandinsky.loading.assemble",
-    "get_I2I_pipeline": "kandinsky.loading.assemble",
+    "get_T2V_pipeline": "kandinsky.loading.getters",
+    "get_I2V_pipeline": "kandinsky.loading.getters",
+    "get_T2I_pipeline": "kandinsky.loading.getters",
+    "get_I2I_pipeline": "kandinsky.loading.getters",
     "load_config": "kandinsky.config",
 }
 __all__ = [

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kandinsky.config import load_config
-from kandinsky.loading.assemble import load_vae, locate_weights
+from kandinsky.loading.assemble import locate_weights
+from kandinsky.loading.vae import load_vae
 from kandinsky.outputs import media
 from kandinsky.outputs.preview import FILE
 from kandinsky.request import FRAMES_PER_LATENT, PIXELS_PER_LATENT

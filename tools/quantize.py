@@ -42,7 +42,8 @@ def quantize(args: argparse.Namespace) -> tuple[int, int]:
     if not path.exists():
         raise ValueError(missing_weights_message(path, config))
 
-    from kandinsky.loading.assemble import load_dit, resolve_dtype
+    from kandinsky.loading.devices import resolve_dtype
+    from kandinsky.loading.dit import load_dit
     from kandinsky.runtime.quantization import save_checkpoint
 
     dtype = resolve_dtype(args.dtype, "cpu")

@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import Config
-from kandinsky.loading.assemble import KEEP_PRECISION, load_text_encoders
+from kandinsky.loading.dit import KEEP_PRECISION
+from kandinsky.loading.text import load_text_encoders
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.text.embedder import TextEmbedder
 

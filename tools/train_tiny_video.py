@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from kandinsky.attention.block_sparse import masked_dense
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import load_config
-from kandinsky.loading.assemble import load_dit, load_vae
+from kandinsky.loading.dit import load_dit
+from kandinsky.loading.vae import load_vae
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import VAETiling

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-COMPONENTS = ("dit", "vae", "text_embedder")
-
 
 @dataclass(frozen=True)
 class FixedPlacement:
@@ -24,36 +22,3 @@ class FixedPlacement:
     def use(self, component: str) -> Iterator[None]:
         assert component in self.devices, component
         yield
-
-
-DeviceMap = str | torch.device | Mapping[str, str | torch.device] | None
-
-
-def parse_device_map(device_map: DeviceMap, local_rank: int = 0) -> dict[str, torch.device]:
-    """A device for each component from what a user gives: one device for all, a mapping, or None for the best one.
-
-    local_rank: which process on this machine asks; its GPU is the one of that number.
-    Raises ValueError for an unknown component, a missing one, or a device that this machine does not have.
-    """
-    if device_map is None:
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(device_map) == "cuda":
-        device_map = f"cuda:{local_rank}"
-    if not isinstance(device_map, Mapping):
-        device_map = dict.fromkeys(COMPONENTS, device_map)
-    unknown, missing = set(device_map) - set(COMPONENTS), set(COMPONENTS) - set(device_map)
-    if unknown or missing:
-        raise ValueError(f"device_map has the keys {sorted(device_map)}; it needs exactly {', '.join(COMPONENTS)}")
-    return {component: _checked_device(device) for component, device in device_map.items()}
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{device!r} is not a device: use cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{device} is not a device this runs on: use cpu, cuda or cuda:0")
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"this machine has no {device}: {torch.cuda.device_count()} CUDA devices found; use cpu")
-    return device

@@ -251,9 +251,10 @@ def why(error: Exception) -> dict[str, str]:
 
 def load(setup: Mapping[str, Any], news: News) -> Pipeline:
     """The pipeline. Raises as `load_pipeline` does."""
-    from kandinsky.loading.assemble import load_pipeline, machine_memory
+    from kandinsky.loading.assemble import load_pipeline
+    from kandinsky.loading.device_map import parse_device_map
+    from kandinsky.loading.devices import machine_memory
     from kandinsky.outputs.preview import load_latent_rgb
-    from kandinsky.runtime.placement import parse_device_map
 
     config = config_from_dict(setup["config"])
     machine = machine_memory(parse_device_map(setup["device"])["dit"])

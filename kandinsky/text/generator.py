@@ -1,30 +1,19 @@
-"""Qwen2.5-VL as a writer: the text encoder's own language model, with the head that it otherwise does without.
+"""Qwen2.5-VL as a writer: an answer to a message, with pictures or without. Generation itself is transformers'.
 
-Only what the encoder lacks is read: the head (1.1 GB), and the vision tower (1.4 GB) where a picture is to be seen and
-the encoder has none. Generation itself is transformers'. Knows folders of weights as models/text_embedder does; knows
-nothing of what is written and why.
+Knows nothing of files, nor of what is written and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import GenerationConfig
 
-from kandinsky.checkpoints.files import find_weights, folder_of, has_tied_head
-from kandinsky.checkpoints.headers import read_header
-from kandinsky.common.untrusted import read_json
-from kandinsky.text.embedder import TextEmbedder
-from kandinsky.text.encoder_files import assign_weights, load_image_processor, read_config, set_vision_frequencies
 from kandinsky.text.prompts import IMAGE_TOKEN
 
-HEAD = "lm_head.weight"
-VISION_PREFIXES = ("model.visual.", "visual.")
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"
     "<|im_start|>assistant\n"
@@ -33,14 +22,6 @@ IMAGE = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 # As the published pipelines sample: all but greedy.
 TEMPERATURE = 1e-6
 REPETITION_PENALTY = 1.05
-
-
-def can_generate(path: str | Path) -> bool:
-    """Whether a Qwen at this path has a head: of its own, or that of its embeddings. Reads headers only."""
-    path = Path(path)
-    if has_tied_head(read_json(folder_of(path) / "config.json")):
-        return True
-    return any(HEAD in read_header(file) for file in find_weights(path))
 
 
 class TextGenerator:
@@ -89,38 +70,3 @@ class TextGenerator:
             output = self.model.generate(**inputs, generation_config=settings)[0, input_ids.shape[1] :]
         answer = self.tokenizer.decode(output, skip_special_tokens=True)
         return str(answer), bool(output[-1] == end)
-
-
-def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: bool = False) -> TextGenerator:
-    """A generator on top of an embedder's Qwen, which it shares; `path` is where that came from.
-
-    vision: whether it shall see pictures.
-
-    Raises ValueError where there is no head, or its files are not as they should be.
-    """
-    path = Path(path)
-    if not can_generate(path):
-        raise ValueError(f"{path} has no {HEAD}: this Qwen can read but not write, so it expands no prompts")
-    language_model = embedder.language_model
-    weight = language_model.embed_tokens.weight
-    config: Any = read_config(Qwen2_5_VLConfig, path)
-    for section in (config, config.text_config, config.vision_config):
-        section._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    model.model.language_model = language_model
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = weight
-    else:
-        head = nn.ModuleDict({"lm_head": model.lm_head})
-        assign_weights(head, path, (), weight.device, weight.dtype)
-    own_visual = getattr(embedder.qwen, "visual", None)
-    if own_visual is not None:
-        model.model.visual = own_visual
-    elif vision:
-        assign_weights(model.model.visual, path, VISION_PREFIXES, weight.device, weight.dtype)
-        set_vision_frequencies(model.model.visual, config.vision_config, weight.device)
-    else:
-        model.model.visual = None
-    processor = embedder.image_processor or (load_image_processor(folder_of(path)) if vision else None)
-    return TextGenerator(model.eval().requires_grad_(False), embedder.qwen_tokenizer, processor)

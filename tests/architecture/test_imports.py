@@ -245,7 +245,7 @@ def test_light_modules_load_no_torch(room: str) -> None:
 def test_public_api() -> None:
     import kandinsky
     from kandinsky.config import load_config
-    from kandinsky.loading.assemble import get_T2V_pipeline
+    from kandinsky.loading.getters import get_T2V_pipeline
 
     assert kandinsky.load_config is load_config
     assert kandinsky.get_T2V_pipeline is get_T2V_pipeline

@@ -64,7 +64,7 @@ def test_each_output_is_that_of_a_run_of_its_own(run: Run, tmp_path: Path, monke
     """With the text encoder loaded once where it is offloaded, and failures that cost nobody else anything."""
     import torch
 
-    from kandinsky.loading import assemble as loading
+    from kandinsky.loading import text as loading
     from kandinsky.pipelines.base import Pipeline
 
     generate = Pipeline.generate

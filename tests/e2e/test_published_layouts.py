@@ -27,7 +27,8 @@ from kandinsky.checkpoints import hub
 from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, expected_dit_shapes
 from kandinsky.checkpoints.inspect import inspect
 from kandinsky.config import Config, load_config
-from kandinsky.loading.assemble import load_dit, load_pipeline
+from kandinsky.loading.assemble import load_pipeline
+from kandinsky.loading.dit import load_dit
 from kandinsky.pipelines.base import Pipeline
 from tests.hub_stand_in import TOKEN, HubStandIn, Repo, point_client_at, running_hub
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kandinsky.config import load_config
-from kandinsky.loading import assemble as loading
+from kandinsky.loading import text as loading_text
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime.block_swap import BlockSwap
@@ -183,13 +183,13 @@ def test_the_default_negative_prompt_is_kept_without_being_told(cache: Path) -> 
 def test_text_encoders_are_not_loaded_for_prompts_that_are_known(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = picture_of(load(task))
     loaded: list[str] = []
-    original = loading.load_text_embedder
+    original = loading_text.load_text_embedder
 
     def recording(*args: Any, device: Any, **kwargs: Any) -> Any:
         loaded.append(str(device))
         return original(*args, device=device, **kwargs)
 
-    monkeypatch.setattr(loading, "load_text_embedder", recording)
+    monkeypatch.setattr(loading_text, "load_text_embedder", recording)
     for overrides in (SETTINGS["cached prompts"], SETTINGS["all"]):
         loaded.clear()
         assert torch.equal(picture_of(load(task, *overrides)), expected)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config import DiTConfig, MagCacheConfig
-from kandinsky.loading.assemble import load_dit, load_sharded_dit
+from kandinsky.loading.dit import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.request import resolve_request

@@ -31,7 +31,7 @@ from diffusers_reference import (
 )
 
 from kandinsky.config import DiTConfig
-from kandinsky.loading.assemble import load_dit
+from kandinsky.loading.dit import load_dit
 from kandinsky.models.dit import DiffusionTransformer3D
 
 VARIANTS = [

@@ -27,8 +27,8 @@ from transformers import (
     Qwen2_5_VLModel,
 )
 
+from kandinsky.loading.text_encoders import _QWEN_PREFIXES, _own_name, load_text_embedder
 from kandinsky.text.embedder import TextEmbedder
-from kandinsky.text.encoder_files import _QWEN_PREFIXES, _own_name, load_text_embedder
 from kandinsky.text.prompts import check_prefix, default_negative_caption, get_template, prefix_length, tokenize_prompts
 
 

@@ -19,11 +19,12 @@ from kandinsky.checkpoints.files import find_weights, resolve_path
 from kandinsky.checkpoints.headers import BITS, open_tensors, read_header, read_metadata
 from kandinsky.common.untrusted import MAX_DEPTH, home_path, is_plain_name, parse_json, read_json
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading.assemble import known_arguments, load_dit, load_vae
+from kandinsky.loading.dit import load_dit
+from kandinsky.loading.text_encoders import read_config
+from kandinsky.loading.vae import known_arguments, load_vae
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.outputs.preview import load_latent_rgb
 from kandinsky.planning.memory import models
-from kandinsky.text.encoder_files import read_config
 from tests.robustness.fuzzing import NASTY_VALUES, assert_clear, clearly_refused, fuzz, spoiled_bytes, spoiled_json
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"

@@ -274,7 +274,7 @@ def test_left_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from kandinsky.loading.assemble import device_of_rank
+    from kandinsky.loading.devices import device_of_rank
 
     for available, device in ((True, "cuda:3"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
@@ -282,7 +282,7 @@ def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pipeline_on_several_gpus() -> None:
-    from kandinsky.loading.assemble import spread_over
+    from kandinsky.loading.devices import spread_over
 
     assert set(spread_over(1).values()) == {"cuda:0"}
     assert spread_over(2) == {"dit": "cuda:0", "vae": "cuda:1", "text_embedder": "cuda:1"}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kandinsky.config import DEVICE_PRESETS, Config, load_config, preset_file
-from kandinsky.loading.assemble import get_T2V_pipeline
+from kandinsky.loading.getters import get_T2V_pipeline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = ("8gb", "12gb", "16gb", "24gb", "48gb", "80gb", "cpu")

@@ -116,7 +116,7 @@ def test_proofs_are_tests() -> None:
 def test_python_example_uses_the_real_arguments() -> None:
     import inspect
 
-    from kandinsky.loading.assemble import get_I2V_pipeline, get_T2V_pipeline
+    from kandinsky.loading.getters import get_I2V_pipeline, get_T2V_pipeline
     from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
     from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 

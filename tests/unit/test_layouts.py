@@ -24,7 +24,9 @@ from kandinsky.checkpoints.files import find_weights
 from kandinsky.checkpoints.headers import BITS, Header
 from kandinsky.checkpoints.inspect import VAE_TENSORS, inspect
 from kandinsky.config import load_config
-from kandinsky.loading.assemble import load_dit, load_pipeline, load_vae
+from kandinsky.loading.assemble import load_pipeline
+from kandinsky.loading.dit import load_dit
+from kandinsky.loading.vae import load_vae
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 

@@ -19,8 +19,12 @@ from kandinsky.attention.block_sparse import sdpa_block_sparse
 from kandinsky.checkpoints import headers
 from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, expected_dit_shapes
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading import assemble as loading
-from kandinsky.loading.assemble import get_T2V_pipeline, load_dit, load_vae, resolve_dtype
+from kandinsky.loading import devices, weights
+from kandinsky.loading import dit as dit_loading
+from kandinsky.loading.devices import resolve_dtype
+from kandinsky.loading.dit import load_dit
+from kandinsky.loading.getters import get_T2V_pipeline
+from kandinsky.loading.vae import load_vae
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, CausalConv3d
 from kandinsky.text.prompts import get_template, prefix_length
@@ -169,14 +173,14 @@ def test_float32_weights_are_not_copied(dit_state: State, tmp_path: Path, monkey
     """Where nothing is cast the model's parameters are the memory-mapped file itself."""
     save_file(dit_state, tmp_path / "dit.safetensors")
     read: dict[str, int] = {}
-    original: Callable[[Sequence[Path]], Iterator[tuple[str, Tensor]]] = loading.read_tensors
+    original: Callable[[Sequence[Path]], Iterator[tuple[str, Tensor]]] = weights.read_tensors
 
     def recording(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in original(files):
             read[name] = tensor.data_ptr()
             yield name, tensor
 
-    monkeypatch.setattr(loading, "read_tensors", recording)
+    monkeypatch.setattr(weights, "read_tensors", recording)
     dit = load_dit(tmp_path / "dit.safetensors", PARAMS, "cpu", torch.float32)
     assert {name: tensor.data_ptr() for name, tensor in dit.state_dict().items()} == read
 
@@ -188,7 +192,7 @@ def test_tensors_are_cast_one_at_a_time(dit_state: State, tmp_path: Path, monkey
     save_file(dit_state, tmp_path / "dit.safetensors")
     alive: list[int] = []
     originals: list[weakref.ref[Tensor]] = []
-    original = loading.read_tensors
+    original = weights.read_tensors
 
     def recording(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in original(files):
@@ -197,7 +201,7 @@ def test_tensors_are_cast_one_at_a_time(dit_state: State, tmp_path: Path, monkey
             alive.append(sum(reference() is not None for reference in originals))
             yield name, tensor
 
-    monkeypatch.setattr(loading, "read_tensors", recording)
+    monkeypatch.setattr(weights, "read_tensors", recording)
     load_dit(tmp_path / "dit.safetensors", PARAMS, "cpu", torch.bfloat16)
     assert len(alive) == len(dit_state) and max(alive) <= 2
 
@@ -207,13 +211,13 @@ def test_no_parameter_is_allocated_before_it_is_read(
 ) -> None:
     save_file(dit_state, tmp_path / "dit.safetensors")
     devices = set()
-    original = loading.load_weights
+    original = weights.load_weights
 
     def recording(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         devices.update(p.device.type for p in model.parameters())
         original(model, *args, **kwargs)
 
-    monkeypatch.setattr(loading, "load_weights", recording)
+    monkeypatch.setattr(dit_loading, "load_weights", recording)
     load_dit(tmp_path / "dit.safetensors", PARAMS, "cpu", torch.float32)
     assert devices == {"meta"}
 
@@ -226,7 +230,7 @@ def test_wrong_variant_is_recognised_from_the_header(tmp_path: Path, monkeypatch
     path = tmp_path / "pro.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     monkeypatch.setitem(headers.BITS, "TEST", 0)  # takes no bytes
-    monkeypatch.setattr(loading, "DiffusionTransformer3D", lambda **_: pytest.fail("a model was built"))
+    monkeypatch.setattr(dit_loading, "DiffusionTransformer3D", lambda **_: pytest.fail("a model was built"))
     with pytest.raises(ValueError) as error:
         load_dit(path, load_config(LITE_YAML).model.dit_params, "cpu", torch.bfloat16)
     assert_one_line(
@@ -467,9 +471,9 @@ def test_vae_where_the_processor_has_no_arithmetic_in_its_dtype(
     for native in (False, True):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
         assert load_vae(folder, cpu, torch.bfloat16, kind).float32_convolutions is not native
-        assert ("bfloat16" in loading.machine_memory(cpu).float32_convolutions) is not native
+        assert ("bfloat16" in devices.machine_memory(cpu).float32_convolutions) is not native
         assert not load_vae(folder, cpu, torch.float32, kind).float32_convolutions
-        assert not loading.convolves_in_float32(torch.bfloat16, torch.device("cuda"))
+        assert not devices.convolves_in_float32(torch.bfloat16, torch.device("cuda"))
 
 
 def test_which_processors_have_no_arithmetic_in_bfloat16() -> None:
@@ -477,7 +481,7 @@ def test_which_processors_have_no_arithmetic_in_bfloat16() -> None:
     asked_for = os.environ.get("ONEDNN_MAX_CPU_ISA")
     if asked_for != "AVX2" and torch.backends.cpu.get_cpu_capability() != "AVX2":
         pytest.skip("this processor may have it")
-    assert loading.convolves_in_float32(torch.bfloat16, torch.device("cpu"))
+    assert devices.convolves_in_float32(torch.bfloat16, torch.device("cpu"))
 
 
 def test_what_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,5 +491,5 @@ def test_what_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * gb, 48 * gb))
     for name, number in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
-    found = loading.machine_memory(torch.device("cuda:0"))
-    assert found.gpu_memory == 38 * gb + loading.CUDA_CONTEXT and found.float32_convolutions == ()
+    found = devices.machine_memory(torch.device("cuda:0"))
+    assert found.gpu_memory == 38 * gb + devices.CUDA_CONTEXT and found.float32_convolutions == ()

@@ -79,7 +79,9 @@ def _count(shape: tuple[int, ...]) -> int:
 def test_weights_of_files_are_what_is_loaded(name: str, dtype: str) -> None:
     import torch
 
-    from kandinsky.loading.assemble import load_dit, load_text_encoders, load_vae
+    from kandinsky.loading.dit import load_dit
+    from kandinsky.loading.text import load_text_encoders
+    from kandinsky.loading.vae import load_vae
 
     config = load_config(CONFIGS / f"config_{name}.yaml")
     files, torch_dtype = weight_files(config), getattr(torch, dtype)
@@ -110,7 +112,8 @@ def test_quantised_weights_are_what_is_loaded(scheme: str, tmp_path: Path) -> No
     """On the way from the file, and in a file that is quantised, whose header says so."""
     import torch
 
-    from kandinsky.loading.assemble import load_dit, load_text_encoders
+    from kandinsky.loading.dit import load_dit
+    from kandinsky.loading.text import load_text_encoders
     from kandinsky.runtime.quantization import save_checkpoint
 
     config = load_config(CONFIGS / "config_tiny_t2v.yaml")
@@ -225,7 +228,7 @@ class Decode:
     def predicted(self) -> int:
         import torch
 
-        from kandinsky.loading.assemble import convolves_in_float32
+        from kandinsky.loading.devices import convolves_in_float32
 
         frames, rows, columns = self.latents
         dtype = getattr(torch, self.dtype)
@@ -238,7 +241,7 @@ class Decode:
     def prepare(self) -> tuple[Callable[[], object], Callable[[], object]]:
         import torch
 
-        from kandinsky.loading.assemble import convolves_in_float32
+        from kandinsky.loading.devices import convolves_in_float32
         from kandinsky.models.vae_flux import AutoencoderKL
         from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
         from kandinsky.models.vae_tiling import VAETiling

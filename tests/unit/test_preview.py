@@ -125,7 +125,7 @@ def test_colours_of_latent_pixels() -> None:
 @pytest.mark.parametrize("task", ["t2v", "image"])
 def test_the_tiny_maps_are_near_the_colours(task: str) -> None:
     """Of a red and a blue picture, encoded by the tiny VAEs."""
-    from kandinsky.loading.assemble import load_vae
+    from kandinsky.loading.vae import load_vae
 
     path = CONFIG.parents[1] / "assets" / "tiny" / task / "vae"
     vae: Any = load_vae(path, "cpu", torch.float32, "hunyuan" if task == "t2v" else "flux")

@@ -28,8 +28,8 @@ from kandinsky.checkpoints.dit_layout import (
 )
 from kandinsky.checkpoints.headers import read_header
 from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading import assemble as loading
-from kandinsky.loading.assemble import load_dit
+from kandinsky.loading import getters, weights
+from kandinsky.loading.dit import load_dit
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.runtime.quantization import (
     DTYPES,
@@ -299,7 +299,7 @@ def test_tensors_are_quantised_one_at_a_time(checkpoint: Path, state: State, mon
     """When a tensor is read, the original of the one before it is already gone."""
     alive: list[int] = []
     originals: list[weakref.ref[Tensor]] = []
-    original = loading.read_tensors
+    original = weights.read_tensors
 
     def recording(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in original(files):
@@ -308,7 +308,7 @@ def test_tensors_are_quantised_one_at_a_time(checkpoint: Path, state: State, mon
             alive.append(sum(reference() is not None for reference in originals))
             yield name, tensor
 
-    monkeypatch.setattr(loading, "read_tensors", recording)
+    monkeypatch.setattr(weights, "read_tensors", recording)
     load(checkpoint, "int8")
     assert len(originals) == 26 and max(alive) <= 2
 
@@ -476,10 +476,10 @@ def test_quantised_files_are_loaded_strictly(
 def test_without_bitsandbytes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line with the command that installs it, before any weight is read."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(loading, "read_tensors", lambda files: pytest.fail("a weight was read"))
+    monkeypatch.setattr(weights, "read_tensors", lambda files: pytest.fail("a weight was read"))
     for attempt in (
         lambda: load(checkpoint, "nf4"),
-        lambda: loading.get_T2V_pipeline("cpu", conf_path=TINY, quantized_qwen=True),
+        lambda: getters.get_T2V_pipeline("cpu", conf_path=TINY, quantized_qwen=True),
     ):
         with pytest.raises(ValueError) as error:
             attempt()

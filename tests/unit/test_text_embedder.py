@@ -19,9 +19,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from kandinsky.loading.text_encoders import load_text_embedder, text_encoder_files
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.embeddings import TextEmbeddings
-from kandinsky.text.encoder_files import load_text_embedder, text_encoder_files
 from kandinsky.text.prompts import get_template, prefix_length
 from tools.make_tiny_text_encoders import make_text_encoders, save_text_encoders
 

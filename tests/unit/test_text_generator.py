@@ -13,8 +13,9 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kandinsky.text.encoder_files import load_text_embedder
-from kandinsky.text.generator import CHAT, can_generate, load_text_generator
+from kandinsky.loading.text_encoders import load_text_embedder
+from kandinsky.loading.text_generator import can_generate, load_text_generator
+from kandinsky.text.generator import CHAT
 
 TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny" / "image"
 PICTURE = Image.radial_gradient("L").resize((112, 84)).convert("RGB")

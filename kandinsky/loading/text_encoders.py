@@ -48,6 +48,7 @@ from kandinsky.text.prompts import check_prefix, get_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 
+
 # What may stand before a tensor's own name in a file; the longest match wins. Names of the vision tower keep `visual.`.
 _QWEN_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _CLIP_PREFIXES = ("text_model.",)

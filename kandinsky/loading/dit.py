@@ -1,0 +1,157 @@
+"""The DiT out of its file: whole, in shards, or on the host, from where it comes to its device when its stage begins.
+
+What a file is, is read from its header before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky.checkpoints.dit_layout import (
+    COMFY_PREFIX,
+    check_dit_header,
+    quantization_from_header,
+    strip_prefix,
+)
+from kandinsky.checkpoints.files import (
+    find_weights,
+)
+from kandinsky.checkpoints.headers import read_header
+from kandinsky.config import DiTConfig
+from kandinsky.loading.weights import host_weights, load_weights
+from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.lora import Adapters
+from kandinsky.runtime.offload import Offloaded, Part, take_weights
+from kandinsky.runtime.parallel import Team
+from kandinsky.runtime.prompt_cache import fingerprint
+from kandinsky.runtime.quantization import quantize_dit
+from kandinsky.runtime.sharding import load_shards, shard
+
+logger = logging.getLogger(__name__)
+
+# These compute in float32 whatever the model's dtype, so they keep the precision that their file has.
+KEEP_PRECISION = ("time_embeddings.", "modulation.")
+
+
+def load_dit(
+    path: str | Path,
+    params: DiTConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+) -> DiffusionTransformer3D:
+    """The DiT from a safetensors file or folder. Raises ValueError for damaged files and for other variants' files.
+
+    quantization: "int8", "fp8" or "nf4", which weights are brought to as they are read. None leaves them as they are in
+        the file, which may be quantised itself; a file that is quantised otherwise is a ValueError.
+    """
+    files = find_weights(path)
+    header = {name: entry for file in files for name, entry in read_header(file).items()}
+    try:
+        check_dit_header(header, params)
+        with torch.device("meta"):
+            dit = DiffusionTransformer3D(**dataclasses.asdict(params))
+        convert = quantize_dit(dit, strip_prefix(header), quantization)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
+
+    load_weights(dit, files, device, dtype_of, COMFY_PREFIX, convert)
+    return dit
+
+
+def load_sharded_dit(
+    path: str | Path, params: DiTConfig, device: torch.device, dtype: torch.dtype, team: Team
+) -> DiffusionTransformer3D:
+    """A DiT of which each process of a sequence has a part of the weights. Errors are those of `load_dit`."""
+    files = find_weights(path)
+    header = {name: entry for file in files for name, entry in read_header(file).items()}
+    try:
+        check_dit_header(header, params)
+        if quantization_from_header(strip_prefix(header)) is not None:
+            raise ValueError("runtime.shard_weights = true takes checkpoints that are not quantised: leave it out")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        dit = DiffusionTransformer3D(**dataclasses.asdict(params))
+    mesh = team.mesh["sequence"]
+    shard(dit, mesh)
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
+
+    load_shards(dit, files, mesh, device, dtype_of, COMFY_PREFIX)
+    return dit
+
+
+def load_dit_on_host(
+    path: Path, params: DiTConfig, dtype: torch.dtype, quantization: str | None
+) -> tuple[DiffusionTransformer3D, dict[str, Tensor]]:
+    """A DiT on the meta device, and its weights by name on the host. Arguments and errors are those of `load_dit`.
+
+    The weights stay in their files, but for those that are quantised as they are read: these lie in memory.
+    """
+    if quantization is None and scheme_of(path) is None:
+        return load_dit(path, params, "meta", dtype), host_weights(path, COMFY_PREFIX)
+    dit = load_dit(path, params, "cpu", dtype, quantization)
+    return dit, take_weights(dit)
+
+
+def scheme_of(path: Path) -> str | None:
+    """How the weights of a DiT's checkpoint are quantised; None: they are not."""
+    header = {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
+    return quantization_from_header(strip_prefix(header))
+
+
+def dit_parts(
+    dit: DiffusionTransformer3D,
+    weights: dict[str, Tensor],
+    resident: int | None,
+    device: torch.device,
+    adapters: Adapters,
+) -> tuple[list[Part], Callable[[nn.ModuleList], Iterable[nn.Module]]]:
+    """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all); and
+    what hands out its visual blocks.
+
+    `weights` are its tensors on the host by name. Those of blocks that stream are taken out.
+    """
+    if resident is None:
+        return [Offloaded(dit, weights, device, adapters.merge), adapters], iter
+    adapters.swap = swap = BlockSwap(
+        dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device
+    )
+    blocks = len(dit.visual_transformer_blocks)
+    logger.info("%d of %d visual blocks stream from %.1f GB of host memory", len(swap.streamed), blocks, swap.host_gb)
+    return [Offloaded(dit, weights, device, adapters.merge), swap, adapters], swap
+
+
+def reread(path: Path) -> Callable[[], dict[str, Tensor]]:
+    """What gives a DiT checkpoint's tensors a second time, as `host_weights` does, opened when it is first called.
+
+    It raises ValueError where the checkpoint is gone by then, or not the same any more.
+    """
+    before = fingerprint(find_weights(path))
+
+    @functools.cache
+    def read() -> dict[str, Tensor]:
+        try:
+            same = fingerprint(find_weights(path)) == before
+        except (ValueError, OSError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"{path} has changed since it was loaded, and adapters need it again: load the pipeline anew"
+            )
+        return host_weights(path, COMFY_PREFIX)
+
+    return read
