@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from kandinsky.common.signals import Stopper
     from kandinsky.config import Config
-    from kandinsky.planning.plan import Machine
+    from kandinsky.planning.machine import Machine
     from kandinsky.request import Request
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config_5s_sft.yaml"
@@ -255,7 +255,8 @@ def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> str:
     """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
-    from kandinsky.planning.plan import make_plan, plan_decoding, report, weight_files
+    from kandinsky.planning.plan import make_plan, plan_decoding, weight_files
+    from kandinsky.planning.report import report
 
     if args.decode_latents is not None:
         make = plan_decoding
@@ -302,7 +303,7 @@ def planned_machine(args: argparse.Namespace) -> Machine:
     """The machine that flags describe, or this one."""
     from kandinsky.common.host_memory import host_memory
     from kandinsky.models.vae_memory import GB
-    from kandinsky.planning.plan import Machine
+    from kandinsky.planning.machine import Machine
 
     for flag in ("memory_gb", "host_memory_gb"):
         if (size := getattr(args, flag)) is not None and not size > 0:

@@ -30,9 +30,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from kandinsky.attention.block_sparse import BLOCK_SPARSE_ENGINES, BLOCK_TOKENS
+from kandinsky.attention.block_sparse import BLOCK_SPARSE_ENGINES
 from kandinsky.attention.engines import AUTO_ORDER, ENGINES, disagreement, obstacle
 from kandinsky.attention.nabla import fast_sta_nabla, nabla_block_map
+from kandinsky.common.limits import BLOCK_TOKENS
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 P = 0.9

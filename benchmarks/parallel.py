@@ -31,7 +31,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from benchmarks.memory import MODELS, status, write_checkpoint
-from kandinsky.attention.block_sparse import BLOCK_TOKENS
+from kandinsky.common.limits import BLOCK_TOKENS
 from kandinsky.config import Config, check_processes, load_config
 from kandinsky.loading.dit import load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution

@@ -42,7 +42,9 @@ from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.inputs import Inputs
-from kandinsky.planning.plan import HOST_OF_CPU_RUN, Stage, make_plan, weight_files
+from kandinsky.planning.machine import HOST_OF_CPU_RUN
+from kandinsky.planning.plan import make_plan, weight_files
+from kandinsky.planning.stages import Stage
 from kandinsky.request import Request, resolve_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement
 from kandinsky.runtime.quantization import require_scheme, save_checkpoint

@@ -60,17 +60,19 @@ from benchmarks.attention import matmul_flops, median_seconds
 from benchmarks.compare import processor_name, randomise, resident, wait_for
 from kandinsky.attention.block_sparse import BlockSparseAttention, resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
+from kandinsky.checkpoints.dit_layout import KEEP_PRECISION
 from kandinsky.config import AttentionConfig, Config, DiTConfig, load_config, with_settings
 from kandinsky.loading.assemble import PIPELINES
 from kandinsky.loading.devices import machine_memory
-from kandinsky.loading.dit import KEEP_PRECISION, load_dit
+from kandinsky.loading.dit import load_dit
 from kandinsky.loading.text import load_text_encoders
 from kandinsky.loading.text_encoders import load_image_processor
 from kandinsky.loading.vae import load_vae
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
-from kandinsky.planning.plan import Machine, default_request, make_plan
+from kandinsky.planning.machine import Machine
+from kandinsky.planning.plan import default_request, make_plan
 from kandinsky.runtime.compile import CACHE_VARIABLE, with_compiled_blocks
 from kandinsky.runtime.placement import FixedPlacement
 from kandinsky.text.embeddings import TextEmbeddings

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from kandinsky.common.given import as_number, as_whole, shortened, shown
+from kandinsky.common.limits import MAX_PATCHES, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS
 from kandinsky.yaml_files import read_yaml, with_overrides
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,6 @@ VIDEO_NEGATIVE_CAPTION = (
 SD_SIZES = ((512, 512), (768, 512), (512, 768))
 HD_SIZES = ((1024, 1024), (1408, 640), (640, 1408), (1280, 768), (768, 1280), (1152, 896), (896, 1152))
 
-# An image pixel is 8 x 8 to a latent cell and a patch is 2 x 2 cells; NABLA works on 8 x 8 patches.
-PATCH_PIXELS = 16
-NABLA_PIXELS = 128
-# The rotary tables have 128 positions an axis and 1024 for text.
-MAX_PATCHES = 128
-MAX_TEXT_TOKENS = 1024
 MAX_SECONDS = 21  # 24 fps, 4 frames to a latent frame: 21 s are 127 latent frames
 MIN_SECONDS = 4 / 24  # the shortest video has 5 frames: the first one and those of one more latent frame
 LARGEST_WHOLE = 10**15 - 1  # of a setting; what is computed from several of them still is a float's size

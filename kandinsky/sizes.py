@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from math import sqrt
 
-from kandinsky.config import MAX_PATCHES, NABLA_PIXELS, PATCH_PIXELS, Config
+from kandinsky.common.limits import MAX_PATCHES, NABLA_PIXELS, PATCH_PIXELS
+from kandinsky.config import Config
 
 MIN_SIDE = PATCH_PIXELS
 MAX_ASPECT = 4

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky.attention.nabla import NablaConfig
+from kandinsky.checkpoints.dit_layout import KEEP_PRECISION
 from kandinsky.config import Config
-from kandinsky.loading.dit import KEEP_PRECISION
 from kandinsky.loading.text import load_text_encoders
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.text.embedder import TextEmbedder

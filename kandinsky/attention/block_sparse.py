@@ -19,15 +19,13 @@ from einops import rearrange
 from torch import Tensor
 
 from kandinsky.attention.engines import deviation, first_line, log_level
+from kandinsky.common.limits import BLOCK_TOKENS, MAP_ENTRIES_AT_ONCE
 
 logger = logging.getLogger(__name__)
 
-BLOCK_TOKENS = 64
 # Keys and values that the sdpa kernel gathers at once. On a CPU they then stay in a core's second-level cache.
 GATHERED_BYTES_PER_THREAD = 2**19
 GATHERED_BYTES_ON_A_GPU = 2**28
-# Entries of maps, over all heads, that are worked on at once: bounds what sorting and counting need besides the map.
-MAP_ENTRIES_AT_ONCE = 2**24
 # Sizes that one process may compile flex_attention for. Unless told otherwise PyTorch stops compiling after 8.
 LARGEST_NUMBER_OF_SIZES = 64
 

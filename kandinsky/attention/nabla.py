@@ -17,9 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kandinsky.attention.block_sparse import BLOCK_TOKENS, BlockSparseAttention, head_chunks
-
-BLOCK_SIDE = 8  # patches: a block is 8 x 8 of them in one frame
+from kandinsky.attention.block_sparse import BlockSparseAttention, head_chunks
+from kandinsky.common.limits import BLOCK_SIDE, BLOCK_TOKENS
 
 
 @dataclass(frozen=True)

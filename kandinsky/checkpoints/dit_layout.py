@@ -20,6 +20,8 @@ from kandinsky.config import DiTConfig
 FLOATS = ("F32", "F16", "BF16")
 
 COMFY_PREFIX = "model.diffusion_model."
+# These compute in float32 whatever the model's dtype, so they keep the precision that their file has.
+KEEP_PRECISION = ("time_embeddings.", "modulation.")
 # head_dim -> its split over time, height and width. A checkpoint says the sum only; these are the published splits.
 AXES_DIMS = {64: (16, 24, 24), 128: (32, 48, 48)}
 

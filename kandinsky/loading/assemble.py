@@ -36,7 +36,8 @@ from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
 from kandinsky.pipelines.parts import Placement
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
-from kandinsky.planning.plan import num_evaluations, resolve_runtime
+from kandinsky.planning.costs import num_evaluations
+from kandinsky.planning.plan import resolve_runtime
 from kandinsky.request import Request
 from kandinsky.runtime.compile import is_wanted, keep_compiled_code, model_evaluations, with_compiled_blocks
 from kandinsky.runtime.lora import Adapters

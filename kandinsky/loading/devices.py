@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kandinsky.common.host_memory import host_memory
-from kandinsky.planning.plan import CUDA_CONTEXT, Machine
+from kandinsky.planning.machine import CUDA_CONTEXT, Machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kandinsky.checkpoints.dit_layout import (
     COMFY_PREFIX,
+    KEEP_PRECISION,
     check_dit_header,
     quantization_from_header,
     strip_prefix,
@@ -36,9 +37,6 @@ from kandinsky.runtime.quantization import quantize_dit
 from kandinsky.runtime.sharding import load_shards, shard
 
 logger = logging.getLogger(__name__)
-
-# These compute in float32 whatever the model's dtype, so they keep the precision that their file has.
-KEEP_PRECISION = ("time_embeddings.", "modulation.")
 
 
 def load_dit(

@@ -13,10 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kandinsky.common.limits import MAX_PATCHES, MAX_TEXT_TOKENS
 from kandinsky.models.numerics import upcast
-
-MAX_VISUAL_POSITIONS = 128  # patches per axis that the published models were built for
-MAX_TEXT_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ def axis_angles(length: int, dim: int, device: torch.device | str, scale: float 
 
 def text_rotary_table(length: int, head_dim: int, device: torch.device | str) -> RotaryTable:
     """Table of `length` text tokens. Raises ValueError beyond the 1,024 positions that the models were built for."""
-    if length > MAX_TEXT_POSITIONS:
-        raise ValueError(f"the text has {length} tokens; the model takes at most {MAX_TEXT_POSITIONS}: shorten it")
+    if length > MAX_TEXT_TOKENS:
+        raise ValueError(f"the text has {length} tokens; the model takes at most {MAX_TEXT_TOKENS}: shorten it")
     angles = axis_angles(length, head_dim, device)
     return RotaryTable(angles.cos(), angles.sin())
 
@@ -65,8 +63,8 @@ def visual_rotary_table(
     positions of each axis. Raises ValueError where an axis is longer than the 128 patches the models were built for.
     """
     for name, length in zip(("time", "height", "width"), grid, strict=True):
-        if length > MAX_VISUAL_POSITIONS:
-            raise ValueError(f"{length} patches along {name}; the model takes at most {MAX_VISUAL_POSITIONS} an axis")
+        if length > MAX_PATCHES:
+            raise ValueError(f"{length} patches along {name}; the model takes at most {MAX_PATCHES} an axis")
     angles = []
     for axis, (length, dim, scale) in enumerate(zip(grid, axes_dims, scale_factor, strict=True)):
         shape = [1, 1, 1, dim // 2]

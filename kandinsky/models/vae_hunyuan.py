@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_AT_ONCE
 from kandinsky.models.numerics import upcast
 from kandinsky.models.vae_tiling import DiagonalGaussian, MapTiles, TiledAxis, VAETiling, apply_tiled
 
 GROUP_NORM_EPS = 1e-6
-ELEMENTS_AT_ONCE = 2**21  # of a layer's input, as far as whole frames allow
 # A 3-D convolution on a CPU is not given to oneDNN up to this size of its input: batch x channels x frames x rows.
 SMALLEST_FOR_ONEDNN = 20480
-LEAST_FRAMES_AT_ONCE = 2  # fewer, and copying the history costs more than the frame itself
 
 FrameOperation = Callable[[Tensor], Tensor]  # of any stretch of a video's frames (B, C, T', H, W)
 

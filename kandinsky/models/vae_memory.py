@@ -1,5 +1,7 @@
 """How much memory decoding needs, as a formula, and the tile that fits into a budget.
 
+from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_AT_ONCE
+
 The formula counts the tensors that exist at once where a decoder's peak is: in the first block at full resolution. It
 depends on sizes, channels and dtypes and on nothing else, neither on the device nor on what happens to be free, so the
 same settings cut the same tiles and give the same pixels on every machine, but on CPUs that have no arithmetic in the
@@ -15,6 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_AT_ONCE
+
 GB = 2**30  # bytes, as memory is sold
 
 RGB = 3
@@ -22,9 +26,6 @@ FLOAT32 = 4  # bytes
 WINDOW_FRAMES = 17  # what videos are decoded in
 SMALLEST_TILE = 256  # pixels; of a smaller one too much is overlap
 TILE_STEP = 64
-# What a layer of the video VAE works on at a time: see `frames_at_once` there.
-ELEMENTS_AT_ONCE = 2**21
-LEAST_FRAMES_AT_ONCE = 2
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from typing import Any
 from kandinsky.checkpoints.dit_layout import FLOATS
 from kandinsky.checkpoints.headers import Header, read_metadata
 from kandinsky.common.given import as_number, shortened, shown
+from kandinsky.common.limits import MAX_TEXT_TOKENS
 from kandinsky.common.untrusted import parse_json
-from kandinsky.config import MAX_TEXT_TOKENS, Config, config_from_dict
+from kandinsky.config import Config, config_from_dict
 from kandinsky.request import FPS, Request, Sample, recorded_request
 
 Kinds = type | tuple[type, ...]

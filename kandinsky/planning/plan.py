@@ -1,8 +1,9 @@
 """What a request will take on a machine, and the settings with which it fits, before anything is loaded.
 
 `make_plan` goes through the stages of a request (encode, denoise, decode, write), adds up what each takes by the
-formulas of memory.py, and takes the first of its choices that fits, from the fastest to the slowest: everything on the
-device; each model there only while its stage runs; visual blocks streamed from the host; tokens in chunks. None of
+formulas of weights.py and activations.py, and takes the first of its choices that fits, from the fastest to the
+slowest: everything on the device; each model there only while its stage runs; visual blocks streamed from the host;
+tokens in chunks. None of
 these changes a pixel. What does is never chosen: smaller tiles of the VAE and quantised weights are named in the plan,
 for a person to ask for. Where nothing fits, `Plan.refusal` says why, and what the nearest is that would.
 
@@ -15,33 +16,25 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil, floor, prod
+from math import floor, prod
 from pathlib import Path
 from typing import Any
 
 from kandinsky.checkpoints.files import part_folder, resolve_path
+from kandinsky.common.limits import STREAM_BUFFERS
 from kandinsky.config import Config, with_settings
-from kandinsky.models.vae_memory import GB, RGB, Decoding
-from kandinsky.planning import memory
-from kandinsky.planning.memory import Models, Weights
+from kandinsky.models.vae_memory import GB
+from kandinsky.planning.costs import costs, tiles_of
+from kandinsky.planning.machine import GPU_SLACK, Machine
+from kandinsky.planning.stages import Stage, decoding_of, estimate, tile_size
+from kandinsky.planning.weights import Models, Weights
+from kandinsky.planning.weights import models as models_of_files
+from kandinsky.planning.words import gb_text, yaml_text
 from kandinsky.request import FPS, Request, resolve_request
 
 logger = logging.getLogger(__name__)
 
-
-# Assumed, not measured.
-CUDA_CONTEXT = int(0.5 * GB)
-GPU_SLACK = 0.1  # share of the activations that PyTorch's allocator and the kernels take on a GPU besides them
-HOST_OF_GPU_RUN = int(3 * GB)  # of the process besides weights: Python, torch, CUDA's libraries
-# Measured: what is resident with everything imported.
-HOST_OF_CPU_RUN = int(0.4 * GB)
-
-STREAM_BUFFERS = 2  # see runtime/block_swap.py
 CHUNK_TOKENS = 8192
-TEMPLATE_TOKENS = 129  # of the video template, the longest
-EXPANSION_TOKENS = 1024  # of the instruction to write a prompt out, with the answer
-PIXELS_PER_TOKEN = 28**2  # of a picture that Qwen sees
-EDIT_TOKENS = 1024  # of a prompt with its picture, at most
 BUDGET_STEP = 0.25  # GB, to which a budget for the VAE is rounded down
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What makes the model smaller and its results a little different, from the mildest on.
@@ -51,35 +44,6 @@ QUANTIZATIONS: tuple[dict[str, Any], ...] = (
     {"qwen_quantization": True, "dit_quantization": "int8"},
     {"qwen_quantization": True, "dit_quantization": "nf4"},
 )
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to fit into, in bytes, and how fast it is taken to be, a second."""
-
-    host_memory: float
-    gpu_memory: float | None = None  # None: everything runs on the CPU
-    link: float = 22e9  # bytes from pinned memory to the GPU: PCIe 4 with 16 lanes
-    files: float = 3e9  # bytes from memory-mapped files
-    flops: float = 100e12  # bfloat16, of a fast consumer card
-    float32_convolutions: tuple[str, ...] = ()  # dtypes in whose place this CPU's VAE convolves in float32
-
-    @property
-    def words(self) -> str:
-        host = f"{self.host_memory / GB:.1f} GB of host memory"
-        return host if self.gpu_memory is None else f"{self.gpu_memory / GB:.1f} GB on the GPU, {host}"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Bytes that a stage takes: of weights and besides them on the device that computes, and at its peak in all."""
-
-    name: str
-    weights: int
-    activations: int
-    gpu: int  # 0 where there is none
-    host: int
-    mapped: int  # besides `host`, of weight files: what may be resident of them until the system needs the room
 
 
 @dataclass(frozen=True)
@@ -131,7 +95,7 @@ def resolve_runtime(
         if config.runtime.offload == "auto":
             raise ValueError(f"{plan.refusal}. To try it all the same: runtime.offload=on")
         logger.warning("%s", plan.refusal)
-    chosen = ", ".join(f"{name} {_yaml(value)}" for name, value in plan.settings.items() if value is not None)
+    chosen = ", ".join(f"{name} {yaml_text(value)}" for name, value in plan.settings.items() if value is not None)
     is_news = machine.gpu_memory is not None or plan.config.runtime.offload == "on"
     logger.log(logging.INFO if is_news else logging.DEBUG, "%s: %s", chosen, plan.reason)
     if plan.overrides and plan.refusal is None:
@@ -177,8 +141,8 @@ def plan_decoding(config: Config, request: Request, machine: Machine, files: Map
 
 
 def models_in(dtype: str, config: Config, files: Mapping[str, Path], machine: Machine) -> Models:
-    """`memory.models` in a dtype, as this machine computes in it. Raises ValueError for a dtype that there isn't."""
-    models = memory.models(config, files, element_size(dtype))
+    """`weights.models` in a dtype, as this machine computes in it. Raises ValueError for a dtype that there isn't."""
+    models = models_of_files(config, files, element_size(dtype))
     return dataclasses.replace(models, float32_convolutions=dtype in machine.float32_convolutions)
 
 
@@ -253,10 +217,11 @@ def excess(stage: Stage, machine: Machine) -> float:
 
 def _too_much(stage: Stage, machine: Machine) -> str:
     if machine.gpu_memory is None:
-        takes, there_are = f"{_gb(stage.host)} GB of host memory", _gb(machine.host_memory)
+        takes, there_are = f"{gb_text(stage.host)} GB of host memory", gb_text(machine.host_memory)
     else:
-        takes = f"{_gb(stage.gpu)} GB on the GPU ({_gb(stage.weights)} of it weights) and {_gb(stage.host)} on the host"
-        there_are = f"{_gb(machine.gpu_memory)} and {_gb(machine.host_memory)}"
+        weights, host = gb_text(stage.weights), gb_text(stage.host)
+        takes = f"{gb_text(stage.gpu)} GB on the GPU ({weights} of it weights) and {host} on the host"
+        there_are = f"{gb_text(machine.gpu_memory)} and {gb_text(machine.host_memory)}"
     return f"{stage.name} takes {takes}, and there are {there_are}"
 
 
@@ -297,151 +262,12 @@ def nearest(config: Config, request: Request, machine: Machine, files: Mapping[s
     return f"What fits: {', or '.join(found)}" if found else "Nothing that this model makes fits"
 
 
-# --- the stages -------------------------------------------------------------------------------------------------------
-
-
-def estimate(config: Config, request: Request, machine: Machine, models: Models) -> tuple[Stage, ...]:
-    """What every stage takes with the settings of `config`, where offload is "on" or "off".
-
-    On the host, what counts is what must be there: copies of weights, and on a CPU what is computed with straight from
-    the mapped files; blocks that stream, because their memory is pinned; a DiT that was quantised on the way, from
-    which it is copied when its stage begins. What else is mapped, `Stage.mapped`, costs nothing but reading it again.
-
-    Text encoders are counted whether or not their embeddings are in a cache. Raises ValueError where the VAE's budget
-    is too small for any tile.
-    """
-    runtime, dit, samples = config.runtime, config.model.dit_params, len(request.samples)
-    is_offloaded, on_gpu = runtime.offload == "on", machine.gpu_memory is not None
-    resident = min(runtime.blocks_on_gpu or models.dit_blocks, models.dit_blocks)
-    streamed = models.dit_blocks - resident
-    streamed_bytes = streamed * models.dit_block
-    dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
-    everything = models.text.size + models.vae.size + dit_weights
-
-    # What lies on the host all the time, and what of the files stays mapped without being needed.
-    waiting, mapped = streamed_bytes, 0
-    if is_offloaded:
-        mapped = models.dit.read + models.vae.read
-        if models.dit_quantization is not None:
-            waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
-    elif not on_gpu:
-        mapped = models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
-        mapped += 0 if streamed else models.dit.left_mapped
-
-    output = 2 * RGB * samples * request.num_frames * request.width * request.height  # uint8, frames and their stack
-    stages: list[Stage] = []
-
-    def add(name: str, weights: int, activations: int, on_host: int = 0, files: int = 0) -> None:
-        weights = weights if is_offloaded else everything
-        gpu = CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations) if on_gpu else 0
-        host = HOST_OF_GPU_RUN if on_gpu else HOST_OF_CPU_RUN + weights + activations
-        stages.append(Stage(name, weights, activations, gpu, waiting + host + on_host, mapped + files))
-
-    # The text encoders' files are mapped for as long as there are text encoders.
-    text_files = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and not on_gpu else 0
-    writer = models.writer if request.expand_prompts is not False else None
-    if writer is not None:
-        weights = models.text.size + writer.size
-        everything += writer.size
-        add("expand prompt", weights, _expanding(config, request, models), files=text_files + writer.left_mapped)
-        everything -= writer.size
-    add("encode text", models.text.size, _encoding(config, request, models), files=text_files)
-    if config.task in ("i2v", "i2i"):
-        work = memory.FLOAT32 if models.float32_convolutions else models.element_size
-        picture = memory.encode_bytes(models.vae_channels, request.width, request.height, models.element_size, work)
-        add("encode image", models.vae.size, picture)
-    add("denoise", dit_weights, _denoising(config, request, models, machine))
-    pixels = _decoding(config, request, models).peak_bytes(tile_size(config, request, models))
-    latents = memory.denoising_state(dit, _tokens(config, request), samples)
-    add("decode", models.vae.size, pixels + latents, output)
-    add("write", 0, 0, output)
-    return tuple(stages)
-
-
-def _decoding(config: Config, request: Request, models: Models) -> Decoding:
-    vae, size = config.model.vae, (request.width, request.height, request.num_frames)
-    of_vae = (models.vae_channels, models.element_size)
-    return Decoding(vae.name, *of_vae, *size, vae.spatial_overlap, models.float32_convolutions)
-
-
-def tile_size(config: Config, request: Request, models: Models) -> int:
-    """The side of the tiles that are decoded, in pixels, as the pipeline will have it.
-
-    Raises ValueError where there is a budget and it is too small for any.
-    """
-    vae, decoding = config.model.vae, _decoding(config, request, models)
-    if vae.memory_budget_gb is None:
-        return vae.spatial_tile
-    tile = decoding.tile_within(vae.memory_budget_gb * GB, vae.spatial_tile)
-    if decoding.peak_bytes(tile) > vae.memory_budget_gb * GB:
-        raise ValueError(
-            f"model.vae.memory_budget_gb is {vae.memory_budget_gb:g}, but to decode {request.num_frames} frames of "
-            f"{request.width}x{request.height} takes {decoding.peak_bytes(tile) / GB:.2f} GB in the smallest tiles "
-            f"({tile} pixels): raise it, or ask for something smaller or shorter"
-        )
-    return tile
-
-
-def _encoding(config: Config, request: Request, models: Models) -> int:
-    """Every prompt is read by itself."""
-    return memory.text_activations(
-        config.model.text_embedder.qwen.emb_size,
-        models.qwen_intermediate,
-        TEMPLATE_TOKENS + _text_tokens(config, request),
-        models.element_size,
-        nf4=config.runtime.qwen_quantization,
-    )
-
-
-def _expanding(config: Config, request: Request, models: Models) -> int:
-    """Reading the instruction, which is more than writing takes; what is kept of the tokens is little beside it."""
-    share = {"i2v": 1.0, "i2i": 0.25}.get(config.task, 0.0)  # what is edited is shown in half its width and height
-    picture = int(share * request.width * request.height / PIXELS_PER_TOKEN)
-    return memory.text_activations(
-        config.model.text_embedder.qwen.emb_size,
-        models.qwen_intermediate,
-        EXPANSION_TOKENS + picture,
-        models.element_size,
-        nf4=config.runtime.qwen_quantization,
-    )
-
-
-def _denoising(config: Config, request: Request, models: Models, machine: Machine) -> int:
-    dit, runtime, samples = config.model.dit_params, config.runtime, len(request.samples)
-    tokens = _tokens(config, request)
-    activations = memory.dit_activations(
-        dit,
-        tokens,
-        _text_tokens(config, request),
-        models.element_size,
-        nabla=config.model.attention.type == "nabla",
-        flex=machine.gpu_memory is not None and config.model.attention.engine != "sdpa",
-        on_gpu=machine.gpu_memory is not None,
-        chunk_tokens=runtime.chunk_tokens,
-        quantization=models.dit_quantization,
-    )
-    activations += memory.denoising_state(dit, tokens, samples)
-    if config.magcache.enabled:
-        branches = 1 + (request.guidance_weight != 1)
-        activations += memory.magcache_bytes(dit, tokens, samples, branches, models.element_size)
-    return activations
-
-
-def _tokens(config: Config, request: Request) -> int:
-    return prod(size // p for size, p in zip(request.latent_size, config.model.dit_params.patch_size, strict=True))
-
-
-def _text_tokens(config: Config, request: Request) -> int:
-    longest = request.max_sequence_length or config.model.text_embedder.qwen.max_length
-    return EDIT_TOKENS if config.task == "i2i" else longest
-
-
 def _with_vae_budget(config: Config, request: Request, machine: Machine, models: Models) -> Config:
     """With tiles of the VAE for which decoding fits, where it does not and there are such."""
     decode = next(stage for stage in estimate(config, request, machine, models) if stage.name == "decode")
     if excess(decode, machine) <= 1:
         return config
-    pixels = _decoding(config, request, models).peak_bytes(tile_size(config, request, models))
+    pixels = decoding_of(config, request, models).peak_bytes(tile_size(config, request, models))
     spare = machine.host_memory - decode.host
     if machine.gpu_memory is not None:
         spare = (machine.gpu_memory - decode.gpu) / (1 + GPU_SLACK)
@@ -453,99 +279,3 @@ def _with_vae_budget(config: Config, request: Request, machine: Machine, models:
     except ValueError:  # not even the smallest
         return config
     return smaller
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
-def costs(config: Config, request: Request, machine: Machine, models: Models) -> Iterator[str]:
-    """What the settings cost in time, in words, with the rates that it was worked out with."""
-    runtime = config.runtime
-    if machine.gpu_memory is None:
-        if runtime.offload == "on":
-            total = models.all.read
-            seconds = f"{total / machine.files:.0f} s at {machine.files / 1e9:g} GB/s"
-            yield f"offload: {_gb(total)} GB are read again for every request, {seconds}"
-        return
-    resident = min(runtime.blocks_on_gpu or models.dit_blocks, models.dit_blocks)
-    streamed = models.dit_blocks - resident
-    if runtime.offload == "on":
-        total = models.all.size - streamed * models.dit_block
-        yield (
-            f"offload: {_gb(total)} GB go to the GPU for every request, {total / machine.files:.0f} s at "
-            f"{machine.files / 1e9:g} GB/s from memory-mapped files"
-        )
-    if streamed:
-        copying = streamed * models.dit_block / machine.link
-        computing = forward_flops(config, request) / machine.flops
-        evaluations = num_evaluations(request)
-        rest = max(0.0, copying - computing)
-        yield (
-            f"streaming {streamed} of {models.dit_blocks} blocks: {_gb(streamed * models.dit_block)} GB for each of "
-            f"{evaluations} evaluations, {copying:.2f} s at {machine.link / 1e9:g} GB/s (PCIe 4), behind "
-            f"{computing:.2f} s of computing at {machine.flops / 1e12:g} TFLOP/s: "
-            + (f"{rest * evaluations:.0f} s more in all" if rest else "no time lost")
-        )
-
-
-def num_evaluations(request: Request) -> int:
-    """Evaluations of the model for one sample: one a step, and of the guided steps each `guidance_every`-th another."""
-    begin, end = request.guidance_interval
-    steps = request.num_steps
-    guided = sum(begin <= step / steps < end for step in range(steps)) if request.guidance_weight != 1 else 0
-    return steps + ceil(guided / request.guidance_every)
-
-
-def forward_flops(config: Config, request: Request) -> float:
-    """Floating point operations of one evaluation of the visual blocks; NABLA's at the density that is assumed."""
-    dit, tokens, text = config.model.dit_params, _tokens(config, request), _text_tokens(config, request)
-    density = memory.NABLA_DENSITY if config.model.attention.type == "nabla" else 1
-    linear = 2 * tokens * (6 * dit.model_dim**2 + 2 * dit.model_dim * dit.ff_dim) + 4 * text * dit.model_dim**2
-    attention = 4 * tokens * dit.model_dim * (density * tokens + text)
-    return dit.num_visual_blocks * (linear + attention)
-
-
-def tiles_of(config: Config, request: Request, models: Models) -> str:
-    """The VAE's tiles in words, and how much work their overlaps add."""
-    tile = tile_size(config, request, models)
-    work = _decoding(config, request, models).work(tile)
-    return "in one piece" if work == 1 else f"in tiles of {tile} pixels, {work:.2f} times the work of one piece"
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def report(plan: Plan) -> str:
-    """The plan as a person reads it: a table of the stages, the settings, and their costs."""
-    request, runtime = plan.request, plan.config.runtime
-    frames = "1 picture" if request.is_image else f"{request.num_frames} frames"
-    source = plan.config.source.name if plan.config.source else plan.config.task
-    lines = [
-        f"{source}: {frames} of {request.width}x{request.height}, {_tokens(plan.config, request):,} tokens, "
-        f"{request.num_steps} steps; {plan.machine.words}; GB of 2^30 bytes",
-        "",
-        f"{'stage':14}{'weights':>9}{'besides':>9}{'GPU, peak':>11}{'host, peak':>12}",
-    ]
-    for stage in plan.stages:
-        numbers = (stage.weights, stage.activations, stage.gpu, stage.host)
-        cells = ["-" if not number else _gb(number) for number in numbers]
-        lines.append(f"{stage.name:14}{cells[0]:>9}{cells[1]:>9}{cells[2]:>11}{cells[3]:>12}")
-    if mapped := max(stage.mapped for stage in plan.stages):
-        lines.append(f"and up to {_gb(mapped)} GB of mapped weight files, which the host drops where it needs the room")
-    lines += ["", f"settings: {' '.join(f'runtime.{n}={_yaml(v)}' for n, v in plan.settings.items() if v is not None)}"]
-    lines.append(f"  because {plan.reason}")
-    lines += [f"  {cost}" for cost in plan.costs]
-    if plan.overrides:
-        lines.append(f"it also takes, and changes some pixels: {' '.join(plan.overrides)}")
-    quantized = [f"{name}={_yaml(value)}" for name, value in vars(runtime).items() if "quantization" in name and value]
-    if quantized:
-        lines.append(f"as asked for, and changes results: {' '.join(f'runtime.{word}' for word in quantized)}")
-    return "\n".join(lines)
-
-
-def _gb(count: float) -> str:
-    return f"{count / GB:.1f}"
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -22,10 +22,10 @@ from collections.abc import Iterator, MutableMapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from kandinsky.common.limits import STREAM_BUFFERS
 from kandinsky.runtime.offload import Slot, slots_of
 
 ALIGNMENT = 256  # bytes; each tensor of a block begins at a multiple of it
-BUFFERS = 2
 SMALLEST_PIECE = 2**20  # bytes; see `_pinned`
 
 
@@ -84,7 +84,7 @@ class BlockSwap:
     def begin(self) -> None:
         """Make the buffers and the blocks' parameters views of them; nothing is copied yet."""
         size = max((layout.num_bytes for layout in self._layouts), default=0)
-        for _ in range(min(BUFFERS, len(self.streamed))):
+        for _ in range(min(STREAM_BUFFERS, len(self.streamed))):
             self._buffers.append(_Buffer(torch.empty(size, dtype=torch.uint8, device=self.device)))
         if self.device.type == "cuda":
             self._copies = torch.cuda.Stream(self.device)
@@ -113,8 +113,8 @@ class BlockSwap:
             self._wait_for(turn)
             yield block
             # This block is done with its buffer. The next one that has it, maybe of the next forward:
-            following = turn + BUFFERS
-            self._request(following if following < len(self.streamed) else turn % BUFFERS)
+            following = turn + STREAM_BUFFERS
+            self._request(following if following < len(self.streamed) else turn % STREAM_BUFFERS)
 
     def streams(self, name: str) -> bool:
         """Whether a tensor, named as in the `weights` that the blocks came with, is a streamed block's."""
@@ -138,7 +138,7 @@ class BlockSwap:
                 buffer.holds = None
 
     def _buffer(self, turn: int) -> _Buffer:
-        return self._buffers[turn % BUFFERS]
+        return self._buffers[turn % STREAM_BUFFERS]
 
     def _request(self, turn: int) -> None:
         """Have a block's weights copied into its buffer, after all that was asked of the current stream so far."""

@@ -26,8 +26,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from kandinsky.attention.block_sparse import BLOCK_TOKENS
 from kandinsky.attention.engines import Attention
+from kandinsky.common.limits import BLOCK_TOKENS
 from kandinsky.models.dit import BlockInputs, RunBlocks
 from kandinsky.models.rope import RotaryTable
 from kandinsky.runtime.processes import Processes, Value

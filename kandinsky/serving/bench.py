@@ -11,7 +11,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from kandinsky.planning.plan import Machine, Plan
+from kandinsky.planning.machine import Machine
+from kandinsky.planning.plan import Plan
 from kandinsky.request import Request
 from kandinsky.serving.engine import Outcome, Report, Task
 from kandinsky.serving.variants import Catalogue

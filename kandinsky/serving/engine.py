@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import atomic_path, discard, remove_leftovers
 from kandinsky.outputs import latents_file, media, resume
-from kandinsky.planning.plan import Machine
+from kandinsky.planning.machine import Machine
 from kandinsky.serving.store import ENDED, Job, State, Store
 from kandinsky.serving.variants import Catalogue, Order, request_from, settings_of
 from kandinsky.serving.watching import Live, Watchers

@@ -14,17 +14,12 @@ from typing import Any
 
 from kandinsky.checkpoints.lora_file import find_lora, read_lora
 from kandinsky.common.given import as_whole, shortened, shown
+from kandinsky.common.limits import NABLA_PIXELS, PATCH_PIXELS
 from kandinsky.common.untrusted import is_plain_name, reason
-from kandinsky.config import MAX_SECONDS, NABLA_PIXELS, PATCH_PIXELS, Config, split_lora, with_settings
-from kandinsky.planning.plan import (
-    Machine,
-    Plan,
-    default_request,
-    forward_flops,
-    make_plan,
-    num_evaluations,
-    weight_files,
-)
+from kandinsky.config import MAX_SECONDS, Config, split_lora, with_settings
+from kandinsky.planning.costs import forward_flops, num_evaluations
+from kandinsky.planning.machine import Machine
+from kandinsky.planning.plan import Plan, default_request, make_plan, weight_files
 from kandinsky.request import FPS, MAX_SEED, Request, recorded_request, resolve_request
 from kandinsky.serving.fields import FIELDS, split_size
 from kandinsky.serving.limits import Limits

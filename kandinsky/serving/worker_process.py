@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky.config import config_to_dict
-from kandinsky.planning.plan import Machine
+from kandinsky.planning.machine import Machine
 from kandinsky.request import Request
 from kandinsky.serving.engine import Outcome, Report, Task
 from kandinsky.serving.variants import Variant

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from kandinsky.common.limits import MAX_TEXT_TOKENS
 from kandinsky.models.numerics import require_finite
-from kandinsky.models.rope import MAX_TEXT_POSITIONS
 from kandinsky.text.embeddings import TextEmbeddings
 from kandinsky.text.prompts import (
     IMAGE_TOKEN,
@@ -229,8 +229,8 @@ def _check_vision(
 
 def _check_length(attention_mask: list[list[int]], image_tokens: list[int], crop: int) -> None:
     for index, (mask, image) in enumerate(zip(attention_mask, image_tokens, strict=True)):
-        if (kept := sum(mask) - crop) > MAX_TEXT_POSITIONS:
+        if (kept := sum(mask) - crop) > MAX_TEXT_TOKENS:
             raise ValueError(
                 f"prompt {index} and its picture make {kept} tokens, {image} of them the picture's, but the model "
-                f"takes at most {MAX_TEXT_POSITIONS}; use a smaller picture or a shorter prompt"
+                f"takes at most {MAX_TEXT_TOKENS}; use a smaller picture or a shorter prompt"
             )

@@ -114,7 +114,7 @@ def test_a_run_that_cannot_fit_ends_before_anything_is_read(
     tiny: Path, cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kandinsky.loading import assemble as loading
-    from kandinsky.planning.plan import Machine
+    from kandinsky.planning.machine import Machine
 
     monkeypatch.setattr(loading, "machine_memory", lambda device: Machine(2**28))
     monkeypatch.setattr(loading, "load_dit", lambda *_: pytest.fail("weights are read"))

@@ -10,7 +10,7 @@ import torch
 from benchmarks.speed import CONFIGS, THEIR_PIPELINES, generation_configs, measured_density
 from kandinsky.config import load_config
 from kandinsky.models.vae_memory import GB
-from kandinsky.planning.plan import Machine
+from kandinsky.planning.machine import Machine
 
 PUBLISHED = {path.stem for path in CONFIGS.glob("*.yaml") if "tiny" not in path.stem}
 

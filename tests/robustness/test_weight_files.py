@@ -24,7 +24,7 @@ from kandinsky.loading.text_encoders import read_config
 from kandinsky.loading.vae import known_arguments, load_vae
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.outputs.preview import load_latent_rgb
-from kandinsky.planning.memory import models
+from kandinsky.planning.weights import models
 from tests.robustness.fuzzing import NASTY_VALUES, assert_clear, clearly_refused, fuzz, spoiled_bytes, spoiled_json
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"

@@ -164,7 +164,8 @@ def test_functions_of_a_request_exist() -> None:
 def test_memory_table_is_the_plan_s() -> None:
     from kandinsky.config import preset_file
     from kandinsky.models.vae_memory import GB
-    from kandinsky.planning.plan import Machine, default_request, make_plan
+    from kandinsky.planning.machine import Machine
+    from kandinsky.planning.plan import default_request, make_plan
 
     heading = "GPU, host with 64 GB"
     presets = re.findall(r"`(\d+)gb`", DOCS["memory"].split(f"| {heading} |")[1].split("\n")[0])

@@ -20,8 +20,10 @@ import pytest
 from kandinsky.checkpoints.files import find_weights
 from kandinsky.config import DiTConfig, load_config, with_settings
 from kandinsky.models.vae_memory import GB, Decoding
-from kandinsky.planning import memory
-from kandinsky.planning.plan import Machine, default_request, make_plan, weight_files
+from kandinsky.planning import activations
+from kandinsky.planning import weights as planned_weights
+from kandinsky.planning.machine import Machine
+from kandinsky.planning.plan import default_request, make_plan, weight_files
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGEST_ERROR = 0.15
@@ -37,7 +39,7 @@ MiB = 2**20
 )
 def test_weights_of_published_models(name: str, dit: float, block: float) -> None:
     """In bfloat16, beside the sizes that are known for them."""
-    models = memory.models(load_config(CONFIGS / f"config_{name}.yaml"), {}, 2)
+    models = planned_weights.models(load_config(CONFIGS / f"config_{name}.yaml"), {}, 2)
     assert models.dit.size == models.dit.mapped == pytest.approx(dit, rel=0.015)
     assert models.dit_block == pytest.approx(block, rel=0.015)
     assert (
@@ -51,12 +53,12 @@ def test_quantised_weights() -> None:
 
     def size(scheme: str | None) -> int:
         runtime = dataclasses.replace(pro.runtime, dit_quantization=scheme)
-        return memory.models(dataclasses.replace(pro, runtime=runtime), {}, 2).dit.size
+        return planned_weights.models(dataclasses.replace(pro, runtime=runtime), {}, 2).dit.size
 
     # Modulations, 2.3 of 19.3 billion, and embeddings keep 16 bits, the others get 8 or 4, and scales.
     kept = sum(
         2 * _count(shape)
-        for name, (_, shape) in memory.dit_header(pro.model.dit_params, None).items()
+        for name, (_, shape) in planned_weights.dit_header(pro.model.dit_params, None).items()
         if "modulation" in name or not name.startswith(("text_transformer", "visual_transformer"))
     )
     rest = size(None) - kept
@@ -64,7 +66,7 @@ def test_quantised_weights() -> None:
     assert size("int8") == pytest.approx(kept + rest / 2 * (1 + 4 / 128), rel=0.001)
     assert size("nf4") == pytest.approx(kept + rest / 4 * (1 + 2 * 4 / 64), rel=0.001)
     with_nf4 = dataclasses.replace(pro, runtime=dataclasses.replace(pro.runtime, qwen_quantization=True))
-    assert 4.5e9 < memory.models(with_nf4, {}, 2).qwen.size < 5e9
+    assert 4.5e9 < planned_weights.models(with_nf4, {}, 2).qwen.size < 5e9
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -87,7 +89,7 @@ def test_weights_of_files_are_what_is_loaded(name: str, dtype: str) -> None:
     files, torch_dtype = weight_files(config), getattr(torch, dtype)
     if not files["dit"].exists():
         pytest.skip("the tiny checkpoints are not there")
-    models = memory.models(config, files, torch_dtype.itemsize)
+    models = planned_weights.models(config, files, torch_dtype.itemsize)
 
     text = load_text_encoders(config, files["qwen"], files["clip"], "cpu", torch_dtype)
     assert (models.qwen.size, models.clip.size) == (num_bytes(text.qwen), num_bytes(text.clip))
@@ -119,7 +121,7 @@ def test_quantised_weights_are_what_is_loaded(scheme: str, tmp_path: Path) -> No
     config = load_config(CONFIGS / "config_tiny_t2v.yaml")
     files, params = weight_files(config), config.model.dit_params
     both = with_settings(config, runtime={"dit_quantization": scheme, "qwen_quantization": True})
-    models = memory.models(both, files, 2)
+    models = planned_weights.models(both, files, 2)
     dit = load_dit(files["dit"], params, "cpu", torch.bfloat16, scheme)
     assert models.dit.size == num_bytes(dit) and models.dit_quantization == scheme
     blocks = sum(map(num_bytes, dit.visual_transformer_blocks))
@@ -130,18 +132,18 @@ def test_quantised_weights_are_what_is_loaded(scheme: str, tmp_path: Path) -> No
     quantised = tmp_path / "dit.safetensors"
     save_checkpoint(dit, quantised)
     for size in (2, 4):
-        in_file = memory.models(config, {"dit": quantised}, size)
+        in_file = planned_weights.models(config, {"dit": quantised}, size)
         loaded = load_dit(quantised, params, "cpu", torch.float32 if size == 4 else torch.bfloat16)
         assert in_file.dit.size == num_bytes(loaded) and in_file.dit_quantization == scheme
     assert in_file.dit.read < quantised.stat().st_size < 1.1 * in_file.dit.read
-    assert memory.models(config, {"dit": quantised}, 2).dit.mapped == in_file.dit.read
+    assert planned_weights.models(config, {"dit": quantised}, 2).dit.mapped == in_file.dit.read
 
 
 def test_a_file_of_another_variant_is_named() -> None:
     """Before anything is said about whether it fits."""
     files = weight_files(load_config(CONFIGS / "config_tiny_t2v.yaml"))
     with pytest.raises(ValueError, match=r"tiny_t2v\.safetensors: this file is a model of its own .* says Lite"):
-        memory.models(load_config(CONFIGS / "config_5s_sft.yaml"), {"dit": files["dit"]}, 2)
+        planned_weights.models(load_config(CONFIGS / "config_5s_sft.yaml"), {"dit": files["dit"]}, 2)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -149,16 +151,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors: truncated"):
-        memory.models(config, {"dit": tmp_path}, 2)
+        planned_weights.models(config, {"dit": tmp_path}, 2)
     with pytest.raises(ValueError, match=r"config\.json: not readable"):
-        memory._vae_channels(tmp_path)
+        planned_weights._vae_channels(tmp_path)
 
 
 def test_chunks_take_less_and_never_more() -> None:
     """Down to the projections of attention, which no chunk makes smaller."""
     lite = load_config(CONFIGS / "config_5s_sft.yaml").model.dit_params
     chunks = (None, 47_616, 16_384, 4096, 64)
-    sizes = [memory.dit_activations(lite, 47_616, 256, 2, on_gpu=True, chunk_tokens=chunk) for chunk in chunks]
+    sizes = [activations.dit_activations(lite, 47_616, 256, 2, on_gpu=True, chunk_tokens=chunk) for chunk in chunks]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[1] == sizes[0] and sizes[3] == sizes[4] < 0.75 * sizes[0]
 
@@ -191,7 +193,7 @@ class Forward:
     def predicted(self) -> int:
         size = 4 if self.dtype == "float32" else 2
         sizes = _count(self.tokens), self.text_tokens, size
-        return memory.dit_activations(self.config, *sizes, nabla=self.nabla, chunk_tokens=self.chunk_tokens)
+        return activations.dit_activations(self.config, *sizes, nabla=self.nabla, chunk_tokens=self.chunk_tokens)
 
     def prepare(self) -> tuple[Callable[[], object], Callable[[], object]]:
         import torch

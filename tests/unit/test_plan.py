@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from kandinsky.config import Config, load_config, preset_file, with_settings
 from kandinsky.models.vae_memory import GB
 from kandinsky.planning import plan as planning
-from kandinsky.planning.plan import Machine, Plan, default_request, make_plan, report, resolve_runtime
+from kandinsky.planning.machine import Machine
+from kandinsky.planning.plan import Plan, default_request, make_plan, resolve_runtime
+from kandinsky.planning.report import report
 from kandinsky.request import Request, resolve_request
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from kandinsky.config import load_config
-from kandinsky.planning.plan import Machine
+from kandinsky.planning.machine import Machine
 from kandinsky.serving.engine import Engine, NoSuchJob, NotNow, Outcome, QueueFull, Report, Task
 from kandinsky.serving.limits import Limits
 from kandinsky.serving.store import Job, Store

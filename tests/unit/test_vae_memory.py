@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kandinsky.config import HD_SIZES, SD_SIZES, Config, load_config
 from kandinsky.loading.assemble import PIPELINES
-from kandinsky.models import vae_hunyuan, vae_memory
+from kandinsky.models import vae_memory
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_memory import GB, Decoding
@@ -32,8 +32,6 @@ PUBLISHED = Decoding("hunyuan", (128, 256, 512, 512), 2, 1280, 768, 121, 64)
 
 
 def test_constants_are_the_models() -> None:
-    assert vae_memory.ELEMENTS_AT_ONCE == vae_hunyuan.ELEMENTS_AT_ONCE
-    assert vae_memory.LEAST_FRAMES_AT_ONCE == vae_hunyuan.LEAST_FRAMES_AT_ONCE
     assert VAETiling().frames == vae_memory.WINDOW_FRAMES
 
 

@@ -1,0 +1,23 @@
+"""Numbers that more than one room goes by: what the code does and what plans and checks count on, each stated once."""
+
+# Pixels, patches and tokens. An image pixel is 8 x 8 to a latent cell and a patch is 2 x 2 cells; NABLA works on blocks
+# of 8 x 8 patches of one frame.
+PATCH_PIXELS = 16
+BLOCK_SIDE = 8  # patches
+BLOCK_TOKENS = BLOCK_SIDE**2
+NABLA_PIXELS = BLOCK_SIDE * PATCH_PIXELS
+
+# What the published models' rotary tables were built for.
+MAX_PATCHES = 128  # an axis
+MAX_TEXT_TOKENS = 1024
+
+# Entries of NABLA's maps, over all heads, that are worked on at once: bounds what sorting and counting need besides.
+MAP_ENTRIES_AT_ONCE = 2**24
+
+# Places on the device for visual blocks that stream: one is computed with while the other is filled.
+STREAM_BUFFERS = 2
+
+# Of a video VAE's layer, how much is worked on at once: elements of its input, as far as whole frames allow. With fewer
+# than two frames, copying the history costs more than the frame itself.
+ELEMENTS_AT_ONCE = 2**21
+LEAST_FRAMES_AT_ONCE = 2

@@ -1,0 +1,119 @@
+"""What exists besides the weights while a model runs, as formulas, in bytes.
+
+Counted from the tensors that exist at once in the eager code of models/ at its peak; a compiled model needs less. On a
+CPU that is within 15 % of the measured peak (tests/unit/test_memory_model.py). On a GPU it has not been measured: the
+count is the same there, but kernels may want memory of their own, and PyTorch keeps some that nobody uses.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from kandinsky.common.limits import BLOCK_TOKENS, MAP_ENTRIES_AT_ONCE
+from kandinsky.config import DiTConfig
+
+FLOAT32 = 4
+
+NABLA_DENSITY = 0.2  # share of its blocks that NABLA is taken to keep; it depends on what is generated
+
+
+# --- what exists besides the weights ----------------------------------------------------------------------------------
+
+
+def dit_activations(
+    dit: DiTConfig,
+    tokens: int,
+    text_tokens: int,
+    element_size: int,
+    *,
+    nabla: bool = False,
+    flex: bool = False,
+    on_gpu: bool = False,
+    chunk_tokens: int | None = None,
+    quantization: str | None = None,
+) -> int:
+    """Peak of one forward of the DiT for one sample, its rotary tables included.
+
+    nabla: attention is block-sparse, by flex_attention's kernel (`flex`, what a GPU gets) or in plain PyTorch.
+    on_gpu: kernels that work on two dtypes cast as they read; on a CPU PyTorch first makes copies in the wider one.
+    chunk_tokens: what `runtime.chunk_tokens` says; queries, keys and values are then taken to be written into their
+        places chunk by chunk, and the feed-forward's result likewise.
+    quantization: of the linear layers, each of which is made into numbers again while it is used.
+    """
+    hidden = tokens * dit.model_dim * element_size  # one tensor of the size of all tokens
+    wide = tokens * dit.model_dim * FLOAT32
+    cast = 0 if element_size == FLOAT32 else 1  # whether float32 is a copy
+    rows = min(tokens, chunk_tokens or tokens)
+    share = rows / tokens
+    rope = 2 * tokens * dit.head_dim * FLOAT32  # cosines and sines, and once more as complex numbers
+
+    # The patch embedding, the block's input, its hidden states so far, the last normalised ones; layer norm in float32.
+    norm = 4 * hidden + (1 + cast) * wide
+    # The same without hidden states of its own, then q, and k in float32, normalised, rotated; v comes after them.
+    turned = max(2 * wide, cast * (2 * wide + hidden)) + cast * wide
+    qkv = 5 * hidden + share * (turned + (hidden if rows < tokens else 0))
+    # Block map and kernel; then the result, its projection, and where v is as its product left it a copy of that.
+    attention = 6 * hidden + max(
+        (2 if rows < tokens else 3) * hidden, _nabla_bytes(dit, tokens, hidden, flex) if nabla else 0
+    )
+    # The four of `norm`, and the feed-forward's wide middle with what comes of it, or with a weight; of chunks also the
+    # result of all of them.
+    middle = rows * dit.ff_dim * element_size
+    weight = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
+    feed_forward = 4 * hidden + middle + max(share * hidden, weight) + (hidden if rows < tokens else 0)
+
+    # The four of `norm`, what is added to the hidden states, and the sum: in float32 and then cast.
+    residual = 5 * hidden + (hidden if not cast else wide + hidden if on_gpu else 3 * wide)
+
+    text = 2 * text_tokens * dit.model_dim * element_size
+    return int(max(norm, qkv, attention, feed_forward, residual)) + rope + text
+
+
+def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:
+    """The map of blocks and what the kernel makes of it, besides q, k and v."""
+    row = tokens // BLOCK_TOKENS
+    entries = dit.num_heads * row**2
+    worked_on = min(entries, max(MAP_ENTRIES_AT_ONCE, row**2))
+    if flex:
+        # The map (a byte), lists of full and of partly masked blocks (int32 both), and running counts in int64.
+        return entries * 9 + worked_on * 24
+    # The map, and the kept blocks as int64 indices in five lists; v block by block, as q and k are already, the result
+    # twice; and keys and values of one row of blocks.
+    kept = int(entries * (1 + 5 * 8 * NABLA_DENSITY))
+    return kept + 3 * hidden + 2 * hidden // dit.num_heads
+
+
+def dequantized_bytes(scheme: str, weights: int, element_size: int) -> int:
+    """Peak of making a quantised layer's weights into numbers: in float32 first, but for nf4, whose kernel casts."""
+    cast = element_size if element_size < FLOAT32 else 0
+    return weights * {"int8": FLOAT32 + cast, "fp8": 2 * FLOAT32, "nf4": element_size}[scheme]
+
+
+def denoising_state(dit: DiTConfig, tokens: int, samples: int) -> int:
+    """What the sampler holds: noise, latents, what conditions them, velocities of both branches; all float32."""
+    cells = tokens * prod(dit.patch_size)
+    conditioned = dit.visual_cond or dit.instruct_type == "channel"
+    extra = dit.in_visual_dim + 1 if conditioned else 0
+    channels = 2 * dit.in_visual_dim + extra + (dit.in_visual_dim + extra) + 3 * dit.out_visual_dim
+    return samples * cells * channels * FLOAT32
+
+
+def magcache_bytes(dit: DiTConfig, tokens: int, samples: int, branches: int, element_size: int) -> int:
+    """The residuals that MagCache keeps: one for every sample and branch of guidance."""
+    return samples * branches * tokens * dit.model_dim * element_size
+
+
+def text_activations(width: int, intermediate: int, tokens: int, element_size: int, *, nf4: bool = False) -> int:
+    """Qwen's peak for one prompt: its feed-forward's gate, that activated, the other half and their product; six hidden
+    states. With nf4 weights, one of the feed-forward's in place of two of these."""
+    middle = tokens * intermediate * element_size
+    weight = dequantized_bytes("nf4", width * intermediate, element_size) if nf4 else 0
+    return int(6 * tokens * width * element_size + 2 * middle + max(2 * middle, weight))
+
+
+def encode_bytes(channels: tuple[int, ...], width: int, height: int, element_size: int, work: int) -> int:
+    """The VAE's peak in encoding a picture, at most; `work` is the bytes of a number that it convolves.
+
+    In its first block: input, hidden, two padded copies, result; or input, hidden, and float32 twice while normalising.
+    """
+    return channels[0] * width * height * (2 * element_size + max(3 * work, 2 * FLOAT32))

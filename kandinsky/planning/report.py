@@ -1,0 +1,44 @@
+"""A plan as a person reads it."""
+
+from __future__ import annotations
+
+from kandinsky.planning.plan import Plan
+from kandinsky.planning.stages import num_tokens
+from kandinsky.planning.words import gb_text, yaml_text
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan) -> str:
+    """The plan as a person reads it: a table of the stages, the settings, and their costs."""
+    request, runtime = plan.request, plan.config.runtime
+    frames = "1 picture" if request.is_image else f"{request.num_frames} frames"
+    source = plan.config.source.name if plan.config.source else plan.config.task
+    lines = [
+        f"{source}: {frames} of {request.width}x{request.height}, {num_tokens(plan.config, request):,} tokens, "
+        f"{request.num_steps} steps; {plan.machine.words}; GB of 2^30 bytes",
+        "",
+        f"{'stage':14}{'weights':>9}{'besides':>9}{'GPU, peak':>11}{'host, peak':>12}",
+    ]
+    for stage in plan.stages:
+        numbers = (stage.weights, stage.activations, stage.gpu, stage.host)
+        cells = ["-" if not number else gb_text(number) for number in numbers]
+        lines.append(f"{stage.name:14}{cells[0]:>9}{cells[1]:>9}{cells[2]:>11}{cells[3]:>12}")
+    if mapped := max(stage.mapped for stage in plan.stages):
+        lines.append(
+            f"and up to {gb_text(mapped)} GB of mapped weight files, which the host drops where it needs the room"
+        )
+    lines += [
+        "",
+        f"settings: {' '.join(f'runtime.{n}={yaml_text(v)}' for n, v in plan.settings.items() if v is not None)}",
+    ]
+    lines.append(f"  because {plan.reason}")
+    lines += [f"  {cost}" for cost in plan.costs]
+    if plan.overrides:
+        lines.append(f"it also takes, and changes some pixels: {' '.join(plan.overrides)}")
+    quantized = [
+        f"{name}={yaml_text(value)}" for name, value in vars(runtime).items() if "quantization" in name and value
+    ]
+    if quantized:
+        lines.append(f"as asked for, and changes results: {' '.join(f'runtime.{word}' for word in quantized)}")
+    return "\n".join(lines)

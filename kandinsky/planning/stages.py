@@ -1,0 +1,180 @@
+"""What each stage of a request takes, with settings that leave nothing open.
+
+In bytes, by the formulas of weights.py and activations.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from kandinsky.common.limits import STREAM_BUFFERS
+from kandinsky.config import Config
+from kandinsky.models.vae_memory import GB, RGB, Decoding
+from kandinsky.planning.activations import (
+    FLOAT32,
+    denoising_state,
+    dit_activations,
+    encode_bytes,
+    magcache_bytes,
+    text_activations,
+)
+from kandinsky.planning.machine import CUDA_CONTEXT, GPU_SLACK, HOST_OF_CPU_RUN, HOST_OF_GPU_RUN, Machine
+from kandinsky.planning.weights import Models
+from kandinsky.request import Request
+
+TEMPLATE_TOKENS = 129  # of the video template, the longest
+EXPANSION_TOKENS = 1024  # of the instruction to write a prompt out, with the answer
+PIXELS_PER_TOKEN = 28**2  # of a picture that Qwen sees
+EDIT_TOKENS = 1024  # of a prompt with its picture, at most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes that a stage takes: of weights and besides them on the device that computes, and at its peak in all."""
+
+    name: str
+    weights: int
+    activations: int
+    gpu: int  # 0 where there is none
+    host: int
+    mapped: int  # besides `host`, of weight files: what may be resident of them until the system needs the room
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+
+
+def estimate(config: Config, request: Request, machine: Machine, models: Models) -> tuple[Stage, ...]:
+    """What every stage takes with the settings of `config`, where offload is "on" or "off".
+
+    On the host, what counts is what must be there: copies of weights, and on a CPU what is computed with straight from
+    the mapped files; blocks that stream, because their memory is pinned; a DiT that was quantised on the way, from
+    which it is copied when its stage begins. What else is mapped, `Stage.mapped`, costs nothing but reading it again.
+
+    Text encoders are counted whether or not their embeddings are in a cache. Raises ValueError where the VAE's budget
+    is too small for any tile.
+    """
+    runtime, dit, samples = config.runtime, config.model.dit_params, len(request.samples)
+    is_offloaded, on_gpu = runtime.offload == "on", machine.gpu_memory is not None
+    resident = min(runtime.blocks_on_gpu or models.dit_blocks, models.dit_blocks)
+    streamed = models.dit_blocks - resident
+    streamed_bytes = streamed * models.dit_block
+    dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
+    everything = models.text.size + models.vae.size + dit_weights
+
+    # What lies on the host all the time, and what of the files stays mapped without being needed.
+    waiting, mapped = streamed_bytes, 0
+    if is_offloaded:
+        mapped = models.dit.read + models.vae.read
+        if models.dit_quantization is not None:
+            waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
+    elif not on_gpu:
+        mapped = models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
+        mapped += 0 if streamed else models.dit.left_mapped
+
+    output = 2 * RGB * samples * request.num_frames * request.width * request.height  # uint8, frames and their stack
+    stages: list[Stage] = []
+
+    def add(name: str, weights: int, activations: int, on_host: int = 0, files: int = 0) -> None:
+        weights = weights if is_offloaded else everything
+        gpu = CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations) if on_gpu else 0
+        host = HOST_OF_GPU_RUN if on_gpu else HOST_OF_CPU_RUN + weights + activations
+        stages.append(Stage(name, weights, activations, gpu, waiting + host + on_host, mapped + files))
+
+    # The text encoders' files are mapped for as long as there are text encoders.
+    text_files = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and not on_gpu else 0
+    writer = models.writer if request.expand_prompts is not False else None
+    if writer is not None:
+        weights = models.text.size + writer.size
+        everything += writer.size
+        add("expand prompt", weights, _expanding(config, request, models), files=text_files + writer.left_mapped)
+        everything -= writer.size
+    add("encode text", models.text.size, _encoding(config, request, models), files=text_files)
+    if config.task in ("i2v", "i2i"):
+        work = FLOAT32 if models.float32_convolutions else models.element_size
+        picture = encode_bytes(models.vae_channels, request.width, request.height, models.element_size, work)
+        add("encode image", models.vae.size, picture)
+    add("denoise", dit_weights, _denoising(config, request, models, machine))
+    pixels = decoding_of(config, request, models).peak_bytes(tile_size(config, request, models))
+    latents = denoising_state(dit, num_tokens(config, request), samples)
+    add("decode", models.vae.size, pixels + latents, output)
+    add("write", 0, 0, output)
+    return tuple(stages)
+
+
+def decoding_of(config: Config, request: Request, models: Models) -> Decoding:
+    vae, size = config.model.vae, (request.width, request.height, request.num_frames)
+    of_vae = (models.vae_channels, models.element_size)
+    return Decoding(vae.name, *of_vae, *size, vae.spatial_overlap, models.float32_convolutions)
+
+
+def tile_size(config: Config, request: Request, models: Models) -> int:
+    """The side of the tiles that are decoded, in pixels, as the pipeline will have it.
+
+    Raises ValueError where there is a budget and it is too small for any.
+    """
+    vae, decoding = config.model.vae, decoding_of(config, request, models)
+    if vae.memory_budget_gb is None:
+        return vae.spatial_tile
+    tile = decoding.tile_within(vae.memory_budget_gb * GB, vae.spatial_tile)
+    if decoding.peak_bytes(tile) > vae.memory_budget_gb * GB:
+        raise ValueError(
+            f"model.vae.memory_budget_gb is {vae.memory_budget_gb:g}, but to decode {request.num_frames} frames of "
+            f"{request.width}x{request.height} takes {decoding.peak_bytes(tile) / GB:.2f} GB in the smallest tiles "
+            f"({tile} pixels): raise it, or ask for something smaller or shorter"
+        )
+    return tile
+
+
+def _encoding(config: Config, request: Request, models: Models) -> int:
+    """Every prompt is read by itself."""
+    return text_activations(
+        config.model.text_embedder.qwen.emb_size,
+        models.qwen_intermediate,
+        TEMPLATE_TOKENS + text_tokens(config, request),
+        models.element_size,
+        nf4=config.runtime.qwen_quantization,
+    )
+
+
+def _expanding(config: Config, request: Request, models: Models) -> int:
+    """Reading the instruction, which is more than writing takes; what is kept of the tokens is little beside it."""
+    share = {"i2v": 1.0, "i2i": 0.25}.get(config.task, 0.0)  # what is edited is shown in half its width and height
+    picture = int(share * request.width * request.height / PIXELS_PER_TOKEN)
+    return text_activations(
+        config.model.text_embedder.qwen.emb_size,
+        models.qwen_intermediate,
+        EXPANSION_TOKENS + picture,
+        models.element_size,
+        nf4=config.runtime.qwen_quantization,
+    )
+
+
+def _denoising(config: Config, request: Request, models: Models, machine: Machine) -> int:
+    dit, runtime, samples = config.model.dit_params, config.runtime, len(request.samples)
+    tokens = num_tokens(config, request)
+    activations = dit_activations(
+        dit,
+        tokens,
+        text_tokens(config, request),
+        models.element_size,
+        nabla=config.model.attention.type == "nabla",
+        flex=machine.gpu_memory is not None and config.model.attention.engine != "sdpa",
+        on_gpu=machine.gpu_memory is not None,
+        chunk_tokens=runtime.chunk_tokens,
+        quantization=models.dit_quantization,
+    )
+    activations += denoising_state(dit, tokens, samples)
+    if config.magcache.enabled:
+        branches = 1 + (request.guidance_weight != 1)
+        activations += magcache_bytes(dit, tokens, samples, branches, models.element_size)
+    return activations
+
+
+def num_tokens(config: Config, request: Request) -> int:
+    return prod(size // p for size, p in zip(request.latent_size, config.model.dit_params.patch_size, strict=True))
+
+
+def text_tokens(config: Config, request: Request) -> int:
+    longest = request.max_sequence_length or config.model.text_embedder.qwen.max_length
+    return EDIT_TOKENS if config.task == "i2i" else longest
