@@ -224,7 +224,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 
 def config_for(args: argparse.Namespace) -> Config:
     """The variant's config, under the device's preset, under the flags."""
-    from kandinsky.config import load_config, preset_file
+    from kandinsky.config.reading import load_config, preset_file
 
     presets = [] if args.device_preset is None else [preset_file(args.device_preset)]
     return load_config(args.config, overrides_of(args), presets)
@@ -232,7 +232,7 @@ def config_for(args: argparse.Namespace) -> Config:
 
 def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
     """What flags ask of every request; arguments of `resolve_request`."""
-    from kandinsky.config import MIN_SECONDS
+    from kandinsky.config.schema import MIN_SECONDS
 
     if args.video_duration is not None and 0 < args.video_duration < MIN_SECONDS:
         raise ValueError(
@@ -343,7 +343,7 @@ def download(args: argparse.Namespace, config: Config, launch: Launch) -> None:
 def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Generate, write, and return the path of the result. Raises ValueError for whatever the user can mend."""
     from kandinsky.checkpoints import lora_file
-    from kandinsky.config import check_processes
+    from kandinsky.config.rules import check_processes
     from kandinsky.outputs import latents_file, media
     from kandinsky.request import resolve_request
 
@@ -388,7 +388,7 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
 def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
     """Go on with a run that was stopped while denoising; return the path of the result."""
     from kandinsky.common.writing import Kept, discard
-    from kandinsky.config import check_processes
+    from kandinsky.config.rules import check_processes
     from kandinsky.outputs import media
     from kandinsky.outputs import resume as stopped
     from kandinsky.outputs.records import recorded_config

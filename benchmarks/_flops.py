@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 
 
 def dit_flops(params: DiTConfig, latents: tuple[int, int, int], text_tokens: int, density: float = 1) -> int:

@@ -37,7 +37,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from kandinsky.checkpoints.dit_layout import expected_dit_shapes
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.dit import dit_parts, load_dit
 from kandinsky.loading.weights import host_weights
 from kandinsky.models.dit import DiffusionTransformer3D, Execution

@@ -61,7 +61,8 @@ from benchmarks.compare import processor_name, randomise, resident, wait_for
 from kandinsky.attention.block_sparse import BlockSparseAttention, resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
 from kandinsky.checkpoints.dit_layout import KEEP_PRECISION
-from kandinsky.config import AttentionConfig, Config, DiTConfig, load_config, with_settings
+from kandinsky.config.reading import load_config, with_settings
+from kandinsky.config.schema import AttentionConfig, Config, DiTConfig
 from kandinsky.loading.assemble import PIPELINES
 from kandinsky.loading.devices import machine_memory
 from kandinsky.loading.dit import load_dit

@@ -15,7 +15,7 @@ from typing import Any
 
 from kandinsky.common.given import as_number, as_whole, shown
 from kandinsky.common.limits import MAX_PATCHES, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS
-from kandinsky.config import MAX_SECONDS, Config
+from kandinsky.config.schema import MAX_SECONDS, Config
 from kandinsky.sizes import check_picture, size_for_image, size_for_video
 
 logger = logging.getLogger(__name__)

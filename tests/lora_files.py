@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kandinsky.checkpoints.dit_layout import expected_dit_shapes
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 
 
 def linear_layers(dit: DiTConfig) -> dict[str, tuple[int, int]]:

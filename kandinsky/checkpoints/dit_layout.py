@@ -15,7 +15,7 @@ from typing import Any
 from kandinsky.checkpoints.headers import BITS as BITS
 from kandinsky.checkpoints.headers import Header
 from kandinsky.common.given import shortened
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 
 FLOATS = ("F32", "F16", "BF16")
 

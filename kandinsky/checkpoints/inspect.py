@@ -30,7 +30,8 @@ from kandinsky.checkpoints.headers import Header, read_header
 from kandinsky.common.command_line import show_every_character
 from kandinsky.common.given import shortened
 from kandinsky.common.untrusted import home_path, read_json
-from kandinsky.config import DiTConfig, load_config
+from kandinsky.config import load_config
+from kandinsky.config.schema import DiTConfig
 
 # --- what is this? ----------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,8 @@ from kandinsky.checkpoints.headers import read_header, read_metadata
 from kandinsky.checkpoints.layer_names import LayerNames
 from kandinsky.common.given import as_number, shortened, shown
 from kandinsky.common.untrusted import parse_json, read_json
-from kandinsky.config import Config, DiTConfig, split_lora
+from kandinsky.config.rules import split_lora
+from kandinsky.config.schema import Config, DiTConfig
 
 PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.")
 # Names that folders have for an adapter's file, and for the config that belongs to it.

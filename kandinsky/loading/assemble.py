@@ -21,7 +21,9 @@ from kandinsky.checkpoints.files import (
     resolve_path,
 )
 from kandinsky.checkpoints.lora_file import configured_loras
-from kandinsky.config import Config, check_processes, with_settings
+from kandinsky.config import Config
+from kandinsky.config.reading import with_settings
+from kandinsky.config.rules import check_processes
 from kandinsky.loading.device_map import DeviceMap, parse_device_map
 from kandinsky.loading.devices import dtype_name, machine_memory, resolve_dtype
 from kandinsky.loading.dit import dit_parts, load_dit, load_dit_on_host, load_sharded_dit, reread, scheme_of

@@ -25,7 +25,7 @@ from kandinsky.checkpoints.files import (
     find_weights,
 )
 from kandinsky.checkpoints.headers import read_header
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.weights import host_weights, load_weights
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.runtime.block_swap import BlockSwap

@@ -11,7 +11,8 @@ import torch
 from kandinsky.checkpoints.files import (
     REPOSITORY,
 )
-from kandinsky.config import Config, load_config, preset_file, with_settings
+from kandinsky.config import Config
+from kandinsky.config.reading import load_config, preset_file, with_settings
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.loading.device_map import DeviceMap
 from kandinsky.pipelines.base import Pipeline

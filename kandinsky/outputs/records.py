@@ -22,7 +22,8 @@ from kandinsky.checkpoints.headers import Header, read_metadata
 from kandinsky.common.given import as_number, shortened, shown
 from kandinsky.common.limits import MAX_TEXT_TOKENS
 from kandinsky.common.untrusted import parse_json
-from kandinsky.config import Config, config_from_dict
+from kandinsky.config import Config
+from kandinsky.config.reading import config_from_dict
 from kandinsky.request import FPS, Request, Sample, recorded_request
 
 Kinds = type | tuple[type, ...]

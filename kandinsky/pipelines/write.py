@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kandinsky.common.writing import write_somewhere
-from kandinsky.config import config_to_dict
+from kandinsky.config.reading import config_to_dict
 from kandinsky.outputs import media
 from kandinsky.outputs.preview import Previews
 from kandinsky.outputs.resume import Stopped, save_run, stopped_path

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import prod
 
 from kandinsky.common.limits import BLOCK_TOKENS, MAP_ENTRIES_AT_ONCE
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 
 FLOAT32 = 4
 

@@ -22,7 +22,7 @@ from kandinsky.checkpoints.dit_layout import (
 from kandinsky.checkpoints.files import find_weights, folder_of, has_tied_head
 from kandinsky.checkpoints.headers import BITS, Header, read_header
 from kandinsky.common.untrusted import read_json
-from kandinsky.config import Config, DiTConfig
+from kandinsky.config.schema import Config, DiTConfig
 from kandinsky.planning.activations import FLOAT32
 
 # Dtypes that a CPU computes with where they lie in a mapped file, for the size of the dtype that is computed in: of the

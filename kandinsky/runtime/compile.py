@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from kandinsky.attention.engines import Attention, first_line, sdpa
-from kandinsky.config import ModelConfig
+from kandinsky.config.schema import ModelConfig
 from kandinsky.models.dit import Execution
 from kandinsky.models.layers import VisualBlock
 from kandinsky.models.rope import RotaryTable

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kandinsky.checkpoints.headers import open_tensors
 from kandinsky.checkpoints.lora_file import AdapterConfig, LoraFile, read_lora
 from kandinsky.common.given import as_number, shown
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 from kandinsky.models.numerics import is_finite
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.quantization import LowRank, QuantizedLinear, add_low_rank

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kandinsky.config import MagCacheConfig
+from kandinsky.config.schema import MagCacheConfig
 from kandinsky.models.dit import BlockInputs, RunBlocks
 from kandinsky.sampling.sampler import Branch
 

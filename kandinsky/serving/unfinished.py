@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky.common.writing import discard
-from kandinsky.config import config_to_dict
+from kandinsky.config.reading import config_to_dict
 from kandinsky.outputs import latents_file, resume
 from kandinsky.request import Request
 

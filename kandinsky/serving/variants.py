@@ -16,7 +16,9 @@ from kandinsky.checkpoints.lora_file import find_lora, read_lora
 from kandinsky.common.given import as_whole, shortened, shown
 from kandinsky.common.limits import NABLA_PIXELS, PATCH_PIXELS
 from kandinsky.common.untrusted import is_plain_name, reason
-from kandinsky.config import MAX_SECONDS, Config, split_lora, with_settings
+from kandinsky.config.reading import with_settings
+from kandinsky.config.rules import split_lora
+from kandinsky.config.schema import MAX_SECONDS, Config
 from kandinsky.planning.costs import forward_flops, num_evaluations
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import Plan, default_request, make_plan, weight_files

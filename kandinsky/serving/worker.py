@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from kandinsky.common.signals import Stopper, stop_on_signals
 from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import discard
-from kandinsky.config import config_from_dict, with_settings
+from kandinsky.config.reading import config_from_dict, with_settings
 from kandinsky.outputs import media, resume
 from kandinsky.request import Request, recorded_request
 from kandinsky.serving.unfinished import what_is_left

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kandinsky.config import config_to_dict
+from kandinsky.config.reading import config_to_dict
 from kandinsky.planning.machine import Machine
 from kandinsky.request import Request
 from kandinsky.serving.engine import Outcome, Report, Task

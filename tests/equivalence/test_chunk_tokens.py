@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.config import DiTConfig, load_config
+from kandinsky.config import load_config
+from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.layers import by_chunks

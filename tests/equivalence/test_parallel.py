@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.config import DiTConfig, MagCacheConfig
+from kandinsky.config.schema import DiTConfig, MagCacheConfig
 from kandinsky.loading.dit import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run

@@ -30,7 +30,7 @@ from diffusers_reference import (
     run_theirs,
 )
 
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.dit import load_dit
 from kandinsky.models.dit import DiffusionTransformer3D
 

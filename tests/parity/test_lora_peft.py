@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.quantization import QuantizedLinear, quantize_dit

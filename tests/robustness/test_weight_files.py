@@ -18,7 +18,8 @@ from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.checkpoints.files import find_weights, resolve_path
 from kandinsky.checkpoints.headers import BITS, open_tensors, read_header, read_metadata
 from kandinsky.common.untrusted import MAX_DEPTH, home_path, is_plain_name, parse_json, read_json
-from kandinsky.config import DiTConfig, load_config
+from kandinsky.config import load_config
+from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.dit import load_dit
 from kandinsky.loading.text_encoders import read_config
 from kandinsky.loading.vae import known_arguments, load_vae

@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from kandinsky.config import (
-    HD_SIZES,
-    SD_SIZES,
-    VIDEO_NEGATIVE_CAPTION,
-    config_from_dict,
-    config_to_dict,
-    load_config,
-    with_settings,
-)
+from kandinsky.config.defaults import HD_SIZES, SD_SIZES, VIDEO_NEGATIVE_CAPTION
+from kandinsky.config.reading import config_from_dict, config_to_dict, load_config, with_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SFT = REPOSITORY / "configs" / "config_5s_sft.yaml"

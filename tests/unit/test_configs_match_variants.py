@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky.config import HD_SIZES, SD_SIZES, VIDEO_NEGATIVE_CAPTION, AttentionConfig, DiTConfig, load_config
+from kandinsky.config import load_config
+from kandinsky.config.defaults import HD_SIZES, SD_SIZES, VIDEO_NEGATIVE_CAPTION
+from kandinsky.config.schema import AttentionConfig, DiTConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kandinsky.config import DEVICE_PRESETS, Config, load_config, preset_file
+from kandinsky.config import Config
+from kandinsky.config.reading import DEVICE_PRESETS, load_config, preset_file
 from kandinsky.loading.getters import get_T2V_pipeline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -162,7 +162,7 @@ def test_functions_of_a_request_exist() -> None:
 
 
 def test_memory_table_is_the_plan_s() -> None:
-    from kandinsky.config import preset_file
+    from kandinsky.config.reading import preset_file
     from kandinsky.models.vae_memory import GB
     from kandinsky.planning.machine import Machine
     from kandinsky.planning.plan import default_request, make_plan

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks._flops import counted_flops, dit_flops
-from kandinsky.config import DiTConfig
+from kandinsky.config.schema import DiTConfig
 from kandinsky.models.dit import DiffusionTransformer3D
 
 

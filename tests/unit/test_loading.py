@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from kandinsky.attention.block_sparse import sdpa_block_sparse
 from kandinsky.checkpoints import headers
 from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, expected_dit_shapes
-from kandinsky.config import DiTConfig, load_config
+from kandinsky.config import load_config
+from kandinsky.config.schema import DiTConfig
 from kandinsky.loading import devices, weights
 from kandinsky.loading import dit as dit_loading
 from kandinsky.loading.devices import resolve_dtype

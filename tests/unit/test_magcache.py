@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kandinsky.config import MagCacheConfig, load_config, with_settings
+from kandinsky.config.reading import load_config, with_settings
+from kandinsky.config.schema import MagCacheConfig
 from kandinsky.runtime.magcache import MagCache, cache_for_request, skip_plan, stretched
 from kandinsky.sampling.sampler import guidance_plan
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from kandinsky.checkpoints.files import find_weights
-from kandinsky.config import DiTConfig, load_config, with_settings
+from kandinsky.config.reading import load_config, with_settings
+from kandinsky.config.schema import DiTConfig
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.planning import activations
 from kandinsky.planning import weights as planned_weights

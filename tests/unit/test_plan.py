@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky.config import Config, load_config, preset_file, with_settings
+from kandinsky.config import Config
+from kandinsky.config.reading import load_config, preset_file, with_settings
 from kandinsky.models.vae_memory import GB
 from kandinsky.planning import plan as planning
 from kandinsky.planning.machine import Machine

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky.config import load_config, with_settings
+from kandinsky.config.reading import load_config, with_settings
 from kandinsky.outputs.preview import FILE, LatentRGB, Previews, load_latent_rgb
 from kandinsky.sampling.sampler import flow_timesteps
 from tests.unit.small_pipelines import build, call

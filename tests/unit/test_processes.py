@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from kandinsky.config import Config, check_processes, load_config
+from kandinsky.config import Config, load_config
+from kandinsky.config.rules import check_processes
 from kandinsky.request import resolve_request
 from kandinsky.runtime import processes
 from kandinsky.runtime.processes import Processes

@@ -27,7 +27,8 @@ from kandinsky.checkpoints.dit_layout import (
     quantized_parts,
 )
 from kandinsky.checkpoints.headers import read_header
-from kandinsky.config import DiTConfig, load_config
+from kandinsky.config import load_config
+from kandinsky.config.schema import DiTConfig
 from kandinsky.loading import getters, weights
 from kandinsky.loading.dit import load_dit
 from kandinsky.models.dit import DiffusionTransformer3D

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from kandinsky.config import MagCacheConfig, config_from_dict, config_to_dict
+from kandinsky.config.reading import config_from_dict, config_to_dict
+from kandinsky.config.schema import MagCacheConfig
 from kandinsky.outputs.resume import Stopped, load_run, output_path, read_record, stopped_path
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.inputs import Inputs

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kandinsky.config import HD_SIZES, SD_SIZES
+from kandinsky.config.defaults import HD_SIZES, SD_SIZES
 from kandinsky.models import vae_hunyuan
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import TiledAxis, VAETiling, apply_tiled

@@ -1,0 +1,218 @@
+"""What a variant is made of, as frozen dataclasses: each setting with its type, its default and what it may be.
+
+The layout is that of the original repository's YAML files. Three things are ours and optional: `task`, `generation` and
+`model.hub_repo`. This module does not know torch, devices, or whether any file named here exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from kandinsky.common.limits import MAX_TEXT_TOKENS
+
+MAX_SECONDS = 21  # 24 fps, 4 frames to a latent frame: 21 s are 127 latent frames
+MIN_SECONDS = 4 / 24  # the shortest video has 5 frames: the first one and those of one more latent frame
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Metadata of a field: which of its type's values it takes, and the same in words."""
+
+    test: Callable[[Any], bool]
+    words: str
+
+
+def at_least(smallest: float, words: str = "") -> Allowed:
+    """Of several numbers, each."""
+    return Allowed(lambda value: _smallest(value) >= smallest, words or f"at least {smallest:g}")
+
+
+def more_than_0(words: str = "more than 0") -> Allowed:
+    return Allowed(lambda value: _smallest(value) > 0, words)
+
+
+def between(lowest: float, highest: float, words: str) -> Allowed:
+    return Allowed(lambda value: lowest <= value <= highest, words)
+
+
+def _smallest(value: Any) -> Any:
+    return min(value) if isinstance(value, tuple) else value
+
+
+NOT_EMPTY = Allowed(lambda text: bool(text.strip()), "not empty")
+OR_MORE = at_least(0, "0 or more")
+SHARES = Allowed(lambda pair: 0 <= pair[0] <= pair[1] <= 1, "two shares of the steps, 0 to 1")
+SECONDS = Allowed(
+    lambda seconds: seconds == 0 or MIN_SECONDS <= seconds <= MAX_SECONDS,
+    f"0 to {MAX_SECONDS} seconds; 0 is a picture, and the shortest video has {MIN_SECONDS:.2f}",
+)
+TILE = Allowed(lambda side: side >= 64 and side % 8 == 0, "a multiple of 8, at least 64 (pixels)")
+
+Count = Annotated[int, at_least(1)]
+Counts = Annotated[tuple[int, int, int], at_least(1)]
+Name = Annotated[str, NOT_EMPTY]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """The scale that the model works at."""
+
+    resolution: Annotated[int, at_least(16, "at least 16 pixels")]  # 512 (SD) or 1024 (HD)
+    # Rotary positions are divided by it: time, height, width.
+    scale_factor: Annotated[tuple[float, float, float], more_than_0("three positive numbers")]
+    scheduler_scale: Annotated[float, more_than_0()]  # shift of the flow-matching schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Keyword arguments of DiffusionTransformer3D. The defaults are the 2B video model's."""
+
+    in_visual_dim: Count = 16
+    in_text_dim: Count = 3584
+    in_text_dim2: Count = 768
+    time_dim: Count = 512
+    out_visual_dim: Count = 16
+    patch_size: Counts = (1, 2, 2)
+    model_dim: Count = 1792
+    ff_dim: Count = 7168
+    num_text_blocks: Count = 2
+    num_visual_blocks: Count = 32
+    axes_dims: Counts = (16, 24, 24)
+    visual_cond: bool = False
+    instruct_type: Literal["channel"] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return sum(self.axes_dims)
+
+    @property
+    def num_heads(self) -> int:
+        return self.model_dim // self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Visual self-attention: dense, or NABLA's adaptive block-sparse map joined with a sliding window."""
+
+    type: Literal["full", "nabla"] = "full"
+    engine: Name = "auto"  # names are checked where engines are known, in kandinsky.attention
+    # Share of the attention mass that NABLA keeps in each row of blocks.
+    P: Annotated[float, Allowed(lambda share: 0 < share <= 1, "more than 0 and at most 1")] = 0.9
+    wT: Count = 11  # window in latent frames and in blocks of 8 patches
+    wH: Count = 3
+    wW: Count = 3
+    add_sta: bool = True
+    method: Literal["topcdf"] = "topcdf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    checkpoint_path: Name
+    name: Literal["hunyuan", "flux"] = "hunyuan"
+    spatial_tile: Annotated[int, TILE] = 768  # pixels
+    spatial_overlap: int = 64  # pixels, at least
+    # For decoding: tiles shrink until it is enough.
+    memory_budget_gb: Annotated[float | None, more_than_0("more than 0 (GB of 2^30 bytes)")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenConfig:
+    checkpoint_path: Name
+    emb_size: int = 3584
+    # Tokens of the prompt, without the template.
+    max_length: Annotated[int, between(1, MAX_TEXT_TOKENS, f"1 to {MAX_TEXT_TOKENS} tokens")] = 256
+    # Tokens of the template before the prompt; None: the published template's.
+    crop: Annotated[int | None, at_least(0, "0 or more, or left out")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    checkpoint_path: Name
+    emb_size: int = 768
+    max_length: Annotated[int, at_least(2, "at least 2 tokens")] = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEmbedderConfig:
+    qwen: QwenConfig
+    clip: ClipConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    checkpoint_path: Name
+    hub_repo: str | None = None  # where download_models.py finds checkpoint_path
+    num_steps: Count
+    guidance_weight: Annotated[float, OR_MORE]  # 1: no classifier-free guidance, one model evaluation a step
+    # Shares of the steps between which there is guidance.
+    guidance_interval: Annotated[tuple[float, float], SHARES] = (0.0, 1.0)
+    guidance_every: Count = 1  # of the steps with guidance, each n-th evaluates the negative prompt
+    loras: tuple[str, ...] = ()  # adapters that are merged into the DiT, each "PATH" or "PATH:scale"
+    dit_params: DiTConfig
+    attention: AttentionConfig
+    vae: VAEConfig
+    text_embedder: TextEmbedderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagCacheConfig:
+    # Calibrated magnitude ratios in the order of model evaluations: conditional, unconditional, conditional, ...
+    mag_ratios: tuple[float, ...] | None = None
+    enabled: bool = False
+    threshold: Annotated[float, OR_MORE] = 0.12  # error that skipped evaluations in a row may add up to
+    max_skips: Annotated[int, OR_MORE] = 2  # in a row
+    # Share of the evaluations, the first ones, that are never skipped.
+    retention: Annotated[float, between(0, 1, "0 to 1")] = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What makes a run fast or small and changes nothing else, or little and in known ways."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
+    offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs
+    # Visual blocks that stay there, the others stream in; None: as many as fit.
+    blocks_on_gpu: Annotated[int | None, at_least(1, "at least 1, or left out")] = None
+    dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
+    qwen_quantization: bool = False  # NF4
+    # Feed-forward and QKV run over as many tokens at a time; None: over all at once.
+    chunk_tokens: Annotated[int | None, at_least(64, "at least 64, or left out")] = None
+    # Write a small preview beside the output after every n-th step.
+    preview: Annotated[int | None, at_least(1, "at least 1 step, or left out")] = None
+    save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
+    # 2: of several processes, one half evaluates the prompt, the other the negative prompt.
+    cfg_parallel: Annotated[int, between(1, 2, "1 or 2")] = 1
+    shard_weights: bool = False  # each process keeps a part of the DiT's weights, and gathers a block when it runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What a request gets that does not say otherwise."""
+
+    width: int
+    height: int
+    # Seconds; 0: one image.
+    time_length: Annotated[float, SECONDS]
+    # (width, height), the sizes that the checkpoint was trained at; i2v: some of them.
+    resolutions: Annotated[tuple[tuple[int, int], ...], Allowed(bool, "one [width, height] or more")]
+    negative_caption: str
+    noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
+    noise_dtype: Literal["float32", "bfloat16"] = "float32"
+    expand_prompts: bool | None = None  # have Qwen write the prompt out; None: where this Qwen can write
+    first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    task: Literal["t2v", "i2v", "t2i", "i2i"]
+    metrics: MetricsConfig
+    model: ModelConfig
+    magcache: MagCacheConfig
+    runtime: RuntimeConfig
+    generation: GenerationConfig
+    source: Path | None = dataclasses.field(default=None, metadata={"in_yaml": False})
