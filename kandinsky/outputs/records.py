@@ -206,7 +206,8 @@ def _check_tensors(
     known = {**possible, **needed}
     if missing := [name for name in needed if name not in header]:
         raise ValueError(f"{what}: there is no {missing[0]} in it: {ADVICE}")
-    for name, (dtype, shape) in header.items():
+    for name in dict.fromkeys((*needed, *header)):
+        dtype, shape = header[name]
         dtypes, expected = known.get(name, ((), ()))
         if dtype not in dtypes or shape != expected:
             of = f"; of its record's run it would be {expected}" if dtypes else ", which no such run has"
