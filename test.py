@@ -111,7 +111,9 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as all other mistakes are told."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (python test.py --help shows every flag)\n")
+        from kandinsky.common.given import LONGEST_LINE, shortened
+
+        self.exit(2, f"error: {shortened(message, LONGEST_LINE)} (python test.py --help shows every flag)\n")
 
 
 def build_parser() -> Parser:
@@ -642,12 +644,12 @@ def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str])
 
 
 def fail(launch: Launch, *mistakes: object) -> int:
-    from kandinsky.common.given import one_line
+    from kandinsky.common.given import LONGEST_LINE, shortened
 
     if launch.size > 1:
         launch.processes.fail("; ".join(map(str, mistakes)), 2)
     for what in mistakes:
-        print("error:", one_line(str(what)), file=sys.stderr)
+        print("error:", shortened(str(what), LONGEST_LINE), file=sys.stderr)
     return 2
 
 
