@@ -129,7 +129,7 @@ def test_fuzz_requests() -> None:
 @pytest.fixture
 def no_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder to be in, with a picture and a file of prompts, and a command line that ends where models are loaded."""
-    from kandinsky import loading
+    from kandinsky.loading import assemble as loading
 
     def stop(*_: Any, **__: Any) -> None:
         raise ValueError("here the models are loaded")
