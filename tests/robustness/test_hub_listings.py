@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from kandinsky import hub
+from kandinsky.checkpoints import hub
 from kandinsky.config import load_config
 from tests.hub_stand_in import HubStandIn, Repo, point_client_at, published_repositories, running_hub
 from tests.robustness.fuzzing import NASTY_VALUES, assert_clear, clearly_refused, fuzz, spoiled_json

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kandinsky import latents_file, resume
 from kandinsky.config import MagCacheConfig
+from kandinsky.outputs import latents_file, resume
+from kandinsky.outputs.records import OUTPUT, STOPPED, recorded_config
+from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.pipelines.base import Inputs, Pipeline
-from kandinsky.records import OUTPUT, STOPPED, recorded_config
 from kandinsky.request import resolve_request
-from kandinsky.resume import Stopped, load_run
 from kandinsky.runtime.magcache import cache_for_request
 from tests.robustness.fuzzing import NASTY_VALUES, clearly_refused, fuzz, spoiled_bytes, spoiled_json
 from tests.unit.small_pipelines import PICTURE, TASKS, build, call

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from kandinsky.checkpoints import inspect
 from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.checkpoints.files import find_weights, resolve_path
 from kandinsky.checkpoints.headers import BITS, open_tensors, read_header, read_metadata
+from kandinsky.checkpoints.inspect import inspect
 from kandinsky.common.untrusted import MAX_DEPTH, home_path, is_plain_name, parse_json, read_json
 from kandinsky.config import DiTConfig, load_config
 from kandinsky.loading.assemble import known_arguments, load_dit, load_vae
