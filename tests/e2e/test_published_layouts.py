@@ -169,6 +169,7 @@ def shared() -> dict[str, dict[str, Repo]]:
     return {family: shared_repositories(family) for family in ("t2v", "image")}
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize(("name", "style"), list(zip(NAMES, list(SAVED) * 5, strict=False)))
 def test_downloaded_inspected_and_run_in_all_layouts(
     name: str,

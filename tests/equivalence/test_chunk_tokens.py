@@ -62,6 +62,7 @@ def rows_of_linears(dit: nn.Module, rows: list[int]) -> None:
             module.register_forward_hook(lambda _module, given, _out: rows.append(given[0].shape[1]))
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize(
     ("batch", "grid", "nabla"), [(1, (2, 8, 16), None), (1, (2, 16, 16), SPARSE), (2, (1, 8, 16), None)]
 )

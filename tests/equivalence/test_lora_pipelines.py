@@ -90,6 +90,7 @@ def went_through(pipe: Pipeline, loras: dict[str, Path]) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_the_same_wherever_weights_are(quantization: str | None, loras: dict[str, Path], wide: Path) -> None:
     """Also where they are cast: in bfloat16 from a float32 file, of which modulations stay as they are."""

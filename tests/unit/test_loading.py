@@ -472,6 +472,7 @@ def test_vae_where_the_processor_has_no_arithmetic_in_its_dtype(
         assert not loading.convolves_in_float32(torch.bfloat16, torch.device("cuda"))
 
 
+@pytest.mark.processor
 def test_which_processors_have_no_arithmetic_in_bfloat16() -> None:
     """As torch says, whose answer follows ONEDNN_MAX_CPU_ISA: one of the machines that .ci/run plays."""
     asked_for = os.environ.get("ONEDNN_MAX_CPU_ISA")
