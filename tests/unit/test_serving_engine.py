@@ -14,7 +14,8 @@ from PIL import Image
 
 from kandinsky.config import load_config
 from kandinsky.planning.plan import Machine
-from kandinsky.serving.engine import Engine, NoSuchJob, NotNow, Outcome, QueueFull, Report, Task
+from kandinsky.serving.engine import Engine, NoSuchJob, NotNow, QueueFull
+from kandinsky.serving.lanes import Outcome, Report, Task
 from kandinsky.serving.limits import Limits
 from kandinsky.serving.store import Job, Store
 from kandinsky.serving.variants import Catalogue, Order, Variant
