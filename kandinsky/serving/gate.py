@@ -116,7 +116,7 @@ class Gate:
             try:
                 seconds = min(self.limits.body_seconds, end - time.monotonic())
                 message = await asyncio.wait_for(receive(), max(seconds, 0.001))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise Refused(408, "the rest of the request did not come", {"Connection": "close"}) from None
             seen += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)

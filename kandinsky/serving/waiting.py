@@ -32,7 +32,7 @@ async def until_ended(engine: Engine, job_id: str, request: Request) -> Job:
                 raise Refused(503, "the server ends; the job goes on when it is started again")
             try:
                 await asyncio.wait_for(news.wait(), LOOK)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 if await request.is_disconnected():
                     engine.cancel(job_id)
                     raise ClientDisconnect from None
@@ -70,7 +70,7 @@ async def events(engine: Engine, job_id: str, keys: Keys) -> AsyncIterator[bytes
                 return
             try:
                 await asyncio.wait_for(news.wait(), HEARTBEAT)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 yield b": still here\n\n"
 
 
