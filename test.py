@@ -50,6 +50,7 @@ SETTINGS = {
     "cfg_parallel": ("runtime.cfg_parallel", "of several processes, one half evaluates the negative prompt"),
     "shard_weights": ("runtime.shard_weights", "of several processes, each keeps a part of the DiT's weights"),
 }
+PROMPT_OF_A_BARE_LAUNCH = "The bear plays balalaika."
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
     *("prompt", "prompts_file", "image", "negative_prompt", "width", "height", "video_duration"),
@@ -196,6 +197,8 @@ def build_parser() -> Parser:
     )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
+        if flag == "expand_prompt":  # which the original has with numbers
+            options["type"] = lambda word: {"0": "off", "1": "on"}.get(word, word)
         if flag in ("blocks_on_gpu", "cfg_parallel", "preview"):
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
@@ -528,8 +531,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else arguments
     # torch.distributed.launch adds the number that it also has in the environment, with a name like no flag of ours.
-    args = parser.parse_intermixed_args([word for word in words if not word.startswith("--local-rank=")])
+    own = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]
+    args = parser.parse_intermixed_args(own)
     check_strays(parser, args, words)
+    if not own and "LOCAL_RANK" in os.environ:  # the original's example of a launch names nothing at all
+        args.prompt = PROMPT_OF_A_BARE_LAUNCH
     starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)
     if all(given is None for given in starts) and not args.plan:
         parser.error("the following arguments are required: --prompt")

@@ -222,7 +222,8 @@ def _published_configs(path: Path) -> list[str]:
     found = []
     for file in sorted((REPOSITORY / "configs").glob("config_*.yaml")):
         keys = r"^  (?:checkpoint_path|hub_repo): \S*?([^/\s]+)$"
-        if words & set(re.findall(keys, file.read_text(encoding="utf-8"), re.MULTILINE)):
+        names = re.findall(keys, file.read_text(encoding="utf-8"), re.MULTILINE)
+        if words & {name.removesuffix("-Diffusers") for name in names}:
             found.append(f"configs/{file.name}")
     return found
 
