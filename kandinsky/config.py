@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from kandinsky.common.given import as_number, as_whole, shortened, shown
+from kandinsky.original_names import our_config
 from kandinsky.yaml_files import read_yaml, with_overrides
 
 logger = logging.getLogger(__name__)
@@ -223,6 +224,7 @@ class RuntimeConfig:
     """What makes a run fast or small and changes nothing else, or little and in known ways."""
 
     compile: Literal["auto", "on", "off"] = "auto"
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's: how long it searches
     cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
     offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs
     # Visual blocks that stay there, the others stream in; None: as many as fit.
@@ -253,7 +255,12 @@ class GenerationConfig:
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"
     expand_prompts: bool | None = None  # have Qwen write the prompt out; None: where this Qwen can write
+    schedule: Literal["original", "diffusers"] = "original"  # whose noise levels: see kandinsky.sampler.flow_timesteps
     first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
+    first_frame_statistics: Literal["each", "together"] = (
+        "each"  # each of the first frames by itself; all, as diffusers
+    )
+    visual_cond: Literal["zeros", "image"] = "zeros"  # i2v: what stands in the condition channels of the first frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +281,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Sequen
     overrides: "dotted.key=value" strings, value in YAML syntax, applied over all files ("model.num_steps=20").
     Raises ValueError, naming file, key, value and what is allowed, for anything that is not as it should be.
     """
-    path = Path(path)
+    path = our_config(Path(path))
     try:
         return _from_raw(read_yaml(path, overrides, [Path(preset) for preset in presets]), path)
     except ValueError as error:
@@ -675,6 +682,8 @@ def _check_task(config: Config) -> None:
     _require(vae.name == vae_name, "model.vae.name", vae.name, f"{vae_name} for task {task}")
     if task == "i2v":
         _require(dit.visual_cond, "model.dit_params.visual_cond", dit.visual_cond, "true for task i2v")
+    visual_cond = config.generation.visual_cond
+    _require(task == "i2v" or visual_cond == "zeros", "generation.visual_cond", visual_cond, f"zeros for task {task}")
     if task == "i2i":
         key, channel = "model.dit_params.instruct_type", dit.instruct_type
         _require(channel == "channel", key, channel, "channel for task i2i")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
+from kandinsky.checkpoints.diffusers_layout import tell_shift
 from kandinsky.checkpoints.dit_layout import (
     COMFY_PREFIX,
     check_dit_header,
@@ -127,6 +128,7 @@ def load_pipeline(
 
     locate = functools.partial(locate_weights, config=config, cache_dir=cache_dir)
     dit_path = locate("dit", dit_path, model.checkpoint_path)
+    tell_shift(dit_path, config)
     vae_path = locate("vae", vae_path, model.vae.checkpoint_path)
     qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
     clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
@@ -175,7 +177,8 @@ def load_pipeline(
     else:
         dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     if compiled:
-        execution = with_compiled_blocks(execution, required=config.runtime.compile == "on")
+        required, mode = config.runtime.compile == "on", config.runtime.compile_mode
+        execution = with_compiled_blocks(execution, required=required, mode=mode)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
     if team is not None and team.sequence.size > 1:
         execution = dataclasses.replace(execution, around=team.sequence.around)

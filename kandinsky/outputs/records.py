@@ -45,7 +45,8 @@ SETTLED = (
     *("task", "metrics.resolution", "metrics.scheduler_scale", "model.num_steps", "model.guidance_weight"),
     *("model.guidance_interval", "model.guidance_every", "model.text_embedder", "generation.width"),
     *("generation.height", "generation.time_length", "generation.resolutions", "generation.negative_caption"),
-    *("generation.noise_device", "generation.noise_dtype", "generation.expand_prompts"),
+    *("generation.noise_device", "generation.noise_dtype", "generation.expand_prompts", "generation.schedule"),
+    "generation.visual_cond",
 )
 # What latents that are decoded have not settled.
 USED_IN_DECODING = ("model.vae", "runtime")

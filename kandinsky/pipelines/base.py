@@ -205,7 +205,7 @@ class Inputs:
 
     images: RGB pictures, none, one for all prompts, or one a prompt; image_names are for the record. generators: none
     (seeds are used), one that all samples draw from in turn, or one a sample. latents: (samples, T, H, W, C), in place
-    of the noise.
+    of the noise. conditioning: in place of noise, latents and pictures, all of them on the DiT's device.
     """
 
     images: Sequence[Image.Image] = ()
@@ -214,6 +214,7 @@ class Inputs:
     latents: Tensor | None = None
     prompt_embeds: TextEmbeddings | None = None
     negative_prompt_embeds: TextEmbeddings | None = None
+    conditioning: Conditioning | None = None
 
 
 class Pipeline:
@@ -690,6 +691,8 @@ class Pipeline:
 
         A sample draws its noise first and the picture's latents after it, from the same generator.
         """
+        if inputs.conditioning is not None:
+            return inputs.conditioning
         generation = self.config.generation
         generators = inputs.generators or [
             torch.Generator(generation.noise_device).manual_seed(sample.seed)
@@ -713,7 +716,9 @@ class Pipeline:
         if not image_latents:
             return from_text(start, self.dit.in_channels)
         pictures = self.team.agree(torch.stack([one.to(device) for one in image_latents]))
-        return from_first_frame(start, pictures) if self.config.task == "i2v" else from_source(start, pictures)
+        if self.config.task == "i2v":
+            return from_first_frame(start, pictures, generation.visual_cond)
+        return from_source(start, pictures)
 
     def denoise(
         self,
@@ -730,7 +735,7 @@ class Pipeline:
         """
         request, conditioning, branches, state = run.request, run.conditioning, run.branches, run.state
         device = self.placement.device("dit")
-        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
+        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale, request.schedule)
         attention = self.config.model.attention
         nabla = NablaConfig(attention.P, attention.wT, attention.wH, attention.wW) if self.uses_nabla else None
         scale_factor = self.config.metrics.scale_factor
@@ -835,8 +840,9 @@ class Pipeline:
                 run.residuals = self.team.from_branches(block_cache.saved())
             skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
             record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
-        if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
-            return normalize_first_frames(latents)
+        generation = self.config.generation
+        if conditioning.first_frame is not None and generation.first_frame_normalization:
+            return normalize_first_frames(latents, generation.first_frame_statistics)
         return latents
 
     # --- pixels <-> latents -------------------------------------------------------------------------------------------

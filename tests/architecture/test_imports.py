@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # From the roof to the ground. A new file in kandinsky/ gets its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
-    ("serving",),
+    ("serving", "diffusers_calls"),
     ("loading",),
     ("pipelines", "runtime", "planning"),
     ("outputs",),
@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "sizes", "pictures"),
     ("attention", "checkpoints"),
     ("config",),
-    ("yaml_files",),
+    ("yaml_files", "original_names"),
     ("common",),
 )
 FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -45,7 +45,7 @@ WITHOUT_TORCH = (
         "planning",
         "serving",
     ),
-    *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "text.prompts"),
+    *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "text.prompts", "original_names"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

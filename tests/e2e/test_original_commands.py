@@ -102,7 +102,7 @@ def test_command(command: str, program: dict[str, Any], tmp_path: Path, monkeypa
         seen.update(config=config, request=request, options=options)
         return SimpleNamespace(generate=lambda *a, **k: None, is_denoising=False, team=SimpleNamespace(is_first=True))
 
-    monkeypatch.setattr("kandinsky.loading.load_pipeline", load_pipeline)
+    monkeypatch.setattr("kandinsky.loading.assemble.load_pipeline", load_pipeline)
     for name in ("configs", "assets"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
