@@ -18,7 +18,7 @@ from typing import Any
 from kandinsky.checkpoints.dit_layout import check_dit_header
 from kandinsky.checkpoints.files import FOLDERS, REPOSITORY, find_weights, folder_of
 from kandinsky.checkpoints.headers import read_header
-from kandinsky.common.given import shortened, shown
+from kandinsky.common.given import shown
 from kandinsky.common.untrusted import is_plain_name, read_json
 from kandinsky.config import Config, load_config
 
@@ -137,23 +137,25 @@ def _described(folder: Path, part: str) -> dict[str, Any]:
         ) from None
 
 
+def scheduler_shift(values: Mapping[str, Any], what: str | Path) -> Any:
+    """The shift of a scheduler's config. Raises ValueError for schedulers that do more than shift."""
+    kind = values.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    if kind != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(f"{what} asks for {shown(kind)}; here is FlowMatchEulerDiscreteScheduler only")
+    for key, value in SCHEDULER.items():
+        if (found := values.get(key, value)) != value and not (value is False and found is None):
+            raise ValueError(f"{what} has {key} = {shown(found)}; here it can only be {value}")
+    return values.get("shift", 1.0)  # what that scheduler takes where nothing is said
+
+
 def _scheduler(folder: Path, base: Path) -> dict[str, Any]:
-    """The shift that a repository asks for. Raises ValueError for schedulers that do more than shift."""
+    """The shift that a repository asks for; nothing where it has no scheduler."""
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return {}
-    values = read_json(file)
-    kind = values.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-    if kind != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(f"{file} asks for {shown(kind)}; here is FlowMatchEulerDiscreteScheduler only")
-    for key, value in SCHEDULER.items():
-        if values.get(key, value) != value:
-            raise ValueError(f"{file} has {key} = {shown(values[key])}; here it can only be {value}")
-    shift = values.get("shift", 1.0)  # what that scheduler takes where nothing is said
-    ours = load_config(base).metrics.scheduler_scale
+    shift, ours = scheduler_shift(read_json(file), file), load_config(base).metrics.scheduler_scale
     if shift != ours:
-        said = shortened(str(shift))
-        logger.info("%s has the shift %s, which is used; our %s has %g", file, said, base.name, ours)
+        logger.info("%s has the shift %s, which is used; our %s has %g", file, shown(shift), base.name, ours)
     return {"metrics.scheduler_scale": shift}
 
 

@@ -13,12 +13,20 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from kandinsky.checkpoints import hub
-from kandinsky.checkpoints.diffusers_layout import FILES, check_weights, config_of, is_complete, part_paths
+from kandinsky.checkpoints.diffusers_layout import (
+    FILES,
+    check_weights,
+    config_of,
+    is_complete,
+    part_paths,
+    scheduler_shift,
+)
 from kandinsky.common.given import as_whole, shown
 from kandinsky.common.untrusted import home_path, is_plain_name
 from kandinsky.config import Config, RuntimeConfig, with_settings
@@ -43,8 +51,7 @@ class DiffusersBase:
         self._loaded: Pipeline | None = None
         self._adapters: dict[str, Path] = {}
         self._scales: dict[str, float] = {}  # of the active ones
-        self.transformer = Transformer(self)
-        self.vae = VAE(self)
+        self._transformer, self._vae = Transformer(self), VAE(self)
 
     @classmethod
     def from_pretrained(
@@ -105,6 +112,31 @@ class DiffusersBase:
             if self._adapters:
                 self._loaded.set_adapter(list(self._scales), list(self._scales.values()))
         return self._loaded
+
+    @property
+    def transformer(self) -> Transformer:
+        return self._transformer
+
+    @property
+    def vae(self) -> VAE:
+        return self._vae
+
+    @property
+    def scheduler(self) -> SimpleNamespace:
+        """Its config has the shift; another FlowMatchEulerDiscreteScheduler may be set, of which the shift is taken."""
+        shift = self._config.metrics.scheduler_scale
+        return SimpleNamespace(config=SimpleNamespace(shift=shift, num_train_timesteps=1000))
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        values = {"_class_name": type(scheduler).__name__, **dict(getattr(scheduler, "config", {}))}
+        shift = scheduler_shift(values, "the scheduler that is set")
+        self._config = with_settings(self._config, metrics={"scheduler_scale": shift})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise ValueError(f"{name} can't be set here: docs/diffusers.md says what can")
+        super().__setattr__(name, value)
 
     def _change(self, **settings: Any) -> None:
         for name, value in settings.items():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from kandinsky.common.given import as_whole, shown
 from kandinsky.common.untrusted import read_json
+from kandinsky.config import Config, VAEConfig
 from kandinsky.runtime.placement import parse_device_map
 
 if TYPE_CHECKING:
@@ -140,9 +141,13 @@ class VAE:
 
     disable_slicing = enable_slicing
 
-    def _set(self, vae: Any) -> None:
-        config = self._pipe._config
-        self._pipe._change(config=dataclasses.replace(config, model=dataclasses.replace(config.model, vae=vae)))
+    def _set(self, vae: VAEConfig) -> None:
+        def changed(config: Config) -> Config:
+            return dataclasses.replace(config, model=dataclasses.replace(config.model, vae=vae))
+
+        self._pipe._config = changed(self._pipe._config)
+        if self._pipe._loaded is not None:  # tiles are made when something is decoded: nothing has to be loaded anew
+            self._pipe._loaded.config = changed(self._pipe._loaded.config)
 
     @property
     def device(self) -> torch.device:

@@ -154,3 +154,29 @@ def test_a_file_of_that_name_is_itself(tmp_path: Path) -> None:
     assert our_config(path) == tmp_path / "config_t2i.yaml"
     path.write_text("task: t2i")
     assert our_config(path) == path
+
+
+def test_the_python_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its calls name configs as above, and for an edit the resolution."""
+    from kandinsky import loading
+
+    loaded: list[Config] = []
+
+    def load_pipeline(config: Config, *devices: Any, **options: Any) -> Any:
+        loaded.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
+    monkeypatch.chdir(REPOSITORY)
+    devices = {"dit": "cpu", "vae": "cpu", "text_embedder": "cpu"}
+    for get, options in (
+        (loading.get_T2V_pipeline, {"conf_path": "configs/k5_lite_t2v_5s_sft_sd.yaml"}),
+        (loading.get_I2V_pipeline, {"conf_path": "configs/k5_lite_i2v_5s_sft_sd.yaml"}),
+        (loading.get_T2I_pipeline, {"conf_path": "configs/k5_lite_t2i_sft_hd.yaml"}),
+        (loading.get_I2I_pipeline, {"resolution": 1024, "offload": True}),
+    ):
+        with pytest.raises(InterruptedError):
+            get(device_map=devices, **options)
+    assert [config.task for config in loaded] == ["t2v", "i2v", "t2i", "i2i"] and loaded[-1].runtime.offload == "on"
+    with pytest.raises(ValueError, match=r"resolution is 512, and .* is for 1024"):
+        loading.get_I2I_pipeline(device_map=devices, resolution=512)

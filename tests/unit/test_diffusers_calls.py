@@ -17,10 +17,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small_pipelines import build, latents_of
 
 import kandinsky
 from kandinsky.checkpoints.diffusers_layout import config_of, published_shift, tell_shift
 from kandinsky.checkpoints.hub import Source
+from kandinsky.config import config_to_dict, load_config, with_settings
+from kandinsky.outputs.records import recorded_config
 from kandinsky.runtime import placement
 from tests.diffusers_repositories import NABLA, SIZES, build_parts, crop, write_repository
 
@@ -217,9 +220,23 @@ def test_settings_cost_nothing_until_the_first_call(folders: dict[str, Path], mo
     assert pipe._loaded is None and pipe.vae.config.scaling_factor == pytest.approx(0.476986)
 
 
+def test_another_shift(shared: Any) -> None:
+    before, scheduler = shared.scheduler.config.shift, diffusers.FlowMatchEulerDiscreteScheduler
+    levels: list[float] = []
+    shared.scheduler = scheduler.from_config(scheduler(shift=before).config, shift=9.0)
+    assert shared.scheduler.config.shift == 9
+    generate(shared, num_inference_steps=3, callback_on_step_end=lambda p, i, t, x: levels.append(float(t)) or {})
+    theirs = scheduler(shift=9.0)
+    theirs.set_timesteps(3)
+    assert levels == pytest.approx(theirs.timesteps.tolist(), abs=1e-3)
+    shared.scheduler = scheduler(shift=before)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (lambda pipe: setattr(pipe, "scheduler", diffusers.UniPCMultistepScheduler()), "UniPCMultistepScheduler"),
+        (lambda pipe: setattr(pipe, "text_encoder", None), "text_encoder can't be set"),
         (lambda pipe: pipe.to("gpu"), "not a device"),
         (lambda pipe: pipe.to(dtype=torch.int8), "dtype is 'int8'"),
         (lambda pipe: pipe.to("cpu", memory_format=1), "can't honour memory_format"),
@@ -263,7 +280,8 @@ def test_a_setting_after_the_first_call_counts(folders: dict[str, Path]) -> None
     before = generate(pipe)
     loaded = pipe.pipeline
     pipe.to("cpu", torch.float32)
-    assert pipe.pipeline is loaded  # nothing has changed
+    pipe.vae.enable_tiling(64, 64, tile_sample_stride_height=48, tile_sample_stride_width=48)
+    assert pipe.pipeline is loaded and loaded.config.model.vae.spatial_tile == 64  # nothing to load anew
     pipe.enable_sequential_cpu_offload()
     assert pipe.pipeline is not loaded and torch.equal(generate(pipe), before)
 
@@ -499,3 +517,40 @@ def test_export_to_video(tmp_path: Path) -> None:
     for wrong in ([], ["frame"], [frames[0], frames[1].resize((16, 16))], [np.zeros((16, 16, 3), dtype=np.int64)]):
         with pytest.raises(ValueError, match="frame"):
             kandinsky.export_to_video(wrong, tmp_path / "x.mp4")  # type: ignore[arg-type]
+
+
+# --- the same settings in our own calls -------------------------------------------------------------------------------
+
+
+def test_schedule_of_our_own_calls(tmp_path: Path) -> None:
+    """By argument and by YAML; it is in the record, and counts as much as any other setting."""
+    pipe = build("t2i")
+    levels: list[float] = []
+
+    def note(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        levels.append(float(timestep))
+
+    original = latents_of(pipe, callback_on_step_end=note)
+    theirs = latents_of(pipe, callback_on_step_end=note, schedule="diffusers")
+    lowest = 3 * 0.001 / (1 + 2 * 0.001)  # a shift of 3, applied twice
+    assert levels == pytest.approx([1000, 750, 1000, 1000 * 3 * lowest / (1 + 2 * lowest)])
+    assert not torch.equal(original, theirs)
+    pipe.config = with_settings(pipe.config, generation={"schedule": "diffusers"})
+    assert torch.equal(latents_of(pipe), theirs)
+    latents_of(pipe, output_type="pil", save_path=tmp_path / "picture.png")
+    assert json.loads((tmp_path / "picture.json").read_text())["schedule"] == "diffusers"
+    with pytest.raises(ValueError, match="schedule is 'karras'; it must be original or diffusers"):
+        latents_of(pipe, schedule="karras")
+
+
+def test_a_condition_without_a_picture_is_refused() -> None:
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    with pytest.raises(ValueError, match=r"generation\.visual_cond = 'image' .* zeros for task t2v"):
+        load_config(configs / "config_5s_sft.yaml", ["generation.visual_cond=image"])
+    assert (
+        load_config(configs / "config_5s_i2v.yaml", ["generation.visual_cond=image"]).generation.visual_cond == "image"
+    )
+    record = {"config": config_to_dict(load_config(configs / "config_5s_i2v.yaml"))}
+    for key in ("visual_cond=image", "schedule=diffusers"):
+        with pytest.raises(ValueError, match="goes on with what its run began with"):
+            recorded_config(record, [f"generation.{key}"], "x.stopped.safetensors", decoding=False)
