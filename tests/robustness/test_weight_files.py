@@ -114,6 +114,8 @@ def test_headers_that_the_library_refuses(what: str, tmp_path: Path) -> None:
     ):
         message = clearly_refused(lambda read=read: read(path))  # type: ignore[misc]
         assert message is not None and str(path) in message
+    plan = clearly_refused(lambda: models(load_config(TINY), {"dit": path}, 2))
+    assert plan is not None and str(path) in plan
     assert_clear(str(inspect(path).problems[0]))
 
 
