@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from kandinsky.common.signals import Stopper
-    from kandinsky.config import Config
+    from kandinsky.config.schema import Config
     from kandinsky.planning.machine import Machine
     from kandinsky.request import Request
 
@@ -50,6 +50,7 @@ SETTINGS = {
     "cfg_parallel": ("runtime.cfg_parallel", "of several processes, one half evaluates the negative prompt"),
     "shard_weights": ("runtime.shard_weights", "of several processes, each keeps a part of the DiT's weights"),
 }
+PROMPT_OF_A_BARE_LAUNCH = "The bear plays balalaika."
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
     *("prompt", "prompts_file", "image", "negative_prompt", "width", "height", "video_duration"),
@@ -111,7 +112,9 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as all other mistakes are told."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (python test.py --help shows every flag)\n")
+        from kandinsky.common.given import LONGEST_LINE, shortened
+
+        self.exit(2, f"error: {shortened(message, LONGEST_LINE)} (python test.py --help shows every flag)\n")
 
 
 def build_parser() -> Parser:
@@ -194,6 +197,8 @@ def build_parser() -> Parser:
     )
     for flag, words in SETTINGS.items():
         options = {"choices": CHOICES[flag]} if flag in CHOICES else {"action": "store_const", "const": "true"}
+        if flag == "expand_prompt":  # which the original has with numbers
+            options["type"] = lambda word: {"0": "off", "1": "on"}.get(word, word)
         if flag in ("blocks_on_gpu", "cfg_parallel", "preview"):
             options = {"type": int, "metavar": "N"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
@@ -528,8 +533,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else arguments
     # torch.distributed.launch adds the number that it also has in the environment, with a name like no flag of ours.
-    args = parser.parse_intermixed_args([word for word in words if not word.startswith("--local-rank=")])
+    own = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]
+    args = parser.parse_intermixed_args(own)
     check_strays(parser, args, words)
+    if not own and "LOCAL_RANK" in os.environ:  # the original's example of a launch names nothing at all
+        args.prompt = PROMPT_OF_A_BARE_LAUNCH
     starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)
     if all(given is None for given in starts) and not args.plan:
         parser.error("the following arguments are required: --prompt")
@@ -632,7 +640,7 @@ def interrupted(stop: KeyboardInterrupt, args: argparse.Namespace, words: Sequen
 def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str]) -> None:
     """Refuse words that are no overrides, and say what happened where they are text that lost its quotes."""
     from kandinsky.common.command_line import without_quotes
-    from kandinsky.config import Config
+    from kandinsky.config.schema import Config
 
     sections = {field.name for field in dataclasses.fields(Config)}
     keys = tuple(f"{section}." for section in sections)  # those of overrides that lack a value are told as such
@@ -644,12 +652,12 @@ def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str])
 
 
 def fail(launch: Launch, *mistakes: object) -> int:
-    from kandinsky.common.given import one_line
+    from kandinsky.common.given import LONGEST_LINE, shortened
 
     if launch.size > 1:
         launch.processes.fail("; ".join(map(str, mistakes)), 2)
     for what in mistakes:
-        print("error:", one_line(str(what)), file=sys.stderr)
+        print("error:", shortened(str(what), LONGEST_LINE), file=sys.stderr)
     return 2
 
 

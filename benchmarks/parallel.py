@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from benchmarks.memory import MODELS, status, write_checkpoint
 from kandinsky.common.limits import BLOCK_TOKENS
-from kandinsky.config import Config, load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.rules import check_processes
+from kandinsky.config.schema import Config
 from kandinsky.loading.dit import load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.request import resolve_request

@@ -34,7 +34,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from benchmarks.memory import status, write_checkpoint
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import Config, DiTConfig
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.loading.devices import machine_memory

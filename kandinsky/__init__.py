@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kandinsky.config import load_config
+    from kandinsky.config.reading import load_config
+    from kandinsky.diffusers_calls.media import export_to_video, load_image
+    from kandinsky.diffusers_calls.pipelines import (
+        Kandinsky5I2IPipeline,
+        Kandinsky5I2VPipeline,
+        Kandinsky5T2IPipeline,
+        Kandinsky5T2VPipeline,
+    )
     from kandinsky.loading.getters import get_I2I_pipeline, get_I2V_pipeline, get_T2I_pipeline, get_T2V_pipeline
 
 __version__ = "0.1.0"
@@ -18,6 +25,12 @@ _HOME = {
     "get_T2I_pipeline": "kandinsky.loading.getters",
     "get_I2I_pipeline": "kandinsky.loading.getters",
     "load_config": "kandinsky.config",
+    "Kandinsky5T2VPipeline": "kandinsky.diffusers_calls.pipelines",
+    "Kandinsky5I2VPipeline": "kandinsky.diffusers_calls.pipelines",
+    "Kandinsky5T2IPipeline": "kandinsky.diffusers_calls.pipelines",
+    "Kandinsky5I2IPipeline": "kandinsky.diffusers_calls.pipelines",
+    "export_to_video": "kandinsky.diffusers_calls.media",
+    "load_image": "kandinsky.diffusers_calls.media",
 }
 __all__ = [
     "get_T2V_pipeline",
@@ -25,6 +38,12 @@ __all__ = [
     "get_T2I_pipeline",
     "get_I2I_pipeline",
     "load_config",
+    "Kandinsky5T2VPipeline",
+    "Kandinsky5I2VPipeline",
+    "Kandinsky5T2IPipeline",
+    "Kandinsky5I2IPipeline",
+    "export_to_video",
+    "load_image",
     "__version__",
 ]
 

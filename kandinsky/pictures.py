@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -49,12 +50,13 @@ class _NoPicture(Exception):
     """Why something is no picture that can be taken; becomes a ValueError that names it."""
 
 
-def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
+def load_image(source: str | Path | Image.Image | np.ndarray | bytes) -> Image.Image:
     """An RGB picture in sRGB, upright as its EXIF says, transparency laid on white.
 
-    `source` is the path of a PNG, JPEG, WebP, GIF, BMP or TIFF file of 8 or 16 bits, a PIL image, or a uint8 array
-    (H, W), (H, W, 3) or (H, W, 4). Of an animation it is the first frame. Raises ValueError for what isn't there, isn't
-    a picture, or has more than `MAX_MEGAPIXELS`. Whether it is large enough is for sizes.py to say.
+    `source` is the path of a PNG, JPEG, WebP, GIF, BMP or TIFF file of 8 or 16 bits, or what such a file holds, a PIL
+    image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). Of an animation it is the first frame. Raises ValueError for
+    what isn't there, isn't a picture, or has more than `MAX_MEGAPIXELS`. Whether it is large enough is for sizes.py to
+    say.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
@@ -68,12 +70,16 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
         name = shortened(os.fspath(source))
     elif isinstance(source, Image.Image):
         name = f"given as a {type(source).__name__}"  # of a file, maybe, whose pixels are read only now
+    elif isinstance(source, bytes):
+        name = "that was sent"
     else:
         raise ValueError(f"the image is a {type(source).__name__}; it must be a path, a PIL image or a uint8 array")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's are for programmers: of large pictures, of metadata
-            return _to_rgb(source) if isinstance(source, Image.Image) else _read(source)
+            if isinstance(source, Image.Image):
+                return _to_rgb(source)
+            return _decoded(io.BytesIO(source)) if isinstance(source, bytes) else _read(source)
     except FileNotFoundError:
         raise ValueError(f"there is no image {name}") from None
     except _NoPicture as error:
@@ -99,15 +105,19 @@ def _read(path: str | Path) -> Image.Image:
     if reason is not None:
         raise _NoPicture(f"{reason}; {ADVICE}")
     with open(path, "rb") as file:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                return _to_rgb(image)
-        except UnidentifiedImageError:
-            file.seek(0)
-            raise _NoPicture(f"{_what_it_is(file.read(16))}; {ADVICE}") from None
-        except Image.DecompressionBombError as error:
-            pixels = re.search(r"\d+", str(error))
-            raise _NoPicture(_too_large(int(pixels[0]) if pixels else 10**9)) from None
+        return _decoded(file)
+
+
+def _decoded(file: BinaryIO) -> Image.Image:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return _to_rgb(image)
+    except UnidentifiedImageError:
+        file.seek(0)
+        raise _NoPicture(f"{_what_it_is(file.read(16))}; {ADVICE}") from None
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise _NoPicture(_too_large(int(pixels[0]) if pixels else 10**9)) from None
 
 
 def _what_it_is(head: bytes) -> str:

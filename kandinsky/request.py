@@ -25,6 +25,7 @@ FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 MAX_SEED = 2**32 - 1
 MAX_OUTPUTS = 10_000  # of one prompt in a call
+SCHEDULES = ("original", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Request:
     num_steps: int
     guidance_weight: float
     scheduler_scale: float
+    schedule: str = "original"  # whose noise levels: "original" or "diffusers"
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which there is guidance
     guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
     max_sequence_length: int | None = None  # tokens of a prompt; None: as the YAML says
@@ -85,6 +87,7 @@ def resolve_request(
     num_steps: int | None = None,
     guidance_weight: float | None = None,
     scheduler_scale: float | None = None,
+    schedule: str | None = None,
     guidance_interval: Sequence[float] | None = None,
     guidance_every: int | None = None,
     negative_caption: str | Sequence[str] | None = None,
@@ -128,6 +131,7 @@ def resolve_request(
             config.metrics.scheduler_scale if scheduler_scale is None else scheduler_scale,
             lowest=0.01,
         ),
+        schedule=_checked_schedule(generation.schedule if schedule is None else schedule),
         guidance_interval=_checked_interval(
             config.model.guidance_interval if guidance_interval is None else guidance_interval
         ),
@@ -160,6 +164,7 @@ def recorded_request(values: Mapping[str, Any], config: Config) -> Request:
         num_steps=_checked_steps(values["num_steps"]),
         guidance_weight=_checked_number("guidance_weight", values["guidance_weight"], lowest=0.0),
         scheduler_scale=_checked_number("scheduler_scale", values["scheduler_scale"], lowest=0.01),
+        schedule=_checked_schedule(values["schedule"]),
         guidance_interval=_checked_interval(values["guidance_interval"]),
         guidance_every=_checked_every(values["guidance_every"]),
         max_sequence_length=_checked_text_length(values["max_sequence_length"]),
@@ -372,6 +377,12 @@ def _checked_steps(num_steps: int) -> int:
     if steps is None or not 1 <= steps <= 1000:
         raise ValueError(f"the number of steps is {shown(num_steps)}; it must be a whole number from 1 to 1000")
     return steps
+
+
+def _checked_schedule(schedule: str) -> str:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {shown(schedule)}; it must be {' or '.join(SCHEDULES)}")
+    return schedule
 
 
 def _checked_number(name: str, value: float, lowest: float) -> float:

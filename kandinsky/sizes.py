@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import sqrt
 
 from kandinsky.common.limits import MAX_PATCHES, NABLA_PIXELS, PATCH_PIXELS
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 
 MIN_SIDE = PATCH_PIXELS
 MAX_ASPECT = 4

@@ -225,6 +225,8 @@ def published_repositories() -> dict[str, Repo]:
         "T2V-Pro-sft-5s": "kandinsky5pro_t2v_sft_5s",
         "T2V-Pro-sft-10s": "kandinsky5pro_t2v_sft_10s",
         "I2V-Pro-sft-5s": "kandinsky5pro_i2v_sft_5s",
+        "T2V-Pro-pretrain-5s": "kandinsky5pro_t2v_pretrain_5s",
+        "T2V-Pro-pretrain-10s": "kandinsky5pro_t2v_pretrain_10s",
     }
     repos = {}
     for name, file in dits.items():
@@ -235,6 +237,13 @@ def published_repositories() -> dict[str, Repo]:
     shards = [f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     encoders = ("text_encoder/model.safetensors", "text_encoder_2/model.safetensors", "tokenizer/tokenizer.json")
     others = ("model_index.json", "scheduler/scheduler_config.json", *shards, *encoders)
+    index = "transformer/diffusion_pytorch_model.safetensors.index.json"
+    in_diffusers = ("transformer/config.json", index, *vae, *others)
+    for name in ("T2V-Pro-distilled-5s", "I2V-Pro-distilled-5s", "T2I-Lite-pretrain", "I2I-Lite-pretrain"):
+        repo = f"kandinskylab/Kandinsky-5.0-{name}-Diffusers"
+        repos[repo] = tree(repo, *in_diffusers)
+        weight_map = {f"tensor.{i}": Path(shard).name for i, shard in enumerate(shards)}
+        repos[repo].files[index] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
     repo = "hunyuanvideo-community/HunyuanVideo"
     repos[repo] = tree(repo, *vae, *others)
     repo = "black-forest-labs/FLUX.1-dev"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.loading.assemble import locate_weights
 from kandinsky.loading.vae import load_vae
 from kandinsky.outputs import media

@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def quantize(args: argparse.Namespace) -> tuple[int, int]:
     """Write the file; returns the bytes of tensors and headers read and written. Raises ValueError as loading does."""
     from kandinsky.checkpoints.files import find_weights, missing_weights_message, resolve_path
-    from kandinsky.config import load_config
+    from kandinsky.config.reading import load_config
 
     if args.output.suffix != ".safetensors" or args.output.exists():
         raise ValueError(f"{args.output} exists or is not a .safetensors file: name a new one")

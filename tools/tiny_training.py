@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky.attention.nabla import NablaConfig
 from kandinsky.checkpoints.dit_layout import KEEP_PRECISION
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 from kandinsky.loading.text import load_text_encoders
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.text.embedder import TextEmbedder

@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kandinsky.config import Config, load_config
+from kandinsky.config.reading import load_config
+from kandinsky.config.schema import Config
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.outputs.media import halve_image

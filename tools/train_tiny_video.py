@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import masked_dense
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.loading.dit import load_dit
 from kandinsky.loading.vae import load_vae
 from kandinsky.models.dit import DiffusionTransformer3D, Execution

@@ -15,7 +15,7 @@ from kandinsky.checkpoints.headers import BITS as BITS
 from kandinsky.checkpoints.headers import refuse_pickle, why_absent
 from kandinsky.common.given import MISSING, why_no_file
 from kandinsky.common.untrusted import home_path, is_plain_name, read_json
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WEIGHTS_PREFIX = "weights"  # paths in configs start with ./weights/, which the user's cache_dir stands for

@@ -33,12 +33,14 @@ from kandinsky.checkpoints.headers import read_header
 from kandinsky.checkpoints.inspect import size_text
 from kandinsky.common.given import shown
 from kandinsky.common.untrusted import home_path, is_plain_name, reason
-from kandinsky.config import Config, load_config
+from kandinsky.config.reading import load_config
+from kandinsky.config.schema import Config
 
 logger = logging.getLogger(__name__)
 
 
 CONFIG_DIR = REPOSITORY / "configs"
+TRANSFORMER = "transformer"  # the folder of the DiT in repositories of diffusers' layout
 
 # The parts that models share: repository, folder in it, and the names of what is read of that. Weights as safetensors
 # only; no pickles, no flax, no tensorflow.
@@ -156,7 +158,7 @@ def sources(config: Config, cache_dir: str | Path = "./weights/", *, only_missin
     # The VAE first: it is small, and it may be refused, which is better known before the large files than after.
     parts: list[tuple[str, str, str | None, str, tuple[str, ...]]] = [
         ("vae", model.vae.checkpoint_path, *VAES[model.vae.name]),
-        ("dit", model.checkpoint_path, model.hub_repo, str(_below_weights(dit).parent), (dit.name,)),
+        ("dit", model.checkpoint_path, model.hub_repo, *_dit_files(model.hub_repo, dit)),
         ("text_encoder", encoders.qwen.checkpoint_path, *QWEN),
         ("text_encoder2", encoders.clip.checkpoint_path, *CLIP),
     ]
@@ -171,8 +173,18 @@ def sources(config: Config, cache_dir: str | Path = "./weights/", *, only_missin
                 f"that begin with ./{WEIGHTS_PREFIX}/"
             )
         target = home_path(cache_dir) / below
-        found.append(Source(repo, folder, names, target.parent if path == model.checkpoint_path else target))
+        is_file = path == model.checkpoint_path and folder != TRANSFORMER
+        found.append(Source(repo, folder, names, target.parent if is_file else target))
+        if folder == TRANSFORMER:
+            found.append(Source(repo, "scheduler", ("scheduler_config.json",), target.parent / "scheduler"))
     return found
+
+
+def _dit_files(repo: str | None, path: PurePosixPath) -> tuple[str, tuple[str, ...]]:
+    """The folder of a repository that has the DiT, and which of its files: by its name, in diffusers' layout or not."""
+    if repo is not None and repo.endswith("-Diffusers"):
+        return TRANSFORMER, ("*.json", "*.safetensors")
+    return str(_below_weights(path).parent), (path.name,)
 
 
 def _below_weights(path: str | PurePosixPath) -> PurePosixPath:

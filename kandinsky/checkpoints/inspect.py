@@ -30,7 +30,7 @@ from kandinsky.checkpoints.headers import Header, read_header
 from kandinsky.common.command_line import show_every_character
 from kandinsky.common.given import shortened
 from kandinsky.common.untrusted import home_path, read_json
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 
 # --- what is this? ----------------------------------------------------------------------------------------------------
@@ -223,7 +223,8 @@ def _published_configs(path: Path) -> list[str]:
     found = []
     for file in sorted((REPOSITORY / "configs").glob("config_*.yaml")):
         keys = r"^  (?:checkpoint_path|hub_repo): \S*?([^/\s]+)$"
-        if words & set(re.findall(keys, file.read_text(encoding="utf-8"), re.MULTILINE)):
+        names = re.findall(keys, file.read_text(encoding="utf-8"), re.MULTILINE)
+        if words & {name.removesuffix("-Diffusers") for name in names}:
             found.append(f"configs/{file.name}")
     return found
 

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 MISSING = "there is nothing of that name"
+LONGEST_LINE = 1000  # characters of a message
 LONGEST_SHOWN = 200  # characters of a value that a message quotes
 
 
@@ -45,19 +46,15 @@ def shown(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, what a terminal would obey and not show as escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(text.split())
-    )
+    """`text` on one line; what a terminal would obey and not show, as escapes."""
+    text = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def shortened(text: str) -> str:
-    """`text` on one line, its middle left out where it is long."""
+def shortened(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """`text` on one line, its middle left out where it is longer than that many characters."""
     text = one_line(text)
-    if len(text) <= LONGEST_SHOWN:
-        return text
-    half = LONGEST_SHOWN // 2
-    return f"{text[:half]} ... {text[-half:]}"
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
 def why_no_file(path: str | Path) -> str | None:

@@ -40,6 +40,7 @@ if os.name == "posix":
 
 HIDDEN = re.compile(r"\.[0-9a-f]{16}\.tmp(\..*)?")  # what hidden files are called
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems that can't be told to
+ELSEWHERE = "kandinsky5-"  # what folders for temporary files are called, and something at random
 ALIGNMENT = 64  # bytes: what the tensors of a file begin at a multiple of
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -119,7 +120,7 @@ def write_somewhere(path: Path, write: Callable[[Path], None]) -> Path:
         return path
     except OSError as error:
         try:
-            folder = Path(tempfile.mkdtemp(prefix="kandinsky5-"))
+            folder = Path(tempfile.mkdtemp(prefix=ELSEWHERE))
         except OSError:
             raise error from None
         try:
@@ -135,9 +136,15 @@ def write_somewhere(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a file that is needed no more; one that can't be removed is only told of."""
+    """Remove a file that is needed no more, with its folder where `write_somewhere` made that for it.
+
+    One that can't be removed is only told of.
+    """
     try:
         path.unlink(missing_ok=True)
+        if path.parent.name.startswith(ELSEWHERE):
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()
     except OSError as error:
         logger.warning("%s is needed no more and can't be removed: %s", path, error.strerror)
 

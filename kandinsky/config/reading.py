@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_typ
 
 from kandinsky.common.given import as_number, as_whole, shortened, shown
 from kandinsky.config.defaults import fill_defaults
+from kandinsky.config.original_names import our_config
 from kandinsky.config.rules import check_config, join_key, not_allowed
 from kandinsky.config.schema import Config
 from kandinsky.config.yaml_files import read_yaml, with_overrides
@@ -51,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Sequen
     overrides: "dotted.key=value" strings, value in YAML syntax, applied over all files ("model.num_steps=20").
     Raises ValueError, naming file, key, value and what is allowed, for anything that is not as it should be.
     """
-    path = Path(path)
+    path = our_config(Path(path))
     try:
         return _from_raw(read_yaml(path, overrides, [Path(preset) for preset in presets]), path)
     except ValueError as error:

@@ -154,6 +154,8 @@ def _check_task(config: Config) -> None:
     _require(vae.name == vae_name, "model.vae.name", vae.name, f"{vae_name} for task {task}")
     if task == "i2v":
         _require(dit.visual_cond, "model.dit_params.visual_cond", dit.visual_cond, "true for task i2v")
+    visual_cond = config.generation.visual_cond
+    _require(task == "i2v" or visual_cond == "zeros", "generation.visual_cond", visual_cond, f"zeros for task {task}")
     if task == "i2i":
         key, channel = "model.dit_params.instruct_type", dit.instruct_type
         _require(channel == "channel", key, channel, "channel for task i2i")

@@ -174,6 +174,7 @@ class RuntimeConfig:
     """What makes a run fast or small and changes nothing else, or little and in known ways."""
 
     compile: Literal["auto", "on", "off"] = "auto"
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's: how long it searches
     cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
     offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs
     # Visual blocks that stay there, the others stream in; None: as many as fit.
@@ -204,7 +205,11 @@ class GenerationConfig:
     noise_device: Literal["cpu", "cuda"] = "cpu"  # cpu + float32: a seed gives the same video on every machine
     noise_dtype: Literal["float32", "bfloat16"] = "float32"
     expand_prompts: bool | None = None  # have Qwen write the prompt out; None: where this Qwen can write
+    schedule: Literal["original", "diffusers"] = "original"  # whose noise levels: see sampling/sampler.py
     first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
+    # Each of the first frames by itself; or all together, as in diffusers.
+    first_frame_statistics: Literal["each", "together"] = "each"
+    visual_cond: Literal["zeros", "image"] = "zeros"  # i2v: what stands in the condition channels of the first frame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,16 +60,22 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 def _readable(read: Callable[[], Any]) -> Any:
     """What `read` returns; ValueError for what YAML and OmegaConf raise."""
-    import yaml  # comes with OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     try:
         return read()
-    # ValueError: bytes that are no text, the 32nd of a month, a number of more than 4,300 digits
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"not readable as YAML: {shortened(str(error))}") from None
+    except InterpolationResolutionError as error:
+        raise ValueError(f"{error.full_key}: what ${{...}} stands for is not there, or not text") from None
+    except OmegaConfBaseException as error:  # whose first line is for people
+        what, key = str(error).partition("\n")[0], f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"not readable as YAML: {shortened(key + what.replace('NoneType', 'null'))}") from None
     except RecursionError:
         raise ValueError("not readable as YAML: it is nested too deeply") from None
+    except Exception as error:
+        # YAML's own errors, and what OmegaConf stumbles over: bytes that are no text, the 32nd of a month, a number of
+        # more than 4,300 digits, a document that is text in another text.
+        what = shortened(str(error)) or "it is not a mapping of keys to values"
+        raise ValueError(f"not readable as YAML: {what}") from None
 
 
 def _advice(path: Path, reason: str) -> str:

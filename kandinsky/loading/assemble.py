@@ -15,15 +15,16 @@ from torch import Tensor
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
+from kandinsky.checkpoints.diffusers_layout import tell_shift
 from kandinsky.checkpoints.files import (
     missing_weights_message,
     part_folder,
     resolve_path,
 )
 from kandinsky.checkpoints.lora_file import configured_loras
-from kandinsky.config import Config
 from kandinsky.config.reading import with_settings
 from kandinsky.config.rules import check_processes
+from kandinsky.config.schema import Config
 from kandinsky.loading.device_map import DeviceMap, parse_device_map
 from kandinsky.loading.devices import dtype_name, machine_memory, resolve_dtype
 from kandinsky.loading.dit import dit_parts, load_dit, load_dit_on_host, load_sharded_dit, reread, scheme_of
@@ -94,6 +95,7 @@ def load_pipeline(
 
     locate = functools.partial(locate_weights, config=config, cache_dir=cache_dir)
     dit_path = locate("dit", dit_path, model.checkpoint_path)
+    tell_shift(dit_path, config)
     vae_path = locate("vae", vae_path, model.vae.checkpoint_path)
     qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
     clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
@@ -142,7 +144,8 @@ def load_pipeline(
     else:
         dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
     if compiled:
-        execution = with_compiled_blocks(execution, required=config.runtime.compile == "on")
+        required, mode = config.runtime.compile == "on", config.runtime.compile_mode
+        execution = with_compiled_blocks(execution, required=required, mode=mode)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
     if team is not None and team.sequence.size > 1:
         execution = dataclasses.replace(execution, around=team.sequence.around)

@@ -11,8 +11,9 @@ import torch
 from kandinsky.checkpoints.files import (
     REPOSITORY,
 )
-from kandinsky.config import Config
+from kandinsky.common.given import shown
 from kandinsky.config.reading import load_config, preset_file, with_settings
+from kandinsky.config.schema import Config
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.loading.device_map import DeviceMap
 from kandinsky.pipelines.base import Pipeline
@@ -53,6 +54,7 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
         device_preset: str | None = None,
         config: Config | None = None,
         processes: Processes | None = None,
+        resolution: int | None = None,
         **runtime: Any,
     ) -> AnyPipeline:
         """Load a pipeline.
@@ -74,6 +76,7 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             config: an already loaded config instead of `conf_path`, `device_preset` and `overrides`.
             processes: those that make one output together, from `Processes.join`, each of which calls this with the
                 same arguments. Without a device_map each takes the GPU of its number on its machine.
+            resolution: what the original's examples name; it has to be the config's `metrics.resolution`.
             runtime: any key of the YAML's section `runtime`, such as compile="off" or blocks_on_gpu=8.
 
         Raises:
@@ -89,6 +92,9 @@ def _getter(task: str, pipeline: type[AnyPipeline]) -> Callable[..., AnyPipeline
             raise ValueError(
                 f"{config.source} is a config for {config.task}: load it with get_{config.task.upper()}_pipeline"
             )
+        if resolution is not None and resolution != config.metrics.resolution:
+            ours = config.metrics.resolution
+            raise ValueError(f"resolution is {shown(resolution)}, and {config.source} is for {ours}: leave it out")
         loaded = load_pipeline(
             config,
             device_map,

@@ -12,7 +12,7 @@ import transformers
 from kandinsky.checkpoints.files import (
     find_weights,
 )
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 from kandinsky.loading.text_encoders import load_text_embedder, text_encoder_files
 from kandinsky.loading.text_generator import can_generate, load_text_generator
 from kandinsky.runtime.offload import Part, TextEncodersOnDemand

@@ -39,7 +39,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from kandinsky.checkpoints.dit_layout import check_floats
 from kandinsky.checkpoints.files import find_weights, folder_of
 from kandinsky.checkpoints.headers import open_tensors, read_header
-from kandinsky.common.given import shortened
+from kandinsky.common.given import MISSING, shortened, why_no_file
 from kandinsky.common.untrusted import read_json, reason
 from kandinsky.models.numerics import aligned
 from kandinsky.text.embedder import TextEmbedder
@@ -162,6 +162,7 @@ def _load_qwen(
 def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
     """A published config.json as transformers has it. Raises ValueError for one that it can't be, naming the file."""
     file = folder_of(path) / "config.json"
+    _require_files(file.parent)
     values = read_json(file)
     tensors = sum(len(read_header(weights)) for weights in find_weights(path))
     for section in (values, *(part for part in values.values() if isinstance(part, dict))):
@@ -174,6 +175,13 @@ def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
         return kind.from_pretrained(file.parent, local_files_only=True)
     except Exception as error:  # wrong values show as any of a dozen types
         raise ValueError(f"{file}: damaged, or another model's ({reason(error)}); download it again") from None
+
+
+def _require_files(folder: Path) -> None:
+    """Raise ValueError for a pipe or its like in a folder: transformers opens whatever has a name that it knows."""
+    for path in folder.iterdir():
+        if not path.is_dir() and (why := why_no_file(path)) not in (None, MISSING):
+            raise ValueError(f"{path}: {why}")
 
 
 def _build(path: Path, make: Callable[[], AnyModel]) -> AnyModel:
@@ -204,6 +212,7 @@ def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     """How Qwen cuts pictures into patches. Not its whole processor: that needs torchvision, for videos."""
     for candidate in (folder, folder.parent / "tokenizer"):
         if (candidate / "preprocessor_config.json").is_file():
+            _require_files(candidate)
             # The one that works with PIL and numpy has another name in transformers 5.
             name = "Qwen2VLImageProcessorPil"
             processor: Any = getattr(transformers, name if hasattr(transformers, name) else "Qwen2VLImageProcessor")
@@ -223,8 +232,10 @@ def _load_tokenizer(folder: Path, sibling: str) -> PreTrainedTokenizerBase:
     """The tokenizer in the encoder's folder or, as diffusers repositories have it, in a folder beside it."""
     for candidate in (folder, folder.parent / sibling):
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
+            _require_files(candidate)
             try:
-                return AutoTokenizer.from_pretrained(candidate, local_files_only=True)
+                # Never code from the folder: without the word False, transformers would ask at the terminal whether to.
+                return AutoTokenizer.from_pretrained(candidate, local_files_only=True, trust_remote_code=False)
             except Exception as error:  # a damaged file shows as any of a dozen types, none of which names the file
                 raise ValueError(
                     f"the tokenizer in {candidate} is damaged ({reason(error)}); download its files again"

@@ -189,10 +189,11 @@ def nothing() -> None:
 
 
 def write_video(
-    frames: Pixels, path: str | Path, fps: float = 24, write_record: Callable[[], object] = nothing
+    frames: Pixels, path: str | Path, fps: float = 24, write_record: Callable[[], object] = nothing, crf: int = CRF
 ) -> None:
     """Write uint8 frames, a tensor (3, T, H, W) or an array (T, H, W, 3), as an MP4; replaces what is there.
 
+    crf: x264's quality, from 0 (lossless but for chroma) to 51.
     write_record: called when all is written, before it takes its name: so no output is ever there without its record.
 
     Raises ValueError for frames of another shape or type, for odd sizes (4:2:0 chroma halves both sides), and for a
@@ -221,7 +222,7 @@ def write_video(
             quality=None,  # in favour of crf
             macro_block_size=1,  # otherwise imageio stretches the frames to multiples of 16
             ffmpeg_log_level="error",
-            output_params=["-crf", str(CRF), "-movflags", "+faststart", *_COLOUR],
+            output_params=["-crf", str(crf), "-movflags", "+faststart", *_COLOUR],
         )
         with writer, contextlib.suppress(OSError):  # ffmpeg ended early and has said why; imageio would say very much
             for frame in video:

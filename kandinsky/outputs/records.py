@@ -22,8 +22,8 @@ from kandinsky.checkpoints.headers import Header, read_metadata
 from kandinsky.common.given import as_number, shortened, shown
 from kandinsky.common.limits import MAX_TEXT_TOKENS
 from kandinsky.common.untrusted import parse_json
-from kandinsky.config import Config
 from kandinsky.config.reading import config_from_dict
+from kandinsky.config.schema import Config
 from kandinsky.request import FPS, Request, Sample, recorded_request
 
 Kinds = type | tuple[type, ...]
@@ -47,7 +47,8 @@ SETTLED = (
     *("task", "metrics.resolution", "metrics.scheduler_scale", "model.num_steps", "model.guidance_weight"),
     *("model.guidance_interval", "model.guidance_every", "model.text_embedder", "generation.width"),
     *("generation.height", "generation.time_length", "generation.resolutions", "generation.negative_caption"),
-    *("generation.noise_device", "generation.noise_dtype", "generation.expand_prompts"),
+    *("generation.noise_device", "generation.noise_dtype", "generation.expand_prompts", "generation.schedule"),
+    "generation.visual_cond",
 )
 # What latents that are decoded have not settled.
 USED_IN_DECODING = ("model.vae", "runtime")
@@ -208,7 +209,8 @@ def _check_tensors(
     known = {**possible, **needed}
     if missing := [name for name in needed if name not in header]:
         raise ValueError(f"{what}: there is no {missing[0]} in it: {ADVICE}")
-    for name, (dtype, shape) in header.items():
+    for name in dict.fromkeys((*needed, *header)):
+        dtype, shape = header[name]
         dtypes, expected = known.get(name, ((), ()))
         if dtype not in dtypes or shape != expected:
             of = f"; of its record's run it would be {expected}" if dtypes else ", which no such run has"

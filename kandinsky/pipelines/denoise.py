@@ -56,7 +56,7 @@ class DenoiseStage(Parts):
         """
         request, conditioning, branches, state = run.request, run.conditioning, run.branches, run.state
         device = self.placement.device("dit")
-        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale)
+        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale, request.schedule)
         attention = self.config.model.attention
         nabla = NablaConfig(attention.P, attention.wT, attention.wH, attention.wW) if self.uses_nabla else None
         scale_factor = self.config.metrics.scale_factor
@@ -161,6 +161,7 @@ class DenoiseStage(Parts):
                 run.residuals = self.team.from_branches(block_cache.saved())
             skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
             record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
-        if conditioning.first_frame is not None and self.config.generation.first_frame_normalization:
-            return normalize_first_frames(latents)
+        generation = self.config.generation
+        if conditioning.first_frame is not None and generation.first_frame_normalization:
+            return normalize_first_frames(latents, generation.first_frame_statistics)
         return latents

@@ -154,6 +154,8 @@ class EncodeStage(Parts):
 
         A sample draws its noise first and the picture's latents after it, from the same generator.
         """
+        if inputs.conditioning is not None:
+            return inputs.conditioning
         generation = self.config.generation
         generators = inputs.generators or [
             torch.Generator(generation.noise_device).manual_seed(sample.seed)
@@ -177,7 +179,9 @@ class EncodeStage(Parts):
         if not image_latents:
             return from_text(start, self.dit.in_channels)
         pictures = self.team.agree(torch.stack([one.to(device) for one in image_latents]))
-        return from_first_frame(start, pictures) if self.config.task == "i2v" else from_source(start, pictures)
+        if self.config.task == "i2v":
+            return from_first_frame(start, pictures, generation.visual_cond)
+        return from_source(start, pictures)
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[Any]:
         """The VAE's distribution over the latents of each RGB picture, (1, C, H, W) or (1, C, 1, H, W)."""

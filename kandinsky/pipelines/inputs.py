@@ -19,6 +19,7 @@ from kandinsky.pipelines.calls import check_latents, check_save_path
 from kandinsky.pipelines.culprits import require_finite_input
 from kandinsky.pipelines.parts import Parts, Value
 from kandinsky.request import Request
+from kandinsky.sampling.conditioning import Conditioning
 from kandinsky.text.embeddings import TextEmbeddings
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Inputs:
 
     images: RGB pictures, none, one for all prompts, or one a prompt; image_names are for the record. generators: none
     (seeds are used), one that all samples draw from in turn, or one a sample. latents: (samples, T, H, W, C), in place
-    of the noise.
+    of the noise. conditioning: in place of noise, latents and pictures, all of them on the DiT's device.
     """
 
     images: Sequence[Image.Image] = ()
@@ -43,6 +44,7 @@ class Inputs:
     latents: Tensor | None = None
     prompt_embeds: TextEmbeddings | None = None
     negative_prompt_embeds: TextEmbeddings | None = None
+    conditioning: Conditioning | None = None
 
 
 NO_INPUTS = Inputs()

@@ -38,6 +38,7 @@ class CallOptions(TypedDict, total=False):
         the other steps take half the time.
     guidance_every: k: of the steps with guidance, the first and each k-th after it evaluate the negative prompt; those
         between reuse the difference that it made.
+    schedule: whose noise levels, "original" or "diffusers": the two divide the way from noise to data differently.
     generator: random generators in place of seeds: one that all outputs draw from in turn, or one an output.
     latents: (outputs, latent frames, height / 8, width / 8, 16), in place of the noise; of a picture one latent frame.
     prompt_embeds, negative_prompt_embeds: from `encode_prompt`, in place of words.
@@ -65,6 +66,7 @@ class CallOptions(TypedDict, total=False):
     progress: bool  # the last that may be given by position
     guidance_interval: Sequence[float] | None
     guidance_every: int | None
+    schedule: str | None
     generator: torch.Generator | Sequence[torch.Generator] | None
     latents: Tensor | None
     prompt_embeds: TextEmbeddings | None

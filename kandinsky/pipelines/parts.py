@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kandinsky.checkpoints.lora_file import AdapterConfig
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 from kandinsky.models.dit import DiffusionTransformer3D, Execution, RunBlocks
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo

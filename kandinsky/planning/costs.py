@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 from kandinsky.planning.activations import NABLA_DENSITY
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.stages import decoding_of, num_tokens, text_tokens, tile_size

@@ -22,8 +22,8 @@ from typing import Any
 
 from kandinsky.checkpoints.files import part_folder, resolve_path
 from kandinsky.common.limits import STREAM_BUFFERS
-from kandinsky.config import Config
 from kandinsky.config.reading import with_settings
+from kandinsky.config.schema import Config
 from kandinsky.models.vae_memory import GB
 from kandinsky.planning.costs import costs, tiles_of
 from kandinsky.planning.machine import GPU_SLACK, Machine

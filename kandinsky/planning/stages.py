@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from kandinsky.common.limits import STREAM_BUFFERS
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 from kandinsky.models.vae_memory import GB, RGB, Decoding
 from kandinsky.planning.activations import (
     FLOAT32,

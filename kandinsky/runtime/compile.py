@@ -86,7 +86,10 @@ def is_wanted(setting: str, device: torch.device, evaluations: int, quantization
 
 
 def with_compiled_blocks(
-    execution: Execution, backend: str | Callable[..., Any] = "inductor", required: bool = True
+    execution: Execution,
+    backend: str | Callable[..., Any] = "inductor",
+    required: bool = True,
+    mode: str = "default",
 ) -> Execution:
     """The same with visual blocks that run compiled; their weights stay where they are.
 
@@ -99,7 +102,9 @@ def with_compiled_blocks(
     kernel: Callable[..., Tensor] = execution.block_sparse
     block_sparse = opaque(kernel, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
     # The function of the class, with the block as an argument like the others: so all blocks share what is made of it.
-    compiled = torch.compile(VisualBlock.forward, fullgraph=True, backend=backend)
+    compiled = torch.compile(
+        VisualBlock.forward, fullgraph=True, backend=backend, mode=None if mode == "default" else mode
+    )
     has_failed = False
 
     def run_block(*inputs: Any) -> Tensor:

@@ -183,6 +183,8 @@ class Processes:
                     is_interrupted = True
                     self._interrupt(signal.SIGTERM)
                 if store.check(["failure"]):
+                    if self._left.is_set():  # it is this one's own: `interrupted` was called meanwhile
+                        return
                     self._end(store, store.get("failure").decode(), FAILED)
                     return
                 if store.check([f"left/{following}"]):

@@ -4,7 +4,7 @@ This is the only place where the tasks differ from each other:
 
 - text to video, text to image: nothing but noise; checkpoints with a visual condition get zeros (`from_text`);
 - image to video: the first latent frame is the picture's and stays so at every step; a mask says which frame that is,
-  the condition channels are zeros (`from_first_frame`);
+  the condition channels are zeros, or hold the picture there once more (`from_first_frame`);
 - image to image: the condition channels hold the source picture's latents, the mask is one (`from_source`).
 
 Knows tensors and generators; knows no models and no files.
@@ -62,10 +62,16 @@ def from_text(noise: Tensor, in_channels: int) -> Conditioning:
     return Conditioning(noise, extra)
 
 
-def from_first_frame(noise: Tensor, image_latents: Tensor) -> Conditioning:
-    """Conditioning on the picture that a video begins with; image_latents (B, H, W, C), scaled."""
+def from_first_frame(noise: Tensor, image_latents: Tensor, visual_cond: str = "zeros") -> Conditioning:
+    """Conditioning on the picture that a video begins with; image_latents (B, H, W, C), scaled.
+
+    visual_cond: "zeros", as the original leaves the first frame's condition channels, or "image": the picture's latents
+    there too, as diffusers had it up to 0.39.
+    """
     extra = noise.new_zeros((*noise.shape[:-1], noise.shape[-1] + 1))
     extra[:, 0, :, :, -1] = 1
+    if visual_cond == "image":
+        extra[:, 0, :, :, :-1] = image_latents
     return Conditioning(noise, extra, image_latents[:, None].to(noise))
 
 
@@ -75,17 +81,19 @@ def from_source(noise: Tensor, image_latents: Tensor) -> Conditioning:
     return Conditioning(noise, torch.cat((source, torch.ones_like(source[..., :1])), dim=-1))
 
 
-def normalize_first_frames(latents: Tensor) -> Tensor:
+def normalize_first_frames(latents: Tensor, statistics: str = "each") -> Tensor:
     """Bring mean and spread of the first four latent frames close to those of the next five: against the flash of
     contrast with which a video leaves its first picture.
 
-    latents (B, T, H, W, C). Every frame moves by itself, within fixed limits, as published. With fewer than five
-    latent frames there is nothing to compare with and the latents come back as they are.
+    latents (B, T, H, W, C). Every frame moves by itself, within fixed limits, as published; with `statistics`
+    "together" the four as one, as in diffusers. With fewer than five latent frames there is nothing to compare with
+    and the latents come back as they are.
     """
     if latents.shape[1] <= NORMALIZED_FRAMES:
         return latents
     frames, reference = latents[:, :NORMALIZED_FRAMES], latents[:, NORMALIZED_FRAMES:][:, :REFERENCE_FRAMES]
-    mean, std = (m.float() for m in _moments(frames, dims=(2, 3, 4)))  # (B, 4, 1, 1, 1)
+    own = (2, 3, 4) if statistics == "each" else (1, 2, 3, 4)
+    mean, std = (m.float() for m in _moments(frames, dims=own))  # (B, 4 or 1, 1, 1, 1)
     wanted_mean, wanted_std = _moments(reference, dims=(1, 2, 3, 4))  # (B, 1, 1, 1, 1)
     wanted_mean = wanted_mean.clamp(mean + MEAN_RANGE[0], mean + MEAN_RANGE[1])
     wanted_std = wanted_std.clamp(std + STD_RANGE[0], std + STD_RANGE[1])

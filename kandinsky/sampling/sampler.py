@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,18 +40,29 @@ class Velocity(Protocol):
     def __call__(self, latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor: ...
 
 
-def flow_timesteps(num_steps: int, scheduler_scale: float) -> Tensor:
+def flow_timesteps(num_steps: int, scheduler_scale: float, schedule: str = "original") -> Tensor:
     """Noise levels of the flow, (num_steps + 1,) float32, from 1 (noise) to 0 (data).
 
     Evenly spaced points s, shifted: k * s / (1 + (k - 1) * s) for k = `scheduler_scale`; k > 1 spends more steps on
     high noise. The model's timestep is 1000 times the level. Raises ValueError for num_steps < 1 or a scale <= 0.
+
+    schedule: "original" has num_steps + 1 points from 1 to 0, "diffusers" num_steps from 1 to the shifted 0.001, and 0
+    behind them: its FlowMatchEulerDiscreteScheduler's, whose last step is shorter.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
     if scheduler_scale <= 0:
         raise ValueError(f"scheduler_scale is {scheduler_scale}; it must be above 0 (published values: 3, 5, 10)")
-    levels = torch.linspace(1, 0, num_steps + 1, dtype=torch.float32)
-    return scheduler_scale * levels / (1 + (scheduler_scale - 1) * levels)
+
+    def shifted(level: Tensor) -> Tensor:
+        return scheduler_scale * level / (1 + (scheduler_scale - 1) * level)
+
+    if schedule == "original":
+        return shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float32))
+    assert schedule == "diffusers", schedule
+    lowest = shifted(torch.tensor(1 / NUM_TRAIN_TIMESTEPS)).item()
+    levels = torch.from_numpy(np.linspace(1, lowest, num_steps))
+    return torch.cat((shifted(levels), levels.new_zeros(1))).float()
 
 
 def uses_guidance(guidance_weight: float) -> bool:

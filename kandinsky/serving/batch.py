@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 from kandinsky.outputs import media
 from kandinsky.pictures import check_is_path
 from kandinsky.request import MAX_SEED, Request, resolve_request

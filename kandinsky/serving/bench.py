@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import Plan
 from kandinsky.request import Request
-from kandinsky.serving.engine import Outcome, Report, Task
+from kandinsky.serving.lanes import Outcome, Report, Task
 from kandinsky.serving.variants import Catalogue
 from kandinsky.serving.worker_process import Died, Options, Worker
 
@@ -32,7 +32,7 @@ class Bench:
         keep_open: Sequence[int] = (),
         new_worker: Callable[..., Worker] = Worker,
     ) -> None:
-        """machine: None where only a worker can tell, because it takes torch."""
+        """machine: what is known of it before the first worker, who asks torch, can tell."""
         self.catalogue, self.options, self.machine, self.keep_open = catalogue, options, machine, keep_open
         self.workers: OrderedDict[str, Worker] = OrderedDict()  # by model, the one that was used last at the end
         self._new_worker = new_worker
@@ -124,7 +124,8 @@ class Bench:
         return worker
 
     def _see_machine(self, machine: Machine) -> None:
-        self.machine = self.machine or machine  # as it was when nothing was loaded
+        if len(self.workers) == 1:  # as it is when nothing else is loaded
+            self.machine = machine
 
     def _is_outgrown(self, worker: Worker, request: Request | None) -> bool:
         """Whether a request is larger than what the worker was loaded for, and needs other settings to fit."""

@@ -14,17 +14,17 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import atomic_path, discard, remove_leftovers
 from kandinsky.outputs import latents_file, media, resume
 from kandinsky.planning.machine import Machine
+from kandinsky.serving.lanes import Lane, Outcome, Task
 from kandinsky.serving.store import ENDED, Job, State, Store
 from kandinsky.serving.variants import Catalogue, Order, request_from, settings_of
 from kandinsky.serving.watching import Live, Watchers
@@ -38,47 +38,6 @@ PICTURES = "pictures"  # the folder of what jobs begin with
 ATTEMPTS = 3  # at a job with which the whole server dies
 REMEMBERED = 1000  # clients whose turn is known
 AGAIN = 1.0  # seconds until a row that could not be written is tried again
-
-
-@dataclass(frozen=True)
-class Task:
-    """A job as a lane needs it. Paths are the same on all machines."""
-
-    id: str
-    order: Order
-    output: Path
-    picture: Path | None = None
-    picture_name: str | None = None  # for the record
-    loras: tuple[tuple[str, str, float], ...] = ()  # name, path, scale
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: "kept" is one that goes on when the engine runs again."""
-
-    state: Literal["done", "failed", "cancelled", "kept"]
-    error: str | None = None
-    code: str | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-Report = Callable[[dict[str, Any]], None]
-
-
-class Lane(Protocol):
-    """What makes one job at a time. `close` may be called while it does: the job then comes back as kept."""
-
-    machine: Machine | None  # known once something is loaded
-
-    def prepare(self) -> None: ...
-
-    def make(self, task: Task, report: Report) -> Outcome: ...
-
-    def cancel(self, job_id: str) -> None:
-        """End the job after the step that runs; asked a second time, at once."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class QueueFull(Exception):
@@ -107,6 +66,7 @@ class Engine:
         self.watchers = Watchers()
         self.live: dict[str, Live] = {}
         self.ended: Counter[tuple[str, str]] = Counter()  # (model, state) since the start
+        self.stage_seconds: defaultdict[tuple[str, str], float] = defaultdict(float)  # (model, stage), likewise
         self.is_stopping = False
         self._lane_of: dict[str, Lane] = {}
         self._deleted: set[str] = set()  # to be removed when they have ended
@@ -173,7 +133,7 @@ class Engine:
                 kind=kind,
                 client=client,
                 model=order.model,
-                request=dataclasses.asdict(order.request),
+                request=order.as_dict,
                 created=time.time(),
                 magcache=order.magcache,
                 loras=[list(pair) for pair in order.loras],
@@ -203,9 +163,7 @@ class Engine:
     def remix(self, job: Job, client: str, prompt: str) -> Job:
         """A new job with the settings, the seed and the picture of an old one. Errors are those of `submit`."""
         variant = self.catalogue[job.model]
-        old = request_from(job.request, variant.config)
-        settings = settings_of(old, job.magcache, [(name, scale) for name, scale in job.loras])
-        settings |= {"prompt": prompt, "model": job.model}
+        settings = settings_of(job.request, job.magcache, job.loras) | {"prompt": prompt, "model": job.model}
         source = None if job.picture is None else media.load_image(self.picture_path(job))
         size = None if source is None else source.size
         if variant.makes_images:
@@ -293,7 +251,7 @@ class Engine:
         variant, machine = self.catalogue[order.model], self.machine
         if machine is None or variant.config.runtime.offload != "auto":
             return
-        plan = variant.plan(order.request, machine, self.dtype, order.magcache)
+        plan = self.catalogue.plan(order, machine, self.dtype)
         if plan.refusal is not None:
             raise ValueError(plan.refusal)
 
@@ -444,6 +402,8 @@ class Engine:
             values |= {"output": job.file_name, "seconds": outcome.seconds, "step": job.num_steps}
         self.store.update(job.id, **values)
         self.ended[job.model, state] += 1
+        for stage, seconds in outcome.seconds.items():
+            self.stage_seconds[job.model, stage] += seconds
         if state == "cancelled":
             for path in self.files_of(job):
                 if path != self.picture_path(job):  # for a second try

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kandinsky.common.given import MISSING, as_number, as_whole, shortened, shown, why_no_file
+from kandinsky.common.given import LONGEST_LINE, MISSING, as_number, as_whole, shortened, shown, why_no_file
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class RowMistakes(ValueError):
     """What is wrong with a file's rows, a line each."""
 
     def __init__(self, mistakes: Sequence[str]) -> None:
-        self.mistakes = first_of(mistakes)
+        self.mistakes = [shortened(mistake, LONGEST_LINE) for mistake in first_of(mistakes)]
         super().__init__("\n".join(self.mistakes))
 
 

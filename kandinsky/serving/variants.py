@@ -6,6 +6,7 @@ No torch: a request is checked, and what it will take is worked out, before anyt
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from kandinsky.serving.fields import FIELDS, split_size
 from kandinsky.serving.limits import Limits
 
 NEEDS_PICTURE = ("i2v", "i2i")
+REMEMBERED = 100  # plans
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Order:
     request: Request
     magcache: bool = False
     loras: tuple[tuple[str, float], ...] = ()  # names in the server's folder, and scales
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """The request, as JSON keeps it."""
+        return dataclasses.asdict(self.request)
 
 
 @dataclass(frozen=True)
@@ -105,21 +112,21 @@ class Variant:
         }
 
 
-def settings_of(request: Request, magcache: bool, loras: Iterable[tuple[str, float]]) -> dict[str, Any]:
-    """What makes an output again, under the names of the fields of a request."""
-    sample = request.samples[0]
+def settings_of(request: Mapping[str, Any], magcache: bool, loras: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """What makes an output again, under the names of a request's fields; `request` as `dataclasses.asdict` has it."""
+    (sample,) = request["samples"]
     return {
-        "prompt": sample.text,
-        "negative_prompt": sample.negative_caption,
-        "size": f"{request.width}x{request.height}",
-        "seconds": 0 if request.is_image else (request.num_frames - 1) / FPS,
-        "seed": sample.seed,
-        "steps": request.num_steps,
-        "guidance": request.guidance_weight,
-        "guidance_interval": list(request.guidance_interval),
-        "guidance_every": request.guidance_every,
-        "scheduler_scale": request.scheduler_scale,
-        "expand_prompt": request.expand_prompts,
+        "prompt": sample["text"],
+        "negative_prompt": sample["negative_caption"],
+        "size": f"{request['width']}x{request['height']}",
+        "seconds": (request["num_frames"] - 1) / FPS,
+        "seed": sample["seed"],
+        "steps": request["num_steps"],
+        "guidance": request["guidance_weight"],
+        "guidance_interval": list(request["guidance_interval"]),
+        "guidance_every": request["guidance_every"],
+        "scheduler_scale": request["scheduler_scale"],
+        "expand_prompt": request["expand_prompts"],
         "magcache": magcache,
         "loras": [f"{name}:{scale:g}" for name, scale in loras],
     }
@@ -132,6 +139,7 @@ class Catalogue:
         """Raises ValueError for two models of one name, and for none."""
         self.variants = {variant.name: variant for variant in variants}
         self.lora_dir, self.limits = lora_dir, limits or Limits()
+        self._plans: OrderedDict[object, Plan] = OrderedDict()
         if len(self.variants) != len(variants) or not variants:
             raise ValueError(f"{len(variants)} configs with {len(self.variants)} names: give one or more, each once")
 
@@ -140,6 +148,17 @@ class Catalogue:
         if name not in self.variants:
             raise ValueError(f"there is no model {shown(name)}: choose one of {', '.join(self.variants)}")
         return self.variants[name]
+
+    def plan(self, order: Order, machine: Machine, dtype: str | None) -> Plan:
+        """`Variant.plan`, remembered: it reads headers of weights, and words and seeds make no difference to it."""
+        same = tuple(dataclasses.replace(one, text="", negative_caption="", seed=0) for one in order.request.samples)
+        request = dataclasses.replace(order.request, samples=same)
+        key = order.model, request, order.magcache, machine, dtype
+        if (plan := self._plans.get(key)) is None:
+            plan = self._plans[key] = self[order.model].plan(request, machine, dtype, order.magcache)
+            if len(self._plans) > REMEMBERED:
+                self._plans.popitem(last=False)
+        return plan
 
     def loras(self) -> dict[str, Path]:
         """The adapters that there are now, by name."""
@@ -194,15 +213,11 @@ class Catalogue:
                     + (f"choose one of {', '.join(able)}" if able else "this server has no model for it")
                 )
             return variant
-        able_variants = [
-            variant
-            for variant in self.variants.values()
-            if (not tasks or variant.config.task in tasks) and variant.needs_picture == (picture is not None)
-        ]
+        able_variants = [one for one in self.variants.values() if not tasks or one.config.task in tasks]
         if not able_variants:
-            what = "with" if picture is not None else "without"
-            raise ValueError(f"this server has no model for that {what} a picture; it has {', '.join(self.variants)}")
-        return able_variants[0]
+            raise ValueError(f"this server has no model for {' or '.join(tasks)}; it has {', '.join(self.variants)}")
+        fitting = [one for one in able_variants if one.needs_picture == (picture is not None)]
+        return (fitting or able_variants)[0]  # of the latter the request says why not
 
     def _check_lengths(self, fields: Mapping[str, Any]) -> None:
         for name in ("prompt", "negative_prompt"):

@@ -21,7 +21,7 @@ from typing import Any
 from kandinsky.config.reading import config_to_dict
 from kandinsky.planning.machine import Machine
 from kandinsky.request import Request
-from kandinsky.serving.engine import Outcome, Report, Task
+from kandinsky.serving.lanes import Outcome, Report, Task
 from kandinsky.serving.variants import Variant
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -101,7 +101,7 @@ class Worker:
         told = self._told(
             {
                 "make": task.id,
-                "request": dataclasses.asdict(order.request),
+                "request": order.as_dict,
                 "magcache": order.magcache,
                 "loras": task.loras,
                 "output": str(task.output),

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.limits import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "config_tiny_t2v.yaml"
 SETTINGS = ("--sample_steps", "2", "--video_duration", "0.3", "--seed", "1", "--prompt", "a red circle grows")
@@ -50,7 +52,12 @@ def run(folder: Path, *words: str, stage: str | None = None, fault: str = KILL) 
         command = ["-c", code]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *command, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.limits import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "config_tiny_t2v.yaml"
 PROMPT = "a red circle moves left on a white background"
@@ -26,7 +28,7 @@ PROMPT = "a red circle moves left on a white background"
 def run_python(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 def read_video(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -301,7 +303,7 @@ def test_attention_engine_and_device(generate: Generate) -> None:
 
 def test_without_a_seed_every_video_is_another(generate: Generate, cli: ModuleType) -> None:
     assert cli.build_parser().parse_args(["--prompt", "x"]).seed is None
-    from kandinsky.config import load_config
+    from kandinsky.config.reading import load_config
     from kandinsky.request import resolve_request
 
     config = load_config(CONFIG)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.limits import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLI = REPOSITORY / "test.py"
 CONFIG = REPOSITORY / "configs" / "config_tiny_t2v.yaml"
@@ -21,6 +23,7 @@ SETTINGS = (
     *("--prompt", "a red circle moves left on a white background", "--seed", "1", "--video_duration", "0.5"),
     *("--sample_steps", "6", "--magcache", "--save_latents", "--output_filename"),
 )
+PROMPT = 300  # seconds, on the busiest machine: left to itself, a collective waits for half an hour
 TORCHRUN = ("torch.distributed.run",)
 LAUNCH = ("torch.distributed.launch",)
 
@@ -72,7 +75,7 @@ def on_two_machines(folder: Path, script: Path, *words: str) -> list[subprocess.
     return launchers
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], timeout: float = PATIENCE) -> tuple[int, str, str]:
     """Exit status, stdout and stderr."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -146,14 +149,14 @@ def test_one_of_two_machines_dies_while_denoising(name: str, tiny: Path, tmp_pat
     }
     script.write_text(FAULTY.format(cli=str(CLI), fault=f"open('died', 'w').close(); {fault}", **parts))
     launchers = on_two_machines(tmp_path, script, *SETTINGS, "a.mp4")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "1" / "died").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (tmp_path / "1" / "died").exists()
     begin = time.monotonic()
-    status, out, err = finish(launchers[0], 30)
-    assert time.monotonic() - begin < 30
+    status, out, err = finish(launchers[0])
+    assert time.monotonic() - begin < PROMPT
     assert status != 0 and not out
     assert err.count("error:") == 1 and f"error: {message}" in err, err  # behind the progress bar
-    assert finish(launchers[1], 30)[0] not in (0, signal.SIGKILL)
+    assert finish(launchers[1])[0] not in (0, signal.SIGKILL)
     assert not (tmp_path / "0" / "a.mp4").exists()

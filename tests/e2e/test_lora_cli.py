@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from tests.lora_files import write_lora
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"

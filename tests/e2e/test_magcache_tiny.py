@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.runtime.magcache import skip_plan
 from tools import calibrate_magcache
 

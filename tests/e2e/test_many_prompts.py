@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.limits import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"
 T2V = ("--config", str(CONFIGS / "config_tiny_t2v.yaml"), "--video_duration", "0")
@@ -167,7 +169,7 @@ def test_all_mistakes_are_told_before_anything_is_loaded(tmp_path: Path) -> None
         "sys.exit(99 if 'torch' in sys.modules else code)"
     )
     command = [sys.executable, "-c", code, *T2V, "--prompts_file", str(file)]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2, done.stderr
     said = done.stderr.splitlines()
     assert len(said) == 3

@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.limits import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted(REPOSITORY.glob("inference_example*.ipynb"))
 
@@ -41,7 +43,9 @@ def test_runs_from_top_to_bottom(path: Path, tiny: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": REPOSITORY}})
+    client = NotebookClient(
+        notebook, timeout=int(PATIENCE), kernel_name="python3", resources={"metadata": {"path": REPOSITORY}}
+    )
     client.execute()
     assert outputs_of(notebook) == expected
     assert any(expected)

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.limits import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"
 TINY = ["--config", str(CONFIGS / "config_tiny_t2v.yaml")]
@@ -24,7 +26,7 @@ def test_plan_is_printed_and_nothing_loaded(tmp_path: Path) -> None:
     """No prompt, no weights and, with the machine's sizes given, no torch."""
     flags = words("5s_t2v_pro", "--memory_gb", "24", "--host_memory_gb", "64")
     command = [sys.executable, "-X", "importtime", str(REPOSITORY / "test.py"), *flags]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0
     imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
     assert "kandinsky.planning.plan" in imported and "torch" not in imported

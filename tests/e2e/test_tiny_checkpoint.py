@@ -7,7 +7,7 @@ import pytest
 from kandinsky.checkpoints.dit_layout import check_dit_header
 from kandinsky.checkpoints.files import resolve_path
 from kandinsky.checkpoints.headers import read_header
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"
 

@@ -91,6 +91,7 @@ def test_blocks_that_stream_are_spread_evenly() -> None:
 # --- the same numbers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processor
 @torch.no_grad()
 @pytest.mark.parametrize("nabla", [None, NABLA], ids=["dense", "nabla"])
 @pytest.mark.parametrize("resident", [1, 2, 4, 5, 6, 7, 9])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
@@ -63,6 +63,7 @@ def rows_of_linears(dit: nn.Module, rows: list[int]) -> None:
             module.register_forward_hook(lambda _module, given, _out: rows.append(given[0].shape[1]))
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize(
     ("batch", "grid", "nabla"), [(1, (2, 8, 16), None), (1, (2, 16, 16), SPARSE), (2, (1, 8, 16), None)]
 )

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.models.numerics import ALIGNMENT, aligned
 from kandinsky.text.embeddings import TextEmbeddings
+
+pytestmark = pytest.mark.processor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "config_tiny_t2v.yaml"
@@ -76,3 +78,19 @@ def test_embeddings_begin_where_they_would_if_they_had_been_made() -> None:
     assert text.text_embeds.data_ptr() % ALIGNMENT == text.pooled_embeds.data_ptr() % ALIGNMENT == 0
     assert aligned(text.text_embeds) is text.text_embeds  # and nothing is copied twice
     assert aligned(shifted.view(torch.bfloat16)).data_ptr() == shifted.data_ptr()
+
+
+def test_the_same_again_and_nearly_so_with_two_threads(tmp_path: Path) -> None:
+    folder = REPOSITORY / "assets" / "tiny" / "t2v"
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            found.append(generated(folder, "float32", width=128, height=128))
+    finally:
+        torch.set_num_threads(before)
+    one, again, two = found
+    assert all(map(torch.equal, one, again))
+    differences = (one[1].int() - two[1].int()).abs()
+    assert differences.max() <= 1 and (differences > 0).float().mean() < 1 / 500

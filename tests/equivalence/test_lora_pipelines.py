@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime import lora
@@ -90,6 +90,7 @@ def went_through(pipe: Pipeline, loras: dict[str, Path]) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_the_same_wherever_weights_are(quantization: str | None, loras: dict[str, Path], wide: Path) -> None:
     """Also where they are cast: in bfloat16 from a float32 file, of which modulations stay as they are."""

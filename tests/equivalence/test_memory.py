@@ -12,6 +12,7 @@ from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 LITE_WITH_FEW_BLOCKS = dataclasses.replace(MODELS["lite"], num_visual_blocks=3)  # 0.5 GB
 
 
+@pytest.mark.processor
 @pytest.mark.slow
 def test_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     """All figures beyond what the interpreter had before, as shares of the weights in bfloat16.

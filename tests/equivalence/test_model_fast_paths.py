@@ -102,6 +102,7 @@ def test_decoding_with_autograd(frames: int) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.decoder.parameters())
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("kind", ["video", "picture"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.loading import text as loading_text
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline
@@ -73,6 +73,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("task", ["t2v", "i2i"])
 def test_the_same_pixels(task: str) -> None:
     """i2i: the image VAE, whose memory format is not the file's, and a text encoder that sees a picture."""
@@ -85,6 +86,7 @@ def test_the_same_pixels(task: str) -> None:
     assert not torch.equal(picture_of(pipe, seed=2), expected)
 
 
+@pytest.mark.processor
 def test_the_same_pixels_where_weights_are_cast(tmp_path: Path) -> None:
     """In bfloat16 from a float32 file, of which time embedding and modulations stay as they are."""
     published = load_file(REPOSITORY / load_config(CONFIG_T2V).model.checkpoint_path)

@@ -22,6 +22,7 @@ GRID = (
 )
 
 
+@pytest.mark.processor
 @pytest.mark.slow
 def test_prediction_is_what_is_measured(tmp_path: Path) -> None:
     if not Path("/proc/self/clear_refs").exists() or not os.access("/proc/self/clear_refs", os.W_OK):

@@ -31,6 +31,18 @@ def test_schedule_is_the_schedulers(num_steps: int, scheduler_scale: float) -> N
     assert largest_difference(1000 * sigmas[:-1], theirs.timesteps) <= 1e-3
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 16, 50])
+@pytest.mark.parametrize("scheduler_scale", [1.0, 3.0, 5.0, 10.0])
+def test_their_own_schedule(num_steps: int, scheduler_scale: float) -> None:
+    """What their scheduler makes by itself of a number of steps."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=scheduler_scale)
+    theirs.set_timesteps(num_steps)
+    sigmas = flow_timesteps(num_steps, scheduler_scale, "diffusers")
+    assert sigmas.dtype == torch.float32 and largest_difference(sigmas, theirs.sigmas) <= 1e-6
+    if num_steps > 2 and scheduler_scale > 1:
+        assert (sigmas - flow_timesteps(num_steps, scheduler_scale)).abs().max() > 0.04
+
+
 @pytest.mark.parametrize(
     ("params", "scale_factor", "scheduler_scale"),
     [

@@ -42,7 +42,7 @@ from diffusers_reference import (
 from PIL import Image
 from torch import Tensor
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import Config, DiTConfig
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.decode import to_uint8

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.speed import CONFIGS, THEIR_PIPELINES, generation_configs, measured_density
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.models.vae_memory import GB
 from kandinsky.planning.machine import Machine
 

@@ -24,9 +24,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.limits import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKERS = 2  # cells at a time; most of their time is waiting
-PATIENCE = 240.0  # seconds after which a run hangs
 # stage -> (module, the object that has the function, the function, how the name of its first argument ends)
 STAGES = {
     "load": ("kandinsky.loading.assemble", "", "load_vae", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kandinsky.checkpoints.layer_names import LayerNames
-from kandinsky.checkpoints.lora_file import read_lora
+from kandinsky.checkpoints.lora_file import configured_loras, read_lora
+from kandinsky.config.schema import Config
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime.lora import Adapters
 from tests.lora_files import write_lora
@@ -204,6 +206,18 @@ def test_adapters_that_are_no_files(pipe: Pipeline, plain: Path, tmp_path: Path)
     os.mkfifo(folder / "config_lora.json")
     with pytest.raises(ValueError, match=r"config_lora\.json: it is a pipe"):
         read_lora(plain, pipe.config.model.dit_params, folder / "config_lora.json")
+
+
+def test_an_adapter_in_the_home_of_nobody(pipe: Pipeline) -> None:
+    config = with_loras(pipe, "~nosuchuser/loras/a:0.5")
+    with pytest.raises(ValueError, match="~nosuchuser/loras/a: there is no user 'nosuchuser' on this machine"):
+        configured_loras(config)
+    with pytest.raises(ValueError, match="there is no user 'nosuchuser'"):
+        configured_loras(with_loras(pipe, "./weights/a"), "~nosuchuser/weights")
+
+
+def with_loras(pipe: Pipeline, *texts: str) -> Config:
+    return dataclasses.replace(pipe.config, model=dataclasses.replace(pipe.config.model, loras=texts))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

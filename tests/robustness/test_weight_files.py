@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from kandinsky.checkpoints import inspect
 from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.checkpoints.files import find_weights, resolve_path
 from kandinsky.checkpoints.headers import BITS, open_tensors, read_header, read_metadata
+from kandinsky.checkpoints.inspect import inspect
 from kandinsky.common.untrusted import MAX_DEPTH, home_path, is_plain_name, parse_json, read_json
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.dit import load_dit
 from kandinsky.loading.text_encoders import read_config
@@ -116,6 +116,8 @@ def test_headers_that_the_library_refuses(what: str, tmp_path: Path) -> None:
     ):
         message = clearly_refused(lambda read=read: read(path))  # type: ignore[misc]
         assert message is not None and str(path) in message
+    plan = clearly_refused(lambda: models(load_config(TINY), {"dit": path}, 2))
+    assert plan is not None and str(path) in plan
     assert_clear(str(inspect(path).problems[0]))
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.assemble import PIPELINES
 from kandinsky.models.dit import DiffusionTransformer3D

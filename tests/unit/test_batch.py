@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.request import MAX_SEED
 from kandinsky.serving.batch import Job, Maker, left_to_do, plan_jobs, seed_of
 from kandinsky.serving.prompts_file import RowMistakes, read_prompts

@@ -12,7 +12,7 @@ import yaml
 from small_pipelines import PICTURE, build
 from torch import Tensor
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from tools import calibrate_magcache
 from tools.calibrate_magcache import measure, prompt_calls, tiny_calls, with_ratios, write_ratios
 

@@ -19,7 +19,7 @@ from kandinsky.checkpoints.dit_layout import (
 )
 from kandinsky.checkpoints.files import find_weights, missing_weights_message, resolve_path
 from kandinsky.checkpoints.headers import read_header
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]

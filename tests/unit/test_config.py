@@ -458,6 +458,9 @@ def refused(path: Path, overrides: tuple[str, ...] = ()) -> str:
         ("a: " + 200_000 * "[", "not readable as YAML"),
         ("a: &a [*a]\n", "not readable as YAML"),
         ("a: \x00\n", "not readable as YAML"),
+        ("'5'\n", "not readable as YAML: it is not a mapping of keys to values"),
+        ("null: 1\n", "not readable as YAML: Incompatible key type 'null'"),
+        ("a: {b: '${oc.env:NO_SUCH}'}\n", "a.b: what ${...} stands for is not there, or not text"),
     ],
 )
 def test_files_that_are_no_configs(tmp_path: Path, text: str, says: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky.config import load_config
 from kandinsky.config.defaults import HD_SIZES, SD_SIZES, VIDEO_NEGATIVE_CAPTION
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import AttentionConfig, DiTConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,18 +49,35 @@ VARIANTS = {
     "t2i": (T2I, "lite_t2i", "T2I-Lite", 50, 3.5, 3.0, None, (0.83479, 0.99927, 98.36949)),
     "i2i": (I2I, "lite_i2i", "I2I-Lite", 50, 3.5, 3.0, None, None),
 }
+# Published since, and not in the full table; a repository in diffusers' layout is what there is of some.
+T2V_DISTIL, I2V_DISTIL = (f"{task}-Pro-distilled-5s-Diffusers" for task in ("T2V", "I2V"))
+LATER = {
+    "5s_t2v_pro_distil": (PRO, T2V_DISTIL, T2V_DISTIL, 16, 1.0, 5.0, None, None),
+    "5s_t2v_pro_distil_hd": (PRO, T2V_DISTIL, T2V_DISTIL, 16, 1.0, 5.0, 0.8, None),
+    "5s_i2v_pro_distil": (PRO, I2V_DISTIL, I2V_DISTIL, 16, 1.0, 5.0, None, None),
+    "5s_i2v_pro_distil_hd": (PRO, I2V_DISTIL, I2V_DISTIL, 16, 1.0, 5.0, 0.8, None),
+    "5s_t2v_pro_pretrain": (PRO, "pro_t2v_pretrain_5s", "T2V-Pro-pretrain-5s", 50, 5.0, 5.0, None, None),
+    "5s_t2v_pro_pretrain_hd": (PRO, "pro_t2v_pretrain_5s", "T2V-Pro-pretrain-5s", 50, 5.0, 5.0, 0.8, None),
+    "10s_t2v_pro_pretrain": (PRO, "pro_t2v_pretrain_10s", "T2V-Pro-pretrain-10s", 50, 5.0, 10.0, 0.9, None),
+    "10s_t2v_pro_pretrain_hd": (PRO, "pro_t2v_pretrain_10s", "T2V-Pro-pretrain-10s", 50, 5.0, 10.0, 0.7, None),
+    "t2i_pretrain": (T2I, *2 * ("T2I-Lite-pretrain-Diffusers",), 50, 3.5, 3.0, None, None),
+    "i2i_pretrain": (I2I, *2 * ("I2I-Lite-pretrain-Diffusers",), 50, 3.5, 3.0, None, None),
+}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS | LATER)
 def test_config_is_the_published_variant(name):
-    dit, file, repo, steps, guidance, shift, P, ratios = VARIANTS[name]
+    dit, file, repo, steps, guidance, shift, P, ratios = (VARIANTS | LATER)[name]
     config = load_config(REPOSITORY / "configs" / f"config_{name}.yaml")
     model = config.model
-    task = next(task for task in ("t2v", "i2v", "t2i", "i2i") if task in file)
-    is_image, is_hd = task in ("t2i", "i2i"), name.endswith(("_hd", "t2i", "i2i"))
+    task = next(task for task in ("t2v", "i2v", "t2i", "i2i") if task in file.lower())
+    is_image = task in ("t2i", "i2i")
+    is_hd = is_image or name.endswith("_hd")
 
     assert config.task == task
-    assert model.checkpoint_path == f"./weights/model/kandinsky5{file}.safetensors"
+    in_diffusers = f"./weights/Kandinsky-5.0-{repo}/transformer/"
+    in_one_file = f"./weights/model/kandinsky5{file}.safetensors"
+    assert model.checkpoint_path == (in_diffusers if repo.endswith("-Diffusers") else in_one_file)
     assert model.hub_repo == f"kandinskylab/Kandinsky-5.0-{repo}"
     assert (model.num_steps, model.guidance_weight) == (steps, guidance)
     assert model.dit_params == dit
@@ -102,7 +119,7 @@ def test_config_is_the_published_variant(name):
 
 def test_every_config_is_a_variant_or_tiny():
     names = {path.stem.removeprefix("config_") for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert {name for name in names if not name.startswith("tiny_")} == set(VARIANTS)
+    assert {name for name in names if not name.startswith("tiny_")} == {*VARIANTS, *LATER}
 
 
 def test_tiny_config():

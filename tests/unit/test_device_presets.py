@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kandinsky.config import Config
 from kandinsky.config.reading import DEVICE_PRESETS, load_config, preset_file
+from kandinsky.config.schema import Config
 from kandinsky.loading.getters import get_T2V_pipeline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -85,7 +85,7 @@ def test_getters_take_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(config)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr("kandinsky.loading.assemble.load_pipeline", stop)
+    monkeypatch.setattr("kandinsky.loading.getters.load_pipeline", stop)
     with pytest.raises(RuntimeError, match="enough"):
         get_T2V_pipeline("cpu", device_preset="8gb", overrides=["model.vae.memory_budget_gb=2.5"])
     assert seen[0].runtime.qwen_quantization and seen[0].model.vae.memory_budget_gb == 2.5

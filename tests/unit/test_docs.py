@@ -3,13 +3,14 @@
 import ast
 import re
 import shlex
+import tomllib
 from math import prod
 from pathlib import Path
 
 import pytest
 
 from kandinsky.checkpoints.dit_layout import expected_dit_shapes
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -104,8 +105,9 @@ def test_flag_table_is_the_parser() -> None:
     assert {flag for row in table_rows(DOCS["command_line"], "flag") for flag in re.findall(r"--\w+", row[0])} == flags
 
 
-def test_proofs_are_tests() -> None:
-    rows = table_rows(DOCS["proven"], "what")
+@pytest.mark.parametrize("name", ["proven", "exactness"])
+def test_proofs_are_tests(name: str) -> None:
+    rows = table_rows(DOCS[name], "what")
     proofs = [proof for row in rows for proof in re.findall(r"`(tests/[^`]+)`", row[2])]
     assert len(rows) > 5 and len(proofs) >= len(rows)
     for proof in proofs:
@@ -183,3 +185,15 @@ def test_memory_table_is_the_plan_s() -> None:
                 assert cell == ("no" if plan.refusal else peak), (name, size)
     published = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml") if "tiny" not in path.stem}
     assert sorted(named) == sorted(published)
+
+
+def test_lower_bounds_are_what_is_tested() -> None:
+    """Of Python and torch, on which results depend: a range that nobody has tried is not claimed."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    pins = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8")
+    (torch_pin,) = re.findall(r"^torch==(\d+\.\d+)", pins, flags=re.MULTILINE)
+    assert f"torch>={torch_pin}" in project["project"]["dependencies"]
+    python = project["project"]["requires-python"].removeprefix(">=")
+    assert f"on Python {python}." in pins
+    assert project["tool"]["mypy"]["python_version"] == python
+    assert project["tool"]["ruff"]["target-version"] == f"py{python.replace('.', '')}"

@@ -23,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from kandinsky.checkpoints import hub
 from kandinsky.checkpoints.files import find_weights, resolve_path
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from tests.hub_stand_in import (
     TOKEN,
     Fault,
@@ -34,6 +34,7 @@ from tests.hub_stand_in import (
     running_hub,
     safetensors,
 )
+from tests.limits import PATIENCE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -95,6 +96,14 @@ def run(stand_in: HubStandIn, folder: Path, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
+def in_diffusers_layout(transformer: str) -> set[str]:
+    """What is fetched of a repository in diffusers' layout."""
+    stem = f"{transformer}diffusion_pytorch_model"
+    shards = {f"{stem}-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    scheduler = transformer.replace("transformer/", "scheduler/scheduler_config.json")
+    return shards | {f"{transformer}config.json", f"{stem}.safetensors.index.json", scheduler}
+
+
 def files_in(folder: Path) -> set[str]:
     """Every file but the lock."""
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -110,8 +119,9 @@ def test_a_model_gets_the_files_that_its_config_names_and_no_more(stand_in, run,
     config = load_config(REPOSITORY / "configs" / f"config_{name}.yaml")
     vae = "flux/vae" if config.task in ("t2i", "i2i") else "vae"
     dit = config.model.checkpoint_path.removeprefix("./weights/")
+    in_diffusers = str(config.model.hub_repo).endswith("-Diffusers")
     assert files_in(folder) == ENCODERS | {
-        dit,
+        *(in_diffusers_layout(dit) if in_diffusers else {dit}),
         f"{vae}/config.json",
         f"{vae}/diffusion_pytorch_model.safetensors",
     }
@@ -119,7 +129,7 @@ def test_a_model_gets_the_files_that_its_config_names_and_no_more(stand_in, run,
 
     encoders = config.model.text_embedder
     for path, repo, count in (
-        (config.model.checkpoint_path, config.model.hub_repo, 1),
+        (config.model.checkpoint_path, config.model.hub_repo, 3 if in_diffusers else 1),
         (config.model.vae.checkpoint_path, FLUX if vae == "flux/vae" else VAE_REPO, 1),
         (encoders.qwen.checkpoint_path, QWEN, 5),
         (encoders.clip.checkpoint_path, CLIP, 1),
@@ -136,8 +146,9 @@ def test_all_models_share_what_they_share(stand_in, run, folder):
     done = run("--models", "all", "--hf_token", TOKEN)
     assert done.code == 0
     fetched = stand_in.fetched()
-    assert len(fetched) == len(set(fetched)) == len(ENCODERS) + 2 * 2 + 14  # both VAEs, and 14 files for 17 models
-    assert len({repo for repo, _ in fetched}) == 18
+    # Both VAEs; 16 files for 21 models, and 4 repositories of 6 files for the 6 that are in diffusers' layout.
+    assert len(fetched) == len(set(fetched)) == len(ENCODERS) + 2 * 2 + 16 + 4 * 6
+    assert len({repo for repo, _ in fetched}) == 24
     assert done.out.count(QWEN) == 1
 
 
@@ -360,7 +371,7 @@ def test_ctrl_c(stand_in, run, folder, small_steps):
     assert main is not None
 
     def press() -> None:
-        time.sleep(0.1)  # what was sent is on the disk
+        time.sleep(0.5)  # what was sent has arrived
         signal.pthread_kill(main, signal.SIGINT)
         stand_in.closing.wait(1)
 
@@ -383,7 +394,7 @@ def test_a_killed_process_loses_nothing_that_was_written(stand_in, run, folder, 
 
     def stall() -> None:
         stalled.set()
-        stand_in.closing.wait(10)
+        stand_in.closing.wait(PATIENCE)
 
     stand_in.faults[DIT] = [Fault(sends=step + 999), Fault(sends=step + 999, then=stall)]
     command = [sys.executable, "download_models.py", "--cache_dir", str(folder)]
@@ -392,8 +403,8 @@ def test_a_killed_process_loses_nothing_that_was_written(stand_in, run, folder, 
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=terminal)
     try:
-        assert stalled.wait(60)
-        deadline = time.monotonic() + 10
+        assert stalled.wait(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
         while sum(file.stat().st_size for file in (folder / "model").iterdir()) < 2 * step:
             assert time.monotonic() < deadline
             time.sleep(0.02)

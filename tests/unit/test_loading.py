@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kandinsky.attention.block_sparse import sdpa_block_sparse
 from kandinsky.checkpoints import headers
 from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, expected_dit_shapes
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading import devices, weights
 from kandinsky.loading import dit as dit_loading
@@ -477,6 +477,7 @@ def test_vae_where_the_processor_has_no_arithmetic_in_its_dtype(
         assert not devices.convolves_in_float32(torch.bfloat16, torch.device("cuda"))
 
 
+@pytest.mark.processor
 def test_which_processors_have_no_arithmetic_in_bfloat16() -> None:
     """As torch says, whose answer follows ONEDNN_MAX_CPU_ISA: one of the machines that .ci/run plays."""
     asked_for = os.environ.get("ONEDNN_MAX_CPU_ISA")

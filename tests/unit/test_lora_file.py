@@ -15,7 +15,7 @@ from small_pipelines import TASKS, build, call
 from torch import Tensor
 
 from kandinsky.checkpoints.lora_file import AdapterConfig, configured_loras, find_lora, read_lora
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.rules import split_lora
 from kandinsky.config.schema import DiTConfig
 from kandinsky.runtime.lora import Adapters

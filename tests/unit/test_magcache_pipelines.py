@@ -22,7 +22,7 @@ from small_pipelines import TASKS, build, call, count_name, latents_of
 from torch import Tensor
 
 from kandinsky import get_I2I_pipeline
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import MagCacheConfig
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline

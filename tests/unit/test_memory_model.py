@@ -25,6 +25,7 @@ from kandinsky.planning import activations
 from kandinsky.planning import weights as planned_weights
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import default_request, make_plan, weight_files
+from tests.limits import PATIENCE
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGEST_ERROR = 0.15
@@ -294,11 +295,12 @@ def measure(rows: str) -> list[int]:
     # glibc: give freed tensors back to the system at once, so that what is resident is what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
     command = [sys.executable, __file__, rows]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
+@pytest.mark.processor
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", ["FORWARDS", "DECODES"])
 def test_predicted_peaks_are_those_that_are_measured(rows: str) -> None:
@@ -313,6 +315,7 @@ def test_predicted_peaks_are_those_that_are_measured(rows: str) -> None:
     assert max(map(abs, off)) <= LARGEST_ERROR, table
 
 
+@pytest.mark.processor
 @pytest.mark.slow
 def test_predicted_peak_of_a_whole_run() -> None:
     """Of the tiny text to video model, most of it Python and torch themselves."""

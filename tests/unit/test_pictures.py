@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kandinsky import pictures
 from kandinsky.pictures import load_image
@@ -202,6 +202,38 @@ def test_broken_exif_costs_the_orientation_only(
     assert {pixel(image, 8, y)[0] > 200 for y in (4, 28)} == {True, False}  # upside down, where that could be read
     assert not recwarn.list  # none of Pillow's own
     assert all("EXIF is damaged" in record.getMessage() for record in caplog.records)
+
+
+# A quarter turn, and an entry that Pillow reads and cannot write again: of no type that fits, or of no number.
+TURNED = (
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x04%s\x01\x12\0\x03\0\0\0\x01\0\x06\0\0%s\x87i\0\x04\0\0\0\x01\0\0\0N\0\0\0\0"
+    b"camera\0\0\0\0\0H\0\0\0\x01\0\x02\x82\x9a\0\x0c\0\0\0\x01\0\0\0l\x90\0\0\x07\0\0\0\x040230\0\0\0\0?\x84z\xe1G\xae\x14{"
+)
+MAKER, RESOLUTION = b"\x01\x0f\0\x02\0\0\0\x07\0\0\0>", b"\x01\x1a\0\x05\0\0\0\x01\0\0\0F"
+DAMAGED = {
+    "struct.error": TURNED % (b"\x01\x08" + MAKER[2:], RESOLUTION),
+    "TypeError": TURNED % (MAKER, RESOLUTION.replace(b"\x1a\0\x05", b"\x1a\0\x01")),
+}
+
+
+@pytest.mark.parametrize("error", DAMAGED)
+def test_other_entries_of_exif_are_not_looked_at(tmp_path: Path, error: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(with_exif(DAMAGED[error]))
+    with pytest.raises((struct.error, TypeError)), Image.open(tmp_path / "a.jpg") as theirs:
+        ImageOps.exif_transpose(theirs)
+    image = load_image(tmp_path / "a.jpg")
+    assert image.size == (32, 16) and pixel(image, 28, 8)[0] > 200  # what was above is on the right
+
+
+def test_exif_that_cannot_be_read_at_all_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Image.Image) -> None:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    assert load_image(Image.new("RGB", (16, 32))).size == (16, 32)
+    assert "EXIF is damaged" in caplog.text and "may lie on its side" in caplog.text
 
 
 def refused(source: object) -> str:

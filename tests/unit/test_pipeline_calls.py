@@ -16,7 +16,7 @@ from PIL import Image
 from small_pipelines import PICTURE, POOLED_DIM, TASKS, TEXT_DIM, WordsEmbedder, build, call, count_name, latents_of
 from torch import Tensor
 
-from kandinsky.config import Config
+from kandinsky.config.schema import Config
 from kandinsky.loading.assemble import PIPELINES
 from kandinsky.outputs.latents_file import load_latents
 from kandinsky.pipelines.base import Pipeline
@@ -89,6 +89,7 @@ def test_batch_of_one_is_a_single_call_to_the_bit(pipe: Any) -> None:
     assert not torch.equal(latents_of(pipe, "a blue cat"), single)
 
 
+@pytest.mark.processor
 def test_prompts_of_different_lengths_get_what_each_gets_alone(pipe: Any) -> None:
     prompts = ["a red cat", "one very long story of a dog that runs through the snow", "rain"]
     together = latents_of(pipe, prompts, seed=[4, 5, 6], negative_caption=["", "ugly and bad", "x"])
@@ -97,6 +98,7 @@ def test_prompts_of_different_lengths_get_what_each_gets_alone(pipe: Any) -> Non
         assert torch.equal(together[i], alone[0])
 
 
+@pytest.mark.processor
 def test_several_outputs_with_generators_are_several_calls_to_the_bit(pipe: Any) -> None:
     def generator(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
@@ -124,6 +126,7 @@ def test_latents_take_the_place_of_the_noise(pipe: Any) -> None:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processor
 def test_embeddings_are_kept_and_reused(pipe: Any, tmp_path: Path) -> None:
     picture = {"image": PICTURE} if pipe.config.task == "i2i" else {}
     pipe.encode_prompt("a red cat", **picture).save(tmp_path / "a.safetensors")

@@ -15,13 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky.config import Config
 from kandinsky.config.reading import load_config, preset_file, with_settings
+from kandinsky.config.schema import Config
 from kandinsky.models.vae_memory import GB
 from kandinsky.planning import plan as planning
-from kandinsky.planning.machine import Machine
+from kandinsky.planning import weights as planned_weights
+from kandinsky.planning.costs import forward_flops, num_evaluations
+from kandinsky.planning.machine import CUDA_CONTEXT, HOST_OF_GPU_RUN, Machine
 from kandinsky.planning.plan import Plan, default_request, make_plan, resolve_runtime
 from kandinsky.planning.report import report
+from kandinsky.planning.stages import Stage, estimate, num_tokens
 from kandinsky.request import Request, resolve_request
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -100,15 +103,15 @@ def check_advice(config: Config, plan: Plan) -> None:
 )
 def test_floating_point_operations_of_published_models(name: str, tflop: float) -> None:
     config = config_of(name)
-    assert planning.forward_flops(config, default_request(config)) / 1e12 == pytest.approx(tflop, rel=0.01)
+    assert forward_flops(config, default_request(config)) / 1e12 == pytest.approx(tflop, rel=0.01)
 
 
 def test_stages_add_up() -> None:
     """Weights are those of the stage's own models with offload, and of all of them without."""
     config, machine = config_of("5s_i2v"), Machine(64 * GB, 48 * GB)
-    models = planning.memory.models(config, {}, 2)
+    models = planned_weights.models(config, {}, 2)
     on, off = (
-        planning.estimate(with_settings(config, runtime={"offload": value}), default_request(config), machine, models)
+        estimate(with_settings(config, runtime={"offload": value}), default_request(config), machine, models)
         for value in ("on", "off")
     )
     assert [s.name for s in on] == ["expand prompt", "encode text", "encode image", "denoise", "decode", "write"]
@@ -120,29 +123,29 @@ def test_stages_add_up() -> None:
     assert [stage.weights for stage in off] == [text + vae + dit + writer] + 5 * [text + vae + dit]
     assert [stage.activations for stage in on] == [stage.activations for stage in off]
     for stage in (*on, *off):
-        assert stage.gpu == planning.CUDA_CONTEXT + stage.weights + int(1.1 * stage.activations)
+        assert stage.gpu == CUDA_CONTEXT + stage.weights + int(1.1 * stage.activations)
 
 
 def test_streamed_blocks_are_on_the_host_and_in_two_buffers() -> None:
     config, machine = config_of("5s_t2v_pro"), Machine(64 * GB, 16 * GB)
-    models = planning.memory.models(config, {}, 2)
+    models = planned_weights.models(config, {}, 2)
     runtime = {"offload": "on", "blocks_on_gpu": 10}
-    stages = planning.estimate(with_settings(config, runtime=runtime), default_request(config), machine, models)
+    stages = estimate(with_settings(config, runtime=runtime), default_request(config), machine, models)
     denoise = next(stage for stage in stages if stage.name == "denoise")
     assert denoise.weights == models.dit_rest + 12 * models.dit_block
-    assert denoise.host == planning.HOST_OF_GPU_RUN + 50 * models.dit_block
+    assert denoise.host == HOST_OF_GPU_RUN + 50 * models.dit_block
 
 
 def test_magcache_and_quantisation_are_counted() -> None:
     config = config_of("5s_sft")
     request = default_request(config)
 
-    def denoise(config: Config) -> planning.Stage:
+    def denoise(config: Config) -> Stage:
         return next(stage for stage in plan_for(config, 24).stages if stage.name == "denoise")
 
     plain = denoise(config)
     cached = denoise(dataclasses.replace(config, magcache=dataclasses.replace(config.magcache, enabled=True)))
-    residual = planning._tokens(config, request) * 1792 * 2
+    residual = num_tokens(config, request) * 1792 * 2
     assert cached.activations - plain.activations == 2 * residual
     int8 = denoise(with_settings(config, runtime={"dit_quantization": "int8"}))
     assert int8.weights < 0.62 * plain.weights
@@ -162,11 +165,11 @@ def test_what_lies_on_the_host_of_a_gpu(offload: str) -> None:
 
     def host(**runtime: Any) -> int:
         other = with_settings(config, runtime=runtime)
-        models = planning.memory.models(other, {}, 2)
-        stages = planning.estimate(other, default_request(config), Machine(64 * GB, 48 * GB), models)
-        return next(stage.host for stage in stages if stage.name == "denoise") - planning.HOST_OF_GPU_RUN
+        models = planned_weights.models(other, {}, 2)
+        stages = estimate(other, default_request(config), Machine(64 * GB, 48 * GB), models)
+        return next(stage.host for stage in stages if stage.name == "denoise") - HOST_OF_GPU_RUN
 
-    int8 = planning.memory.models(with_settings(config, runtime={"dit_quantization": "int8"}), {}, 2)
+    int8 = planned_weights.models(with_settings(config, runtime={"dit_quantization": "int8"}), {}, 2)
     assert host() == 0
     assert host(dit_quantization="int8") == (int8.dit.size - int8.dit.mapped if offload == "on" else 0)
     streamed = 20 * int8.dit_block
@@ -191,7 +194,7 @@ def test_evaluations_are_those_of_the_sampler(
         guidance_every=every,
     )  # fmt: skip
     unconditional = sum(step == "new" for step in guidance_plan(steps, weight, interval, every))
-    assert planning.num_evaluations(request) == steps + unconditional
+    assert num_evaluations(request) == steps + unconditional
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ def test_choices(name: str, gpu_gb: float | None, host_gb: float, runtime: dict[
     """Whatever the machine: what is set stays, nothing that changes results is chosen, and what is said to fit does."""
     config = with_settings(config_of(name), runtime=runtime)
     machine = Machine(host_gb * GB, None if gpu_gb is None else gpu_gb * GB)
-    models = planning.memory.models(config, {}, 2)
+    models = planned_weights.models(config, {}, 2)
     plan = planning._first_that_fits(config, default_request(config), machine, models)
     chosen = plan.config.runtime
     assert chosen.offload == config.runtime.offload if config.runtime.offload != "auto" else chosen.offload != "auto"
@@ -232,7 +235,7 @@ def test_choices(name: str, gpu_gb: float | None, host_gb: float, runtime: dict[
     for earlier in planning.choices(config, models, machine):
         if earlier.runtime == chosen:
             break
-        stages = planning.estimate(earlier, default_request(config), machine, models)
+        stages = estimate(earlier, default_request(config), machine, models)
         assert any(planning.excess(stage, machine) > 1 for stage in stages)
     assert report(plan)
 
@@ -298,7 +301,7 @@ def test_quantising_is_not_advised_for_a_quantised_file(tmp_path: Path, monkeypa
 
     config, torch = config_of("tiny_t2v"), pytest.importorskip("torch")
     dtypes = {"BF16": torch.bfloat16, "I8": torch.int8, "F32": torch.float32}
-    shapes = planning.memory.dit_header(config.model.dit_params, None)
+    shapes = planned_weights.dit_header(config.model.dit_params, None)
     header = dict(shapes)
     for name, (_, shape) in shapes.items():
         layer, _, part = name.rpartition(".")
@@ -373,7 +376,7 @@ def test_plan_for_decoding_alone() -> None:
     request, files = default_request(config), {"vae": Path("none")}
     made = planning.plan_decoding(config, request, Machine(64 * GB, 24 * GB), files, "bfloat16")
     assert [stage.name for stage in made.stages] == ["decode", "write"] and made.refusal is None
-    assert {stage.weights for stage in made.stages} == {planning.memory.models(config, {}, 2).vae.size}
+    assert {stage.weights for stage in made.stages} == {planned_weights.models(config, {}, 2).vae.size}
     whole = plan_for(config, 24).stages[-2]
     assert made.stages[0].activations == whole.activations
     small = planning.plan_decoding(config, request, Machine(64 * GB, 6 * GB), files, "bfloat16")

@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from kandinsky.config import Config, load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.rules import check_processes
+from kandinsky.config.schema import Config
 from kandinsky.request import resolve_request
 from kandinsky.runtime import processes
 from kandinsky.runtime.processes import Processes
+from tests.limits import PATIENCE
 
 LITE = Path(__file__).resolve().parents[2] / "configs" / "config_5s_sft.yaml"  # 28 heads
 
@@ -91,7 +93,7 @@ Ends = list[tuple[int, int]]  # (rank, exit status) in their order
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
     monkeypatch.setattr(processes, "BEAT", 0.05)
     monkeypatch.setattr(processes, "TELLING", 0.6)
-    yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
     for member in MEMBERS:
         member._left.set()
         member._watcher.join()
@@ -101,9 +103,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
 MEMBERS: list[Processes] = []
 
 
-def meet(store: dist.TCPStore, size: int, ends: Ends, silence: float = 20.0) -> list[Processes]:
+def meet(store: dist.TCPStore, size: int, ends: Ends, silence: float = PATIENCE) -> list[Processes]:
     def joined(rank: int) -> Processes:
-        own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20))
+        own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=PATIENCE))
         return Processes(rank, size, rank, own, lambda status: ends.append((rank, status)), silence)
 
     MEMBERS[:] = [joined(rank) for rank in range(size)]
@@ -111,7 +113,7 @@ def meet(store: dist.TCPStore, size: int, ends: Ends, silence: float = 20.0) -> 
 
 
 def wait_for(ends: Ends, count: int) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE
     while len(ends) < count and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(ends) == count, ends
@@ -144,24 +146,24 @@ def test_who_gives_no_sign_of_life_ends_the_others(
     dead: int, store: dist.TCPStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     ends: Ends = []
-    members = meet(store, 3, ends, silence=0.8)
+    members = meet(store, 3, ends, silence=2.0)
     time.sleep(0.4)  # all have been heard of
     assert not ends
     members[dead]._left.set()  # its thread stops, and nothing is said: as a kill would have it
     begin = time.monotonic()
     wait_for(ends, 2)
-    assert time.monotonic() - begin > 0.5  # and not because anybody was told
+    assert time.monotonic() - begin > 1.0  # and not because anybody was told
     assert {rank for rank, _ in ends} == {0, 1, 2} - {dead}
     said = {record.getMessage() for record in caplog.records}
-    assert len(said) == 1 and f"process {dead} has given no sign of life for 1 s: it was killed" in said.pop()
+    assert len(said) == 1 and f"process {dead} has given no sign of life for 2 s: it was killed" in said.pop()
 
 
 def test_who_leaves_in_peace_is_not_missed(store: dist.TCPStore, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     ends: Ends = []
-    first, second, third = meet(store, 3, ends, silence=0.4)
+    first, second, third = meet(store, 3, ends, silence=1.5)
     second.leave()
-    time.sleep(1.0)  # the first one still has something to write
+    time.sleep(2.0)  # the first one still has something to write
     third.leave()
     first.leave()
     assert not ends and not caplog.records
@@ -204,5 +206,5 @@ def test_who_is_interrupted_ends_the_others_through_the_first(
         members[2].interrupted(143)
     wait_for(ends, 3)
     assert signals == [signal.SIGTERM]
-    assert sorted(ends)[0] == (0, 130) and (2, 143) in ends
+    assert sorted(ends) == [(0, 130), (1, 1), (2, 143)]
     assert not caplog.records

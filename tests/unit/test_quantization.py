@@ -27,7 +27,7 @@ from kandinsky.checkpoints.dit_layout import (
     quantized_parts,
 )
 from kandinsky.checkpoints.headers import read_header
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading import getters, weights
 from kandinsky.loading.dit import load_dit
@@ -325,6 +325,7 @@ def test_a_checkpoint_with_nan_is_refused(state: State, tmp_path: Path) -> None:
 # --- quantised checkpoints --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_saved_and_loaded(checkpoint: Path, tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
@@ -352,6 +353,7 @@ def test_what_fails_to_be_written_leaves_nothing(checkpoint: Path, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processor
 def test_an_int8_file_as_others_write_it(checkpoint: Path, state: State, tmp_path: Path) -> None:
     """Truncated towards zero, a zero group with scale 0; (out, in / 128) scales; ComfyUI's prefix; sharded or not."""
     params = dataclasses.replace(PARAMS, model_dim=256, ff_dim=384, axes_dims=(16, 24, 24))
@@ -380,6 +382,7 @@ def test_an_int8_file_as_others_write_it(checkpoint: Path, state: State, tmp_pat
     assert torch.equal(velocity(loaded), velocity(expected))
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_an_fp8_file_as_others_write_it(state: State, tmp_path: Path, shape: tuple[int, ...]) -> None:
     """One scale for a whole weight."""
@@ -529,8 +532,9 @@ def test_command_refuses(
 # Loads, and prints by how much anonymous memory (what is no page of a file) was at most above what imports had taken.
 METER = """
 import re, sys, threading, torch
-from kandinsky.config import DiTConfig, load_config
-from kandinsky.loading.assemble import load_dit
+from kandinsky.config import load_config
+from kandinsky.config.schema import DiTConfig
+from kandinsky.loading.dit import load_dit
 from kandinsky.runtime.quantization import require_scheme
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s*(\\d+)", open("/proc/self/status").read())[1])
@@ -551,16 +555,18 @@ print(max(peak, anonymous()) - base)
 """
 
 
+@pytest.mark.processor
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's account of memory")
 def test_memory_of_quantising_while_loading(tmp_path: Path) -> None:
     """Peak anonymous memory against the size of a bfloat16 file of half a gigabyte.
 
     Pages of the memory-mapped file are not counted: they are the system's to drop. The cast to float16, which copies
-    all but modulation and time embeddings, shows that the meter sees what it should.
+    all but modulation and time embeddings, shows that the meter sees what it should. What one layer takes while it is
+    quantised is seen or not, as the meter's thread has its turns: layers are small enough that it does not matter.
     """
     params = DiTConfig(
-        in_text_dim=256, time_dim=256, model_dim=1024, ff_dim=4096, num_text_blocks=1, num_visual_blocks=13,
+        in_text_dim=256, time_dim=96, model_dim=1024, ff_dim=1024, num_text_blocks=1, num_visual_blocks=22,
         visual_cond=True,
     )  # fmt: skip
     path, pool = tmp_path / "dit.safetensors", normal(2**22).bfloat16()
@@ -571,7 +577,8 @@ def test_memory_of_quantising_while_loading(tmp_path: Path) -> None:
 
     def share(dtype: str, scheme: str) -> float:
         command = [sys.executable, "-c", METER, path, repr(params), dtype, scheme]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        # What is freed is given back at once, so that it is not counted.
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MALLOC_MMAP_THRESHOLD_": "65536"}
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stderr
         result = int(run.stdout) / size

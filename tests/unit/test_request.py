@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from kandinsky.common.given import shown
-from kandinsky.config import Config, load_config
+from kandinsky.config.reading import load_config
+from kandinsky.config.schema import Config
 from kandinsky.request import MAX_SEED, Request, Sample, resolve_request, warn_about_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]

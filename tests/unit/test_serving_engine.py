@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.planning.machine import Machine
-from kandinsky.serving.engine import Engine, NoSuchJob, NotNow, Outcome, QueueFull, Report, Task
+from kandinsky.serving.engine import Engine, NoSuchJob, NotNow, QueueFull
+from kandinsky.serving.lanes import Outcome, Report, Task
 from kandinsky.serving.limits import Limits
 from kandinsky.serving.store import Job, Store
 from kandinsky.serving.variants import Catalogue, Order, Variant

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kandinsky.config import Config, load_config
 from kandinsky.config.defaults import HD_SIZES
+from kandinsky.config.reading import load_config
+from kandinsky.config.schema import Config
 from kandinsky.sizes import check_picture, size_for_image, size_for_video
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kandinsky.config import Config, load_config
 from kandinsky.config.defaults import HD_SIZES, SD_SIZES
+from kandinsky.config.reading import load_config
+from kandinsky.config.schema import Config
 from kandinsky.loading.assemble import PIPELINES
 from kandinsky.models import vae_memory
 from kandinsky.models.vae_flux import AutoencoderKL

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kandinsky import signals
+from kandinsky.common import signals
 from kandinsky.common.signals import SIGNALS, Stopper, stop_on_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -1,0 +1,1 @@
+"""diffusers' four Kandinsky 5 pipelines by name, over ours: see pipelines.py."""
