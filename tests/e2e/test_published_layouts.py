@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -186,7 +187,9 @@ def test_downloaded_inspected_and_run_in_all_layouts(
     shared: dict[str, dict[str, Repo]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     config = config_of(name)
     state, repo = weights_of(config), str(config.model.hub_repo)
     file = config.model.checkpoint_path.removeprefix("./weights/")
@@ -210,6 +213,8 @@ def test_downloaded_inspected_and_run_in_all_layouts(
     (problem,) = report.problems  # the name is the published model's, the tensors are small
     assert "a model of its own (2 visual blocks, dim 64)" in problem and f"config says {family_name(name)} (" in problem
     pipe, expected = generate(config, weights)
+    # The shift of the repository's scheduler, where it is not the config's, is named.
+    assert ("has the shift 5" in caplog.text) == (only_diffusers and config.metrics.scheduler_scale != 5)
     pixels = pipe.decode(expected[:, :1, :4, :4])
     assert expected.isfinite().all() and pixels.shape == (1, 3, 1, 32, 32)
 
