@@ -17,7 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # From the roof to the ground. A new file in kandinsky/ gets its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "cli"),  # front doors, with test.py, tools/ and benchmarks/ outside of the package
+    ("__init__",),  # with test.py, serve.py, tools/ and benchmarks/ outside of the package
+    ("commands",),
     ("serving", "diffusers_calls"),
     ("loading",),
     ("pipelines", "runtime", "planning"),
@@ -33,11 +34,12 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 # Rooms, and files of rooms, that come without torch, so that `test.py --help` and a mistyped flag answer at once.
 WITHOUT_TORCH = (
-    *("__init__", "config", "sizes", "pictures", "request", "common", "checkpoints", "planning", "serving"),
+    *("__init__", "config", "sizes", "pictures", "request", "common", "checkpoints", "planning", "serving", "commands"),
     *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "text.prompts"),
 )
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
+COMMAND_LINE = "commands"  # where printing is the work, and launchers tell by variables who one is
 MAY_READ_IT = (
     "runtime/compile.py",
     "runtime/prompt_cache.py",
@@ -117,6 +119,8 @@ def early_torch(tree: ast.AST, path: Path, package: Path) -> Iterator[tuple[int,
 
 
 def manners(tree: ast.AST, path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    if path.relative_to(package).parts[0] == COMMAND_LINE:
+        return
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             yield node.lineno, "print(: use logging"

@@ -63,8 +63,10 @@ def test_words_that_went_astray(
 
 
 def test_words_of_a_video_of_a_sixth_of_a_second_are_taken(cli: ModuleType) -> None:
+    from kandinsky.commands.flags import wishes_of
+
     args = cli.build_parser().parse_intermixed_args(["--video_duration", "0.167", "--prompt", "x"])
-    assert cli.wishes_of(args)["time_length"] == 0.167
+    assert wishes_of(args)["time_length"] == 0.167
 
 
 def test_a_picture_on_the_web(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,80 @@
+"""`--plan`: what a request would take, in words; nothing is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+from kandinsky.commands.flags import config_for, overrides_of, wishes_of
+
+if TYPE_CHECKING:
+    from kandinsky.config.schema import Config
+    from kandinsky.planning.machine import Machine
+    from kandinsky.request import Request
+
+
+def plan(args: argparse.Namespace) -> str:
+    """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
+    from kandinsky.planning.plan import make_plan, plan_decoding, weight_files
+    from kandinsky.planning.report import report
+
+    if args.decode_latents is not None:
+        make = plan_decoding
+        config, request = recorded(args)
+    else:
+        make = make_plan
+        config, request = asked(args)
+    machine = planned_machine(args)
+    dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
+    made = make(config, request, machine, weight_files(config, args.cache_dir), dtype)
+    if made.refusal is not None:
+        print(report(made))
+        raise ValueError(made.refusal)
+    return report(made)
+
+
+def asked(args: argparse.Namespace) -> tuple[Config, Request]:
+    """What flags ask for; where they name no prompt and no picture, of any prompt, and a picture of the usual size."""
+    from kandinsky.outputs import media
+    from kandinsky.request import resolve_request
+
+    config = config_for(args)
+    sizes = [(config.generation.width, config.generation.height)] if config.task in ("i2v", "i2i") else []
+    if args.image is not None:
+        sizes = [media.load_image(args.image).size]
+    prompt = "a prompt" if args.prompt is None else args.prompt
+    return config, resolve_request(config, prompt, image_sizes=sizes, **wishes_of(args))
+
+
+def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
+    """What a run that died was for, as far as its decoding goes."""
+    from kandinsky.outputs import latents_file
+    from kandinsky.outputs.records import recorded_config
+    from kandinsky.planning.plan import default_request
+
+    records = latents_file.checked_records(args.decode_latents)
+    config = recorded_config(records[0], overrides_of(args), args.decode_latents, decoding=True)
+    request = default_request(config)
+    sizes = {name: records[0][name] for name in ("width", "height", "num_frames", "num_steps")}
+    return config, dataclasses.replace(request, samples=request.samples * len(records), **sizes)
+
+
+def planned_machine(args: argparse.Namespace) -> Machine:
+    """The machine that flags describe, or this one."""
+    from kandinsky.common.host_memory import host_memory
+    from kandinsky.models.vae_memory import GB
+    from kandinsky.planning.machine import Machine
+
+    for flag in ("memory_gb", "host_memory_gb"):
+        if (size := getattr(args, flag)) is not None and not size > 0:
+            raise ValueError(f"--{flag} is {size:g}; it must be more than 0 (GB of 2^30 bytes)")
+    host = host_memory() if args.host_memory_gb is None else args.host_memory_gb * GB
+    if args.device == "cpu" and args.dtype in (None, "float32"):  # which every CPU computes in; torch is not asked
+        return Machine(host)
+    if args.memory_gb is not None:
+        return Machine(host, args.memory_gb * GB)
+    from kandinsky.loading.device_map import parse_device_map
+    from kandinsky.loading.devices import machine_memory
+
+    return dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
