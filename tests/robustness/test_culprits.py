@@ -225,13 +225,12 @@ def test_code_in_a_tokenizers_folder_is_never_run(qwen: Path, monkeypatch: pytes
     asked: list[str] = []
     monkeypatch.setattr(builtins, "input", lambda question="": asked.append(question) or "y")
     (qwen / "evil.py").write_text(f"open({str(qwen / 'robbed')!r}, 'w')\nclass Tokenizer: pass\n")
-    settings = json.loads((qwen / "tokenizer_config.json").read_text())
-    (qwen / "tokenizer_config.json").unlink()
-    for own_class in (settings.get("tokenizer_class", "Qwen2TokenizerFast"), "EvilTokenizer"):
-        settings |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}, "tokenizer_class": own_class}
-        (qwen / "tokenizer_config.json").write_text(json.dumps(settings))
-        try:
-            load(qwen)
-        except ValueError as error:
-            assert_clear(str(error))
-        assert not asked and not (qwen / "robbed").exists()
+    settings, config = (json.loads((qwen / f"{name}.json").read_text()) for name in ("tokenizer_config", "config"))
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}, "tokenizer_class": "Evil"}
+    for name, values in (("tokenizer_config", settings), ("config", {**config, "model_type": "evil"})):
+        (qwen / f"{name}.json").unlink()
+        (qwen / f"{name}.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="contains custom code") as error:
+        load(qwen)
+    assert_clear(str(error.value))
+    assert not asked and not (qwen / "robbed").exists()

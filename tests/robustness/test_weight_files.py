@@ -96,7 +96,7 @@ HEADERS = {
     "deep entry": safetensors(b'{"a":' + DEEP.encode(), 0),
     "huge number": safetensors(b'{"a":{"dtype":"F32","shape":[1' + b"0" * 5000 + b'],"data_offsets":[0,0]}}', 0),
     "NaN": safetensors(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,0]}}', 0),
-    "a name twice": safetensors(b'{"a":1,"a":2}', 0),
+    "a name twice": safetensors(json.dumps({"a": TENSORS["a"], "z": TENSORS["a"]}).replace("z", "a").encode(), 24),
     "a name of 10,000 letters": safetensors({"x" * 10_000: TENSORS["a"]}),
     "a name that clears the screen": safetensors({"\x1b[2J": {"dtype": 5}}),
     "scalars for entries": safetensors({"a": 5}, 0),
@@ -116,6 +116,7 @@ def test_headers_that_the_library_refuses(what: str, tmp_path: Path) -> None:
     ):
         message = clearly_refused(lambda read=read: read(path))  # type: ignore[misc]
         assert message is not None and str(path) in message
+        assert ("its dtype is F7" in message) == (what == "unknown dtype")
     plan = clearly_refused(lambda: models(load_config(TINY), {"dit": path}, 2))
     assert plan is not None and str(path) in plan
     assert_clear(str(inspect(path).problems[0]))
