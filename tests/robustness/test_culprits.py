@@ -230,7 +230,7 @@ def test_code_in_a_tokenizers_folder_is_never_run(qwen: Path, monkeypatch: pytes
     for name, values in (("tokenizer_config", settings), ("config", {**config, "model_type": "evil"})):
         (qwen / f"{name}.json").unlink()
         (qwen / f"{name}.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="the tokenizer in .* is damaged") as error:
+    with pytest.raises(ValueError, match=r"the tokenizer in .* is damaged") as error:
         load(qwen)
     assert_clear(str(error.value))
     assert not asked and not (qwen / "robbed").exists()
