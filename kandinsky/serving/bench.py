@@ -57,7 +57,11 @@ class Bench:
                         self._current = task.id, worker
                         if early := self._early(task.id):
                             return early
-                    return worker.make(task, report)
+                    outcome = worker.make(task, report)
+                    if outcome.state == "failed" and not worker.is_alive:  # killed, maybe by us
+                        with self._lock:
+                            return self._early(task.id) or outcome
+                    return outcome
                 except Died as error:
                     self.workers.pop(task.order.model, None)
                     with self._lock:
@@ -96,7 +100,7 @@ class Bench:
             worker.close()
 
     def _early(self, job_id: str) -> Outcome | None:
-        """How a job ends that somebody ended while there was no worker to tell."""
+        """How a job ends that somebody ended, and whose worker does not tell."""
         if self._is_closing:
             return Outcome("kept")
         return Outcome("cancelled", "it was cancelled", "cancelled") if job_id in self._cancelled else None

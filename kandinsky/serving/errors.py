@@ -93,6 +93,10 @@ def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
 
+def _ours(request: Request, error: Exception) -> Response:
+    return answer(500, "something went wrong on the server that should not; its log says what", headers=NO_RETRY)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Have each exception answered."""
     handlers: dict[type[Exception], Callable[[Request, Exception], Response]] = {
@@ -106,6 +110,7 @@ def add_handlers(app: FastAPI) -> None:
         OSError: _disk,
         ClientDisconnect: _gone,
         ValueError: _mistake,
+        Exception: _ours,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

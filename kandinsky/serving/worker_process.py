@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from base64 import b64decode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Worker:
         with self._reading:
             for news in self._news():
                 if "machine" in news:
-                    on_machine(Machine(**news["machine"]))
+                    on_machine(_machine(news["machine"]))
                 elif "refused" in news:
                     self._wait()
                     raise ValueError(news["refused"])
@@ -179,3 +179,9 @@ class Worker:
         else:
             why = f"ended with status {code}; the server's log says why"
         return f"the process that makes outputs {why} {when}; it starts anew with the next job"
+
+
+def _machine(told: Mapping[str, Any]) -> Machine:
+    """What JSON says of one, in which tuples are lists."""
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
+    return Machine(**values)
