@@ -25,6 +25,7 @@ def plan(args: argparse.Namespace) -> str:
     else:
         make = make_plan
         config, request = asked(args)
+        check_loras_here(config, args.cache_dir)
     machine = planned_machine(args)
     dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
     made = make(config, request, machine, weight_files(config, args.cache_dir), dtype)
@@ -45,6 +46,18 @@ def asked(args: argparse.Namespace) -> tuple[Config, Request]:
         sizes = [media.load_image(args.image).size]
     prompt = "a prompt" if args.prompt is None else args.prompt
     return config, resolve_request(config, prompt, image_sizes=sizes, **wishes_of(args))
+
+
+def check_loras_here(config: Config, cache_dir: str) -> None:
+    """Raise ValueError for an adapter that does not fit. One that is not there may come later, as weights may."""
+    from kandinsky.checkpoints.files import resolve_path
+    from kandinsky.checkpoints.lora_file import read_lora
+    from kandinsky.config.rules import split_lora
+
+    for text in config.model.loras:
+        path = resolve_path(split_lora(text)[0], config, cache_dir)
+        if path.exists():
+            read_lora(path, config.model.dit_params)
 
 
 def recorded(args: argparse.Namespace) -> tuple[Config, Request]:

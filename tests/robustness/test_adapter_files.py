@@ -208,6 +208,25 @@ def test_adapters_that_are_no_files(pipe: Pipeline, plain: Path, tmp_path: Path)
         read_lora(plain, pipe.config.model.dit_params, folder / "config_lora.json")
 
 
+def test_the_plan_of_a_damaged_adapter(
+    tmp_path: Path, pipe: Pipeline, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is there has to fit; what is not may come later."""
+    import test as command_line
+
+    config = str(Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(plain.read_bytes()[:-4])
+    for path, code, says in (
+        (damaged, 2, "truncated"),
+        (plain, 2, "does not fit the model"),
+        (tmp_path / "none", 0, ""),
+    ):
+        assert command_line.main(["--config", config, "--plan", "--device", "cpu", "--lora", str(path)]) == code
+        err = capsys.readouterr().err
+        assert says in err and len(err.splitlines()) == bool(says)
+
+
 def test_an_adapter_in_the_home_of_nobody(pipe: Pipeline) -> None:
     config = with_loras(pipe, "~nosuchuser/loras/a:0.5")
     with pytest.raises(ValueError, match="~nosuchuser/loras/a: there is no user 'nosuchuser' on this machine"):
