@@ -8,20 +8,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
 from kandinsky.checkpoints.diffusers_layout import tell_shift
-from kandinsky.checkpoints.files import (
-    missing_weights_message,
-    part_folder,
-    resolve_path,
-)
-from kandinsky.checkpoints.lora_file import configured_loras
+from kandinsky.checkpoints.files import missing_weights_message, part_folder, resolve_path
+from kandinsky.checkpoints.lora_file import LoraFile, configured_loras
 from kandinsky.config.reading import with_settings
 from kandinsky.config.rules import check_processes
 from kandinsky.config.schema import Config
@@ -31,7 +28,9 @@ from kandinsky.loading.dit import dit_parts, load_dit, load_dit_on_host, load_sh
 from kandinsky.loading.text import load_prompt_side, no_text_encoders
 from kandinsky.loading.vae import load_vae
 from kandinsky.loading.weights import host_weights
-from kandinsky.models.dit import DiffusionTransformer3D, Execution
+from kandinsky.models.dit import DiffusionTransformer3D, Execution, HandOut, unchanged
+from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.outputs.preview import load_latent_rgb
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
@@ -82,104 +81,42 @@ def load_pipeline(
         that its number of evaluations is worth it.
     read_text_encoders: False for `Pipeline.resume`, which needs none.
     """
-    check_processes(config, processes.size if processes else 1)
-    devices = parse_device_map(device_map, processes.local_rank if processes else 0)
-    if processes and devices["dit"].type == "cuda" and devices["dit"].index != processes.local_rank:
-        raise ValueError(f"every process has a GPU of its own, and not all can have {devices['dit']}: give cuda")
-    if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
-    model, encoders = config.model, config.model.text_embedder
-    resolved_dtype = resolve_dtype(dtype, devices["dit"])
-    if config.runtime.qwen_quantization:
-        require_scheme("nf4")
-
-    locate = functools.partial(locate_weights, config=config, cache_dir=cache_dir)
-    dit_path = locate("dit", dit_path, model.checkpoint_path)
-    tell_shift(dit_path, config)
-    vae_path = locate("vae", vae_path, model.vae.checkpoint_path)
-    qwen_path = locate("text_encoder", text_encoder_path, encoders.qwen.checkpoint_path)
-    clip_path = locate("text_encoder2", text_encoder2_path, encoders.clip.checkpoint_path)
-    # Of one output: what a row of a file of prompts comes to does not depend on how many rows there are.
-    evaluations = model_evaluations(model) if request is None else num_evaluations(request)
-    scheme = config.runtime.dit_quantization or scheme_of(dit_path)
-    compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
-    if compiled:
-        keep_compiled_code()
-    loras = configured_loras(config, cache_dir)
-    files = {"dit": dit_path, "vae": vae_path, "qwen": qwen_path, "clip": clip_path}
-    # Whoever spreads the models over devices or processes has a plan.
-    if processes is None and len(set(devices.values())) == 1:
-        config = resolve_runtime(config, request, machine_memory(devices["dit"]), files, dtype_name(resolved_dtype))
-
-    # What visual self-attention is computed with, dense or block by block.
-    execution = Execution(chunk_tokens=config.runtime.chunk_tokens)
-    engine = attention_engine or model.attention.engine, devices["dit"], resolved_dtype, model.dit_params.head_dim
-    try:
-        if model.attention.type == "nabla":
-            execution = dataclasses.replace(execution, block_sparse=resolve_block_sparse(*engine))
-        else:
-            execution = dataclasses.replace(execution, attention=resolve_engine(*engine))
-    except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead
-        raise ValueError(str(error)) from error
-
-    offload = config.runtime.offload == "on"  # "auto" is off
-    resident = config.runtime.blocks_on_gpu
-    if resident is not None and resident >= model.dit_params.num_visual_blocks:
-        resident = None  # all of them: nothing streams
-
-    team = connect(processes, config, devices["dit"]) if processes else None
-    is_first = team is None or team.is_first
-    is_sharded = team is not None and config.runtime.shard_weights and team.sequence.size > 1
+    given = {"dit": dit_path, "vae": vae_path, "qwen": text_encoder_path, "clip": text_encoder2_path}
+    settled = settle(config, device_map, cache_dir, given, dtype, request, processes)
+    config, devices = settled.config, settled.devices
+    attention = chosen_attention(settled, attention_engine)
+    team = None if processes is None else connect(processes, config, devices["dit"])
 
     # The DiT first: its header says at once whether it is the variant that the config means. What gets its weights
     # later is only checked now.
-    parts: dict[str, list[Part]] = {}
-    quantization = config.runtime.dit_quantization
-    originals = reread(dit_path)
-    on_host: dict[str, Tensor] | None = None
-    if team is not None and is_sharded:
-        dit = load_sharded_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, team)
-    elif not offload and resident is None:
-        dit = load_dit(dit_path, model.dit_params, devices["dit"], resolved_dtype, quantization)
-    else:
-        dit, on_host = load_dit_on_host(dit_path, model.dit_params, resolved_dtype, quantization)
-    if compiled:
+    originals = reread(settled.paths["dit"])
+    dit, on_host = load_transformer(settled, team)
+    vae = load_vae(settled.paths["vae"], devices["vae"], settled.dtype, config.model.vae.name, read=not settled.offload)
+    text_embedder, expander, text_parts = load_prompts(settled, team, processes, read_text_encoders)
+
+    adapters: Adapters | None = None
+    transformer_parts: list[Part] = []
+    hand_out: HandOut = iter
+    if not settled.is_sharded_over(team):
+        adapters = Adapters(dit, config.model.dit_params, originals, devices["dit"])
+        for name, (file, _) in settled.loras.items():
+            adapters.add(name, file)
+        transformer_parts = [adapters]
+        if on_host is not None:  # last, because it may read a model of 77 GB
+            transformer_parts, hand_out = dit_parts(dit, on_host, settled.resident, devices["dit"], adapters)
+    execution = dataclasses.replace(
+        attention,
+        chunk_tokens=config.runtime.chunk_tokens,
+        hand_out=hand_out,
+        around=unchanged if team is None or team.sequence.size == 1 else team.sequence.around,
+    )
+    if settled.compiled:
         required, mode = config.runtime.compile == "on", config.runtime.compile_mode
         execution = with_compiled_blocks(execution, required=required, mode=mode)
-    vae = load_vae(vae_path, devices["vae"], resolved_dtype, model.vae.name, read=not offload)
-    if team is not None and team.sequence.size > 1:
-        execution = dataclasses.replace(execution, around=team.sequence.around)
 
-    expander: PromptExpander | None = None
-    text_embedder: PromptEncoder = TextEncodersOnDemand(no_text_encoders)
-    if read_text_encoders and is_first:
-        text_embedder, expander, parts["text_embedder"] = load_prompt_side(
-            config, qwen_path, clip_path, devices["text_embedder"], resolved_dtype
-        )
-    if read_text_encoders and processes is not None:
-        text_embedder = FirstProcessEncodes(text_embedder if is_first else None, processes, devices["text_embedder"])
-
-    adapters = None
-    if not is_sharded:
-        adapters = Adapters(dit, model.dit_params, originals, devices["dit"])
-        for name, (file, _) in loras.items():
-            adapters.add(name, file)
-        parts["dit"] = [adapters]
-        if on_host is not None:  # last, because it may read a model of 77 GB
-            parts["dit"], hand_out = dit_parts(dit, on_host, resident, devices["dit"], adapters)
-            execution = dataclasses.replace(execution, hand_out=hand_out)
-    placement: Placement
-    if offload:
-        parts["vae"] = [Offloaded(vae, host_weights(vae_path), devices["vae"])]
-        placement = OffloadPlacement(devices, parts)
-    else:
-        for part in itertools.chain(*parts.values()):
-            part.begin()  # and stay
-        placement = FixedPlacement(devices)
+    placement = place(settled, vae, {"text_embedder": text_parts, "dit": transformer_parts})
     if adapters is not None:
-        adapters.activate({name: scale for name, (_, scale) in loras.items()})
-    make_cache = functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None
-    latent_rgb = None if config.runtime.preview is None else load_latent_rgb(vae_path, model.vae.name)
+        adapters.activate({name: scale for name, (_, scale) in settled.loras.items()})
     return PIPELINES[config.task](
         config,
         dit,
@@ -187,12 +124,137 @@ def load_pipeline(
         vae,
         placement,
         execution=execution,
-        make_cache=make_cache,
+        make_cache=functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None,
         team=team,
-        latent_rgb=latent_rgb,
+        latent_rgb=load_latent_rgb(settled.paths["vae"], config.model.vae.name) if config.runtime.preview else None,
         expander=expander,
         adapters=adapters,
     )
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is decided before any weights are read."""
+
+    config: Config  # of `runtime` nothing is open that makes a difference
+    devices: dict[str, torch.device]
+    dtype: torch.dtype
+    paths: dict[str, Path]  # of "dit", "vae", "qwen" and "clip"
+    loras: Mapping[str, tuple[LoraFile, float]]  # files and scales
+    compiled: bool
+
+    @property
+    def offload(self) -> bool:
+        return self.config.runtime.offload == "on"  # "auto" is off
+
+    @property
+    def resident(self) -> int | None:
+        """How many visual blocks stay on the device where others stream; None: nothing streams."""
+        blocks = self.config.runtime.blocks_on_gpu
+        return None if blocks is None or blocks >= self.config.model.dit_params.num_visual_blocks else blocks
+
+    def is_sharded_over(self, team: Team | None) -> bool:
+        return team is not None and self.config.runtime.shard_weights and team.sequence.size > 1
+
+
+def settle(
+    config: Config,
+    device_map: DeviceMap,
+    cache_dir: str | Path,
+    given: Mapping[str, str | Path | None],
+    dtype: str | torch.dtype | None,
+    request: Request | None,
+    processes: Processes | None,
+) -> Settled:
+    """Devices, dtype, files, and the settings that were left open. Raises ValueError for what can't be had here.
+
+    given: paths in place of the config's.
+    """
+    check_processes(config, processes.size if processes else 1)
+    devices = parse_device_map(device_map, processes.local_rank if processes else 0)
+    if processes and devices["dit"].type == "cuda" and devices["dit"].index != processes.local_rank:
+        raise ValueError(f"every process has a GPU of its own, and not all can have {devices['dit']}: give cuda")
+    if config.generation.noise_device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
+    resolved_dtype = resolve_dtype(dtype, devices["dit"])
+    if config.runtime.qwen_quantization:
+        require_scheme("nf4")
+
+    model, encoders = config.model, config.model.text_embedder
+    paths = {
+        name: locate_weights(part, given[name], stored, config, cache_dir)
+        for name, part, stored in (
+            ("dit", "dit", model.checkpoint_path),
+            ("vae", "vae", model.vae.checkpoint_path),
+            ("qwen", "text_encoder", encoders.qwen.checkpoint_path),
+            ("clip", "text_encoder2", encoders.clip.checkpoint_path),
+        )
+    }
+    tell_shift(paths["dit"], config)
+    # Of one output: what a row of a file of prompts comes to does not depend on how many rows there are.
+    evaluations = model_evaluations(model) if request is None else num_evaluations(request)
+    scheme = config.runtime.dit_quantization or scheme_of(paths["dit"])
+    compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
+    if compiled:
+        keep_compiled_code()
+    loras = configured_loras(config, cache_dir)
+    # Whoever spreads the models over devices or processes has a plan.
+    if processes is None and len(set(devices.values())) == 1:
+        config = resolve_runtime(config, request, machine_memory(devices["dit"]), paths, dtype_name(resolved_dtype))
+    return Settled(config, devices, resolved_dtype, paths, loras, compiled)
+
+
+def chosen_attention(settled: Settled, name: str | None) -> Execution:
+    """What visual self-attention is computed with, dense or block by block. Raises ValueError where it can't run."""
+    model = settled.config.model
+    engine = name or model.attention.engine, settled.devices["dit"], settled.dtype, model.dit_params.head_dim
+    try:
+        if model.attention.type == "nabla":
+            return Execution(block_sparse=resolve_block_sparse(*engine))
+        return Execution(attention=resolve_engine(*engine))
+    except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead
+        raise ValueError(str(error)) from error
+
+
+def load_transformer(
+    settled: Settled, team: Team | None
+) -> tuple[DiffusionTransformer3D, dict[str, torch.Tensor] | None]:
+    """The DiT on its device, whole or this process's shards; or on the meta device, with its weights on the host."""
+    params, runtime = settled.config.model.dit_params, settled.config.runtime
+    path, device = settled.paths["dit"], settled.devices["dit"]
+    if team is not None and settled.is_sharded_over(team):
+        return load_sharded_dit(path, params, device, settled.dtype, team), None
+    if not settled.offload and settled.resident is None:
+        return load_dit(path, params, device, settled.dtype, runtime.dit_quantization), None
+    return load_dit_on_host(path, params, settled.dtype, runtime.dit_quantization)
+
+
+def load_prompts(
+    settled: Settled, team: Team | None, processes: Processes | None, wanted: bool
+) -> tuple[PromptEncoder, PromptExpander | None, list[Part]]:
+    """`load_prompt_side`, of several processes in the first one alone; nothing where it is not wanted."""
+    nobody: tuple[PromptEncoder, None, list[Part]] = (TextEncodersOnDemand(no_text_encoders), None, [])
+    if not wanted:
+        return nobody
+    device, is_first = settled.devices["text_embedder"], team is None or team.is_first
+    side: tuple[PromptEncoder, PromptExpander | None, list[Part]] = nobody
+    if is_first:
+        side = load_prompt_side(settled.config, settled.paths["qwen"], settled.paths["clip"], device, settled.dtype)
+    if processes is None:
+        return side
+    return FirstProcessEncodes(side[0] if is_first else None, processes, device), *side[1:]
+
+
+def place(
+    settled: Settled, vae: AutoencoderKLHunyuanVideo | AutoencoderKL, parts: Mapping[str, Sequence[Part]]
+) -> Placement:
+    """Models on their devices: for the length of their stages, or from now on."""
+    if settled.offload:
+        offloaded = Offloaded(vae, host_weights(settled.paths["vae"]), settled.devices["vae"])
+        return OffloadPlacement(settled.devices, {**parts, "vae": [offloaded]})
+    for part in itertools.chain(*parts.values()):
+        part.begin()  # and stay
+    return FixedPlacement(settled.devices)
 
 
 def connect(processes: Processes, config: Config, device: torch.device) -> Team:

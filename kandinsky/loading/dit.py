@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky.checkpoints.dit_layout import (
     COMFY_PREFIX,
@@ -21,13 +21,11 @@ from kandinsky.checkpoints.dit_layout import (
     quantization_from_header,
     strip_prefix,
 )
-from kandinsky.checkpoints.files import (
-    find_weights,
-)
+from kandinsky.checkpoints.files import find_weights
 from kandinsky.checkpoints.headers import read_header
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.weights import host_weights, load_weights
-from kandinsky.models.dit import DiffusionTransformer3D
+from kandinsky.models.dit import DiffusionTransformer3D, HandOut
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.offload import Offloaded, Part, take_weights
@@ -117,7 +115,7 @@ def dit_parts(
     resident: int | None,
     device: torch.device,
     adapters: Adapters,
-) -> tuple[list[Part], Callable[[nn.ModuleList], Iterable[nn.Module]]]:
+) -> tuple[list[Part], HandOut]:
     """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all); and
     what hands out its visual blocks.
 

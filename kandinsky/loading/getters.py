@@ -8,9 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kandinsky.checkpoints.files import (
-    REPOSITORY,
-)
+from kandinsky.checkpoints.files import REPOSITORY
 from kandinsky.common.given import shown
 from kandinsky.config.reading import load_config, preset_file, with_settings
 from kandinsky.config.schema import Config

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from kandinsky.checkpoints.files import (
-    find_weights,
-)
+from kandinsky.checkpoints.files import find_weights
 from kandinsky.config.schema import Config
 from kandinsky.loading.text_encoders import load_text_embedder, text_encoder_files
 from kandinsky.loading.text_generator import can_generate, load_text_generator

@@ -9,13 +9,8 @@ from typing import Any
 
 import torch
 
-from kandinsky.checkpoints.dit_layout import (
-    check_floats,
-)
-from kandinsky.checkpoints.files import (
-    find_weights,
-    folder_of,
-)
+from kandinsky.checkpoints.dit_layout import check_floats
+from kandinsky.checkpoints.files import find_weights, folder_of
 from kandinsky.checkpoints.headers import read_header
 from kandinsky.common.untrusted import read_json
 from kandinsky.loading.devices import convolves_in_float32

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kandinsky.checkpoints.files import (
-    find_weights,
-)
+from kandinsky.checkpoints.files import find_weights
 from kandinsky.checkpoints.headers import open_tensors
 from kandinsky.models.numerics import aligned
 from kandinsky.runtime.quantization import Convert

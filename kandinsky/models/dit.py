@@ -55,6 +55,8 @@ class BlockInputs:
     execution: Execution
 
 
+# The visual blocks one after the other, each ready to run until the next one is asked for.
+HandOut = Callable[[nn.ModuleList], Iterable[nn.Module]]
 # Visual tokens (B, N, D) before the visual blocks -> after them.
 RunBlocks = Callable[[Tensor, BlockInputs], Tensor]
 
@@ -76,7 +78,7 @@ class Execution:
     attention: Attention = sdpa
     block_sparse: BlockSparseAttention = sdpa_block_sparse
     run_block: Callable[..., Tensor] = VisualBlock.__call__
-    hand_out: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
+    hand_out: HandOut = iter
     chunk_tokens: int | None = None
     around: Callable[[RunBlocks], RunBlocks] = unchanged
 
@@ -195,9 +197,7 @@ class DiffusionTransformer3D(nn.Module):
             hidden = hidden.index_select(1, tables.nabla.inverse)
         return self.out_layer(hidden, inputs.time_embed, tables.grid)
 
-    def named_weights(
-        self, hand_out: Callable[[nn.ModuleList], Iterable[nn.Module]] = iter
-    ) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, hand_out: HandOut = iter) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and buffer by name, each to be looked at before the next: visual blocks may stream."""
         blocks = "visual_transformer_blocks."
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
