@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -30,9 +27,10 @@ from typing import Any
 
 from kandinsky.checkpoints.files import REPOSITORY, WEIGHTS_PREFIX, find_weights, model_name, part_folder, resolve_path
 from kandinsky.checkpoints.headers import read_header
+from kandinsky.checkpoints.hub_errors import GO_ON, DownloadError, endpoint, explained, no_hub
 from kandinsky.checkpoints.inspect import size_text
 from kandinsky.common.given import shown
-from kandinsky.common.untrusted import home_path, is_plain_name, reason
+from kandinsky.common.untrusted import home_path, is_plain_name
 from kandinsky.config.reading import load_config
 from kandinsky.config.schema import Config
 
@@ -62,11 +60,6 @@ CLIP = ("openai/clip-vit-large-patch14", "", ("config.json", "model.safetensors"
 SEGMENT = 40_000_000_000
 MOST_COMPARED = 1000  # names of a listing, where one is looked for that is like another
 _CHECKSUM = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of git, or sha256
-GO_ON = "what has arrived is kept, and the same command goes on from there"
-
-
-class DownloadError(OSError):
-    """Something on the way from the hub to the disk; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +218,7 @@ def list_files(source: Source, token: str | None = None) -> list[File]:
                 size, checksum = lfs.size, lfs.sha256
             if type(size) is not int or not 0 <= size < 2**50 or not _CHECKSUM.fullmatch(str(checksum)):
                 raise DownloadError(
-                    f"{_endpoint()} lists no size and checksum of {source.repo}/{path}: take another hub"
+                    f"{endpoint()} lists no size and checksum of {source.repo}/{path}: take another hub"
                 )
             files.append(File(source.repo, info.sha, path, size, checksum, bool(info.gated), source.target / name))
     return sorted(files, key=lambda file: file.size)
@@ -235,16 +228,16 @@ def _listing(repo: str, token: str | None) -> tuple[Any, dict[str, Any]]:
     """What the hub says of a repository, and of each file by its path. What it says is not to be relied on."""
     from huggingface_hub import HfApi
 
-    with _explained(repo):
+    with explained(repo):
         try:
             info = HfApi().model_info(repo, files_metadata=True, timeout=30, token=token)
         # What the client finds in the place of what it is looking for shows as any of these.
         except (TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-            raise _no_hub() from error
+            raise no_hub() from error
     siblings = info.siblings or []
     listed = {sibling.rfilename: sibling for sibling in siblings if isinstance(sibling.rfilename, str)}
     if len(listed) < len(siblings) or not _CHECKSUM.fullmatch(str(info.sha)):
-        raise _no_hub()
+        raise no_hub()
     return info, listed
 
 
@@ -310,7 +303,7 @@ def fetch(file: File, token: str | None = None) -> None:
     url = hf_hub_url(file.repo, file.path, revision=file.commit)
     # As it is, not compressed on the way: only then are ranges those of the file.
     headers = {**build_hf_headers(token=token), "Accept-Encoding": "identity"}
-    with _explained(file.repo):
+    with explained(file.repo):
         file.target.parent.mkdir(parents=True, exist_ok=True)
         _remove_older_parts(file)
         with file.partial.open("ab") as out:
@@ -369,7 +362,7 @@ def _alone_in(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
     from huggingface_hub.utils import WeakFileLock
 
     with contextlib.ExitStack() as stack:
-        with _explained(str(folder)):
+        with explained(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(WeakFileLock(folder / ".download.lock", timeout=0.5))
@@ -401,78 +394,5 @@ def _check_access(files: Sequence[File], token: str | None) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     for file in {file.repo: file for file in files if file.gated}.values():
-        with _explained(file.repo):
+        with explained(file.repo):
             get_hf_file_metadata(hf_hub_url(file.repo, file.path, revision=file.commit), token=token)
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _no_hub() -> DownloadError:
-    return DownloadError(
-        f"{_endpoint()} does not answer as a hub does: check HF_ENDPOINT, or whether the network wants a login"
-    )
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-@contextlib.contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn what the client or the disk raises into a DownloadError."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except DownloadError:
-        raise
-    except (OSError, ValueError, ImportError, errors.HTTPError) as error:
-        raise DownloadError(_explain(error, repo)) from error
-
-
-def _explain(error: Exception, repo: str) -> str:
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)  # the hub's answer, where there is one
-    if isinstance(error, errors.GatedRepoError):
-        why = "no valid token came along" if status == 401 else "this token's owner has not, or it may not read that"
-        return (
-            f"{repo} is only for those who accept its licence ({status}: {why}). Accept it at "
-            f"https://huggingface.co/{repo}, make a token that may read gated repositories at "
-            "https://huggingface.co/settings/tokens, and give it with --hf_token or in the variable HF_TOKEN"
-        )
-    if status in (401, 403, 404):
-        return (
-            f"{_endpoint()} has no {repo}, or not for this token ({status}): check the name, and the token in "
-            "--hf_token or HF_TOKEN, which may have expired"
-        )
-    if status is not None:
-        return f"{_endpoint()} answers {status} for {repo}: try again later; {GO_ON}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or repo}): make room; {GO_ON}"
-    why = reason(error)
-    if isinstance(error, ImportError):  # the client's transport, for what ALL_PROXY asks of it
-        return (
-            f"the proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY is of a kind that needs more packages ({why}); "
-            "proxies of http:// need none, and pip install socksio adds socks5://"
-        )
-    # The client's transport reads certificates as it starts; its error doesn't say of which file.
-    no_file = isinstance(error, FileNotFoundError) and error.filename is None
-    if no_file or isinstance(error, ssl.SSLError):
-        return (
-            f"certificates can't be read or are not accepted ({why}): check the files that the variables SSL_CERT_FILE "
-            "and SSL_CERT_DIR name, or unset them"
-        )
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot write: {why}"
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return str(_no_hub())
-    if isinstance(error, ValueError):
-        return f"{repo}: {why}"
-    return (
-        f"the connection to {_endpoint()} for {repo} failed ({why}): check the network, or set HTTPS_PROXY for a "
-        f"proxy or HF_ENDPOINT for a mirror; {GO_ON}"
-    )
