@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kandinsky.models import vae_hunyuan
+from kandinsky.models import causal_conv
 from kandinsky.models.layers import gated_residual, modulated_norm
 from kandinsky.models.rope import apply_rotary, visual_rotary_table
 from kandinsky.models.vae_flux import AutoencoderKL
@@ -60,7 +60,7 @@ def test_a_few_frames_at_a_time(monkeypatch: pytest.MonkeyPatch, batch: int, fra
     latents = vae.encode(pixels).mean
     decoded = vae.decode(latents)
     for frames_at_once in (2, 3):
-        monkeypatch.setattr(vae_hunyuan, "frames_at_once", lambda x, n=frames_at_once: n)
+        monkeypatch.setattr(causal_conv, "frames_at_once", lambda x, n=frames_at_once: n)
         assert difference(vae.encode(pixels).mean, latents) <= TOLERANCE
         assert difference(vae.decode(latents), decoded) <= TOLERANCE
 
@@ -70,10 +70,10 @@ def test_large_tensors_are_streamed_and_small_ones_are_not() -> None:
     frames = 17
     small = torch.empty(1, 8, frames, 16, 16, device="meta")
     large = torch.empty(1, 128, frames, 512, 768, device="meta")
-    assert vae_hunyuan.frames_at_once(small) >= frames
-    assert vae_hunyuan.frames_at_once(large) == vae_hunyuan.LEAST_FRAMES_AT_ONCE
+    assert causal_conv.frames_at_once(small) >= frames
+    assert causal_conv.frames_at_once(large) == causal_conv.LEAST_FRAMES_AT_ONCE
     with torch.enable_grad():
-        assert vae_hunyuan.frames_at_once(large) == frames
+        assert causal_conv.frames_at_once(large) == frames
 
 
 @pytest.mark.parametrize("factor", [(1, 2, 2), (2, 2, 2), (2, 1, 1)])
@@ -145,7 +145,7 @@ def test_convolutions_in_float32_of_what_is_stored_in_less(
 
 @torch.no_grad()
 def test_a_block_leaves_its_input_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae_hunyuan, "frames_at_once", lambda x: 2)
+    monkeypatch.setattr(causal_conv, "frames_at_once", lambda x: 2)
     x = video(1, 16, 5, 6, 6)
     before = x.clone()
     ResnetBlock(16, 16, groups=8)(x)

@@ -26,8 +26,9 @@ from kandinsky.loading.devices import resolve_dtype
 from kandinsky.loading.dit import load_dit
 from kandinsky.loading.getters import get_T2V_pipeline
 from kandinsky.loading.vae import load_vae
+from kandinsky.models.causal_conv import CausalConv3d
 from kandinsky.models.dit import DiffusionTransformer3D
-from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo, CausalConv3d
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.text.prompts import get_template, prefix_length
 from tools.make_tiny_text_encoders import make_text_encoders
 

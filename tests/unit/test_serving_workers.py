@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from kandinsky.config import load_config
-from kandinsky.planning.plan import Machine
+from kandinsky.config.reading import load_config
+from kandinsky.planning.machine import Machine
 from kandinsky.serving.bench import Bench, host_peak
 from kandinsky.serving.lanes import Outcome, Task
 from kandinsky.serving.ownership import own
