@@ -24,8 +24,8 @@ import torch
 import kandinsky
 import kandinsky.attention.block_sparse as block_sparse
 from kandinsky.diffusers_calls import base, call
+from kandinsky.loading import device_map
 from kandinsky.request import Request
-from kandinsky.runtime import placement
 from tests.diffusers_repositories import NABLA, build_parts, crop, write_repository
 from tests.hub_stand_in import HubStandIn, Repo, point_client_at, running_hub
 
@@ -246,7 +246,7 @@ def test_block(
     block, task, is_nabla, wishes, config = BLOCKS[name]
     point_client_at(server.url, monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(placement, "_checked_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(device_map, "_checked_device", lambda device: torch.device("cpu"))
     kernels: list[str] = []
 
     def flex(*tensors: Any) -> Any:

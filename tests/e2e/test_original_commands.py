@@ -160,7 +160,7 @@ def test_a_file_of_that_name_is_itself(tmp_path: Path) -> None:
 
 def test_the_python_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its calls name configs as above, and for an edit the resolution."""
-    from kandinsky.loading import assemble as loading
+    from kandinsky.loading import getters as loading
 
     loaded: list[Config] = []
 

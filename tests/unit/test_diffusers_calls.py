@@ -23,8 +23,8 @@ import kandinsky
 from kandinsky.checkpoints.diffusers_layout import config_of, published_shift, tell_shift
 from kandinsky.checkpoints.hub import Source
 from kandinsky.config.reading import config_to_dict, load_config, with_settings
+from kandinsky.loading import device_map
 from kandinsky.outputs.records import recorded_config
-from kandinsky.runtime import placement
 from tests.diffusers_repositories import NABLA, SIZES, build_parts, crop, write_repository
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -189,7 +189,7 @@ def test_a_shift_that_the_yaml_does_not_have_is_named(
 
 
 def test_settings_cost_nothing_until_the_first_call(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "_checked_device", torch.device)
+    monkeypatch.setattr(device_map, "_checked_device", torch.device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     pipe = ours("t2v").from_pretrained(folders["nabla"], torch_dtype=torch.bfloat16, overrides=crop("t2v"))
     assert (pipe.device.type, pipe.dtype) == ("cpu", torch.bfloat16)

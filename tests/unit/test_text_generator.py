@@ -21,6 +21,12 @@ TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny" / "image"
 PICTURE = Image.radial_gradient("L").resize((112, 84)).convert("RGB")
 
 
+def let_any_prefix_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer here is one of its own."""
+    for room in ("text.embedder", "loading.text_encoders"):
+        monkeypatch.setattr(f"kandinsky.{room}.check_prefix", lambda *args: None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Qwen with a random head."""
@@ -48,7 +54,7 @@ def embedder(folder: Path, vision: bool) -> Any:
 
 @pytest.mark.parametrize("vision", [False, True])
 def test_the_same_words_as_transformers(folder: Path, vision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)  # a tokenizer of its own
+    let_any_prefix_be(monkeypatch)
     for own_tower in {vision, False}:
         generator = load_text_generator(embedder(folder, own_tower), folder, vision=vision)
         images = [PICTURE] if vision else []
@@ -78,7 +84,7 @@ def test_the_same_words_as_transformers(folder: Path, vision: bool, monkeypatch:
 
 
 def test_global_generators_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)
+    let_any_prefix_be(monkeypatch)
     generator = load_text_generator(embedder(folder, False), folder)
     before = torch.get_rng_state()
     answers = {generator.generate("a red circle", seed=seed, max_new_tokens=3) for seed in (1, 1)}
@@ -87,7 +93,7 @@ def test_global_generators_are_left_alone(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_weights_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)
+    let_any_prefix_be(monkeypatch)
     encoders = embedder(folder, True)
     model = load_text_generator(encoders, folder, vision=True).model
     assert model.model.language_model is encoders.language_model
@@ -96,7 +102,7 @@ def test_weights_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_who_can_write(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky.text.embedder.check_prefix", lambda *args: None)
+    let_any_prefix_be(monkeypatch)
     assert can_generate(folder)
     assert not can_generate(TINY / "text_encoder")
     with pytest.raises(ValueError, match="can read but not write"):
