@@ -38,7 +38,7 @@ from kandinsky.config.schema import Config
 from kandinsky.loading.dit import load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.request import resolve_request
-from kandinsky.runtime.parallel import Team
+from kandinsky.runtime.parallel import DistributedTeam
 from kandinsky.runtime.processes import Processes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -144,7 +144,7 @@ def weights(blocks: int, size: int, folder: str | None) -> None:
 
 
 @torch.no_grad()
-def count_traffic(team: Team, latents: tuple[int, int, int]) -> tuple[float, float]:
+def count_traffic(team: DistributedTeam, latents: tuple[int, int, int]) -> tuple[float, float]:
     """Bytes sent in one visual block, and after the blocks."""
     torch.manual_seed(0)
     dit = DiffusionTransformer3D(
@@ -174,7 +174,7 @@ def count_traffic(team: Team, latents: tuple[int, int, int]) -> tuple[float, flo
     return sent["exchange"] / len(dit.visual_transformer_blocks), sent["gather"]
 
 
-def measure_weights(team: Team, path: Path, params: Any) -> tuple[int, int]:
+def measure_weights(team: DistributedTeam, path: Path, params: Any) -> tuple[int, int]:
     """Resident set before loading, and its peak, in bytes."""
     before = status("VmRSS")
     dit = load_sharded_dit(path, params, torch.device("cpu"), torch.bfloat16, team)
@@ -206,7 +206,7 @@ def one_process(rank: int, size: int, port: int, results: Any, work: Callable[..
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     processes = Processes.join(rank, size, rank)
     processes.connect(torch.device("cpu"))
-    results.put((rank, work(Team(processes, 1, "cpu"), *arguments)))
+    results.put((rank, work(DistributedTeam(processes, 1, "cpu"), *arguments)))
     processes.leave()
 
 

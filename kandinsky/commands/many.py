@@ -28,11 +28,11 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
             raise ValueError(
                 f"--prompts_file has its own prompts and its own names, in --output_dir: leave --{flag} out"
             )
-    rank, world_size = processes(args)
+    rank, world_size = rank_and_size(args)
     config = config_for(args)
     folder = args.output_dir or Path("outputs") / args.prompts_file.stem
     rows = batch.read_prompts(args.prompts_file)
-    jobs = batch.plan_jobs(config, args.prompts_file, rows, folder.absolute(), image=args.image, **wishes_of(args))
+    jobs = batch.resolve_jobs(config, args.prompts_file, rows, folder.absolute(), image=args.image, **wishes_of(args))
     # Shares first, so that they are the same whatever is there already.
     jobs = batch.left_to_do(jobs[rank::world_size], args.resume)
 
@@ -77,7 +77,7 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
     return len(failed)
 
 
-def processes(args: argparse.Namespace) -> tuple[int, int]:
+def rank_and_size(args: argparse.Namespace) -> tuple[int, int]:
     """Which process this is, and of how many that share a prompts file."""
     launched = Launch(os.environ, together=False)
     rank, world_size = launched.rank, launched.size

@@ -45,7 +45,7 @@ from kandinsky.runtime.compile import is_wanted, keep_compiled_code, model_evalu
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand
-from kandinsky.runtime.parallel import FirstProcessEncodes, Team
+from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes
 from kandinsky.runtime.placement import FixedPlacement
 from kandinsky.runtime.processes import Processes
 from kandinsky.runtime.quantization import require_scheme
@@ -153,7 +153,7 @@ class Settled:
         blocks = self.config.runtime.blocks_on_gpu
         return None if blocks is None or blocks >= self.config.model.dit_params.num_visual_blocks else blocks
 
-    def is_sharded_over(self, team: Team | None) -> bool:
+    def is_sharded_over(self, team: DistributedTeam | None) -> bool:
         return team is not None and self.config.runtime.shard_weights and team.sequence.size > 1
 
 
@@ -217,7 +217,7 @@ def chosen_attention(settled: Settled, name: str | None) -> Execution:
 
 
 def load_transformer(
-    settled: Settled, team: Team | None
+    settled: Settled, team: DistributedTeam | None
 ) -> tuple[DiffusionTransformer3D, dict[str, torch.Tensor] | None]:
     """The DiT on its device, whole or this process's shards; or on the meta device, with its weights on the host."""
     params, runtime = settled.config.model.dit_params, settled.config.runtime
@@ -230,7 +230,7 @@ def load_transformer(
 
 
 def load_prompts(
-    settled: Settled, team: Team | None, processes: Processes | None, wanted: bool
+    settled: Settled, team: DistributedTeam | None, processes: Processes | None, wanted: bool
 ) -> tuple[PromptEncoder, PromptExpander | None, list[Part]]:
     """`load_prompt_side`, of several processes in the first one alone; nothing where it is not wanted."""
     nobody: tuple[PromptEncoder, None, list[Part]] = (TextEncodersOnDemand(no_text_encoders), None, [])
@@ -257,10 +257,10 @@ def place(
     return FixedPlacement(settled.devices)
 
 
-def connect(processes: Processes, config: Config, device: torch.device) -> Team:
+def connect(processes: Processes, config: Config, device: torch.device) -> DistributedTeam:
     """The processes as a group that works together as the config says, once they all are here."""
     processes.connect(device)
-    return Team(processes, config.runtime.cfg_parallel, device.type)
+    return DistributedTeam(processes, config.runtime.cfg_parallel, device.type)
 
 
 def load_for_decoding(

@@ -29,7 +29,7 @@ from kandinsky.models.dit import DiffusionTransformer3D, HandOut
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.offload import Offloaded, Part, take_weights
-from kandinsky.runtime.parallel import Team
+from kandinsky.runtime.parallel import DistributedTeam
 from kandinsky.runtime.prompt_cache import fingerprint
 from kandinsky.runtime.quantization import quantize_dit
 from kandinsky.runtime.sharding import load_shards, shard
@@ -67,7 +67,7 @@ def load_dit(
 
 
 def load_sharded_dit(
-    path: str | Path, params: DiTConfig, device: torch.device, dtype: torch.dtype, team: Team
+    path: str | Path, params: DiTConfig, device: torch.device, dtype: torch.dtype, team: DistributedTeam
 ) -> DiffusionTransformer3D:
     """A DiT of which each process of a sequence has a part of the weights. Errors are those of `load_dit`."""
     files = find_weights(path)

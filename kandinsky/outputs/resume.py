@@ -87,7 +87,7 @@ def load_run(path: str | Path) -> RunState:
     """The run of a file, its tensors on the CPU. Raises ValueError as `read_record` does, and for NaN in a tensor."""
     from kandinsky.models.numerics import is_finite
     from kandinsky.sampling.conditioning import Conditioning
-    from kandinsky.sampling.sampler import SamplerState, guidance_plan
+    from kandinsky.sampling.sampler import SamplerState, guided_steps
     from kandinsky.text.embeddings import TextEmbeddings
 
     record = read_record(path)
@@ -98,7 +98,7 @@ def load_run(path: str | Path) -> RunState:
         if not is_finite(tensor):
             raise ValueError(f"{path}: there are NaN or infinite values in its {name}: the run has to be repeated")
     interval, every = request.guidance_interval, request.guidance_every
-    left = guidance_plan(request.num_steps, request.guidance_weight, interval, every)[record["step"] :]
+    left = guided_steps(request.num_steps, request.guidance_weight, interval, every)[record["step"] :]
     if next((what for what in left if what != "off"), "off") == "kept" and "difference" not in tensors:
         raise ValueError(f"{path}: there is no difference in it, which its next guided step needs: {ADVICE}")
 

@@ -32,7 +32,7 @@ from kandinsky.sampling.sampler import (
     Branch,
     euler_sample,
     flow_timesteps,
-    guidance_plan,
+    guided_steps,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class DenoiseStage(Parts):
             return replace(shared, text_rope=text_rotary_table(text_length, self.dit.head_dim, device))
 
         interval, every = request.guidance_interval, request.guidance_every
-        guidance = guidance_plan(request.num_steps, request.guidance_weight, interval, every)
+        guidance = guided_steps(request.num_steps, request.guidance_weight, interval, every)
         block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
         if block_cache is not None and state.step > 0:
             done: dict[Branch, int] = {"cond": state.step, "uncond": guidance[: state.step].count("new")}

@@ -205,7 +205,7 @@ class FirstProcessEncodes:
         return result.to(self.device)
 
 
-class Team:
+class DistributedTeam:
     """All processes as a pipeline sees them: who writes, what they agree on, and how guidance is divided.
 
     Args:

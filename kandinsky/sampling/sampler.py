@@ -5,7 +5,7 @@ state between steps is float32 whatever the model's dtype; rounding it to bfloat
 
 Guidance can cost less than a second evaluation at every step: it can be left out at both ends of the schedule, where
 it does little good (Kynkäänniemi et al. 2024, arXiv 2404.07724), and what it adds can be kept for some steps.
-`guidance_plan` says which step does what.
+`guided_steps` says which step does what.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def uses_guidance(guidance_weight: float) -> bool:
     return abs(guidance_weight - 1.0) > GUIDANCE_OFF
 
 
-def guidance_plan(
+def guided_steps(
     num_steps: int, guidance_weight: float, interval: tuple[float, float] = (0.0, 1.0), every: int = 1
 ) -> tuple[Guidance, ...]:
     """What guidance does in each of the steps; an unconditional evaluation happens in those that say "new".
@@ -111,13 +111,13 @@ def euler_sample(
         sigmas: (num_steps + 1,), decreasing, as from `flow_timesteps`.
         steps: wraps the iteration over steps: for a progress bar, or to end it early.
         on_step_end: (step, latents after it) -> the latents to go on with.
-        guidance_interval, guidance_every: as in `guidance_plan`.
+        guidance_interval, guidance_every: as in `guided_steps`.
         state: where to go on in place of beginning with `noise`; kept up to date, so that an end before the last step
             can be gone on from.
     """
     state = state or SamplerState(noise.to(torch.float32))
     sigmas = sigmas.to(device=noise.device, dtype=torch.float32)
-    plan = guidance_plan(len(sigmas) - 1, guidance_weight, guidance_interval, guidance_every)
+    plan = guided_steps(len(sigmas) - 1, guidance_weight, guidance_interval, guidance_every)
     for step in steps(range(state.step, len(sigmas) - 1)):
         latents, sigma, next_sigma = state.latents, sigmas[step], sigmas[step + 1]
         timestep = sigma * NUM_TRAIN_TIMESTEPS

@@ -1,6 +1,6 @@
 """Many prompts: a file of them in, an output for each, one after the other, over ranks, or on Ray Data.
 
-Three steps: `read_prompts` reads rows, `plan_jobs` checks all of them and leaves nothing open, and `run_in_turn` or
+Three steps: `read_prompts` reads rows, `resolve_jobs` checks all of them and leaves nothing open, and `run_in_turn` or
 `run_on_ray` makes the outputs. A row's seed, its output's name and the rank that makes it follow from the file and the
 flags alone, and not from what there is already or who runs. So a run that died is simply started again, and what it
 had made is left out.
@@ -69,7 +69,7 @@ class Outcome:
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-def plan_jobs(
+def resolve_jobs(
     config: Config,
     path: Path,
     rows: Sequence[Row],

@@ -354,7 +354,7 @@ class Pipeline:
 path = Path("lines.txt").absolute()
 path.write_text("harmless\\ndeadly\\nalso harmless\\n")
 batch.ATTEMPTS = 2
-jobs = batch.plan_jobs(load_config(sys.argv[1]), path, batch.read_prompts(path), path.parent / "out")
+jobs = batch.resolve_jobs(load_config(sys.argv[1]), path, batch.read_prompts(path), path.parent / "out")
 ray.init = functools.partial(ray.init, num_gpus=4)  # Ray believes what it is told
 for outcome in batch.run_on_ray(Pipeline, jobs, "local", gpus_each=2):
     output = outcome.job.output

@@ -31,7 +31,7 @@ from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.request import resolve_request
 from kandinsky.runtime.magcache import cache_for_request
-from kandinsky.runtime.parallel import FirstProcessEncodes, SequenceParallel, Team
+from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes, SequenceParallel
 from kandinsky.runtime.processes import Processes
 from tests.unit.small_pipelines import TASKS, WordsEmbedder, build, call, latents_of, randomised
 
@@ -73,7 +73,7 @@ VELOCITIES: dict[str, tuple[int, tuple[int, int, int], NablaConfig | None]] = {
 
 
 @torch.no_grad()
-def velocity(name: str, team: Team | None, folder: Path) -> Tensor:
+def velocity(name: str, team: DistributedTeam | None, folder: Path) -> Tensor:
     """Of one request, with a masked text. Each process's blocks see its share of the tokens, in whole NABLA blocks."""
     dit = peaked_dit()
     batch, size, nabla = VELOCITIES[name]
@@ -99,7 +99,7 @@ def velocity(name: str, team: Team | None, folder: Path) -> Tensor:
 # --- pipelines --------------------------------------------------------------------------------------------------------
 
 
-def pipeline(task: str, team: Team | None, dit: Any = None, nabla: bool = False, **options: Any) -> Any:
+def pipeline(task: str, team: DistributedTeam | None, dit: Any = None, nabla: bool = False, **options: Any) -> Any:
     """As `loading` puts one together, with four heads."""
     pipe: Any = build(task, team=team, **options)
     params = dataclasses.replace(pipe.config.model.dit_params, model_dim=64)
@@ -116,17 +116,17 @@ def pipeline(task: str, team: Team | None, dit: Any = None, nabla: bool = False,
     return pipe
 
 
-def task(name: str, team: Team | None, folder: Path) -> Tensor:
+def task(name: str, team: DistributedTeam | None, folder: Path) -> Tensor:
     """Two prompts, a height that gives an odd number of rows of patches where a video may have one."""
     odd = {"width": 80, "height": 48} if name.endswith("v") else {}
     return latents_of(pipeline(name, team), ["a red cat", "one dog and two birds"], **odd)
 
 
-def nabla(team: Team | None, folder: Path) -> Tensor:
+def nabla(team: DistributedTeam | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team, nabla=True), width=256, height=128, num_frames=9)
 
 
-def magcache(team: Team | None, folder: Path) -> Tensor:
+def magcache(team: DistributedTeam | None, folder: Path) -> Tensor:
     """Guidance in some steps only: the two branches skip different evaluations, and a half has those of its branch."""
     pipe = pipeline("t2v", team, make_cache=MAGCACHE)
     done: list[int] = []
@@ -149,7 +149,7 @@ def evaluations(pipe: Any) -> list[float]:
     return [records[0].evaluations, records[0].skipped_evaluations]
 
 
-def sharded(kind: str, team: Team | None, folder: Path) -> Tensor:
+def sharded(kind: str, team: DistributedTeam | None, folder: Path) -> Tensor:
     """Weights from a file, of which each process has its rows; bfloat16 has float32 modulations in between."""
     params = pipeline("t2v", None).config.model.dit_params
     path, dtype = folder / f"{kind}.safetensors", torch.bfloat16 if kind == "bfloat16" else torch.float32
@@ -168,7 +168,7 @@ def sharded(kind: str, team: Team | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team, dit, nabla=kind == "nabla", **cache), num_steps=STEPS, **SHARDED[kind])
 
 
-def memory(team: Team | None, folder: Path) -> Tensor:
+def memory(team: DistributedTeam | None, folder: Path) -> Tensor:
     """Half a gigabyte in bfloat16: four processes take a quarter each, and hold no pages of the rest.
 
     In benchmarks/parallel.py it is 4 GB.
@@ -192,7 +192,7 @@ SHARDED: dict[str, dict[str, Any]] = {
 
 
 @torch.no_grad()
-def decoded(name: str, team: Team | None, folder: Path) -> Tensor:
+def decoded(name: str, team: DistributedTeam | None, folder: Path) -> Tensor:
     """Windows of time and tiles of a picture, fewer and more than there are processes."""
     pipe = pipeline(name, team)
     size, tiles = ((8, 12, 8), 6) if name == "t2v" else ((1, 12, 8), 2)
@@ -204,7 +204,7 @@ def decoded(name: str, team: Team | None, folder: Path) -> Tensor:
 
 
 @torch.no_grad()
-def without_memory(team: Team | None, folder: Path) -> Tensor:
+def without_memory(team: DistributedTeam | None, folder: Path) -> Tensor:
     """One process alone runs out of memory: in one of its tiles, then when it is done with all of them.
 
     All go on with the same smaller tiles, and nobody waits for what another one has given up.
@@ -235,12 +235,12 @@ def without_memory(team: Team | None, folder: Path) -> Tensor:
     return pixels
 
 
-def random_seed(team: Team | None, folder: Path) -> Tensor:
+def random_seed(team: DistributedTeam | None, folder: Path) -> Tensor:
     """The same in all processes, whatever it is; compared with nothing else."""
     return latents_of(pipeline("i2v", team), seed=None)
 
 
-def interrupted(team: Team | None, folder: Path) -> Tensor:
+def interrupted(team: DistributedTeam | None, folder: Path) -> Tensor:
     """By the first process alone, after its second step of six."""
 
     def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
@@ -249,7 +249,7 @@ def interrupted(team: Team | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team), num_steps=STEPS, callback_on_step_end=callback)
 
 
-def resumed(team: Team | None, folder: Path) -> Tensor:
+def resumed(team: DistributedTeam | None, folder: Path) -> Tensor:
     """Stopped by the first process where a cache holds residuals, and gone on with from the file, by all of them."""
     name = f"resumed_{team.size}_{team.guidance is not None}" if team else "resumed"
 
@@ -274,7 +274,7 @@ def resumed(team: Team | None, folder: Path) -> Tensor:
     return torch.cat((latents.flatten(), counts))
 
 
-def written(team: Team | None, folder: Path) -> Tensor:
+def written(team: DistributedTeam | None, folder: Path) -> Tensor:
     """Pixels in all processes, files from one."""
     name = "alone" if team is None else f"{team.size}_{team.processes.rank}"
     call(pipeline("t2i", team), save_path=folder / "written" / name / "a.png")
@@ -283,7 +283,7 @@ def written(team: Team | None, folder: Path) -> Tensor:
     return torch.zeros(1)
 
 
-def refused(team: Team | None, folder: Path) -> Tensor:
+def refused(team: DistributedTeam | None, folder: Path) -> Tensor:
     """A prompt that the first process can't encode is a ValueError everywhere, after which the others still work."""
     pipe = pipeline("t2v", team)
 
@@ -298,7 +298,7 @@ def refused(team: Team | None, folder: Path) -> Tensor:
     return torch.zeros(1)
 
 
-Case = Callable[[Team | None, Path], Tensor]
+Case = Callable[[DistributedTeam | None, Path], Tensor]
 CASES: dict[str, Case] = {
     "memory": memory,  # the first, as a peak is one of all that has been
     **{f"velocity: {name}": functools.partial(velocity, name) for name in VELOCITIES},
@@ -336,7 +336,7 @@ def process(rank: int, size: int, port: int, folder: Path) -> None:
     processes.connect(torch.device("cpu"))
     results: dict[str, Any] = {}
     for branches in (1, 2):
-        team = Team(processes, branches, "cpu")
+        team = DistributedTeam(processes, branches, "cpu")
         for name in CASES if branches == 1 else WITH_BRANCHES:
             try:
                 results[f"{name}, cfg_parallel" if branches == 2 else name] = CASES[name](team, folder)

@@ -25,7 +25,7 @@ from kandinsky.config.reading import load_config
 from kandinsky.config.schema import Config
 from kandinsky.pictures import FORMATS, MAX_MEGAPIXELS, load_image
 from kandinsky.request import resolve_request
-from kandinsky.serving.batch import plan_jobs
+from kandinsky.serving.batch import resolve_jobs
 from kandinsky.serving.prompts_file import COLUMNS, MOST_TOLD, RowMistakes, read_prompts
 from tests.robustness.fuzzing import (
     NASTY_BYTES,
@@ -297,7 +297,7 @@ def test_fuzz_files_of_prompts(no_loading: Path) -> None:
         try:
             found = read_prompts(path)
             picture = no_loading / "a.png" if rng.random() < 0.5 else None
-            jobs = plan_jobs(rng.choice(configs), path, found, no_loading / "out", image=picture, time_length=0)
+            jobs = resolve_jobs(rng.choice(configs), path, found, no_loading / "out", image=picture, time_length=0)
         except RowMistakes as error:
             assert len(error.mistakes) <= MOST_TOLD + 1
             for mistake in error.mistakes:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kandinsky.config.reading import load_config
 from kandinsky.request import MAX_SEED
-from kandinsky.serving.batch import Job, Maker, left_to_do, plan_jobs, seed_of
+from kandinsky.serving.batch import Job, Maker, left_to_do, resolve_jobs, seed_of
 from kandinsky.serving.prompts_file import RowMistakes, read_prompts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -32,7 +32,7 @@ def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> Path:
 def plan(folder: Path, name: str, text: str, config: str = "config_tiny_t2v", **wishes: object) -> list[Job]:
     path = write(folder, name, text)
     wishes = {"time_length": 0, **wishes} if config == "config_tiny_t2v" else wishes
-    return plan_jobs(load_config(CONFIGS / f"{config}.yaml"), path, read_prompts(path), folder / "out", **wishes)
+    return resolve_jobs(load_config(CONFIGS / f"{config}.yaml"), path, read_prompts(path), folder / "out", **wishes)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -16,7 +16,7 @@ from torch import Tensor
 from kandinsky.config.reading import load_config, with_settings
 from kandinsky.config.schema import MagCacheConfig
 from kandinsky.runtime.magcache import MagCache, cache_for_request, skip_plan, stretched
-from kandinsky.sampling.sampler import guidance_plan
+from kandinsky.sampling.sampler import guided_steps
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -180,7 +180,7 @@ def test_accumulation_restarts_after_a_gap() -> None:
     ("interval", "every", "length"), [((0.0, 1.0), 2, 15), ((0.2, 0.6), 1, 14), ((0.0, 0.0), 1, 10)]
 )
 def test_plan_of_a_request_is_that_of_its_guidance(interval: tuple[float, float], every: int, length: int) -> None:
-    guided = [step == "new" for step in guidance_plan(10, 5.0, interval, every)]
+    guided = [step == "new" for step in guided_steps(10, 5.0, interval, every)]
     assert len(skip_plan([1.0] * 18, 10, True, guided=guided)) == length
     cache = cache_for_request(MagCacheConfig(mag_ratios=(1.0,) * 18, enabled=True), guided)
     assert len(cache.skips["cond"]) == 10 and len(cache.skips["uncond"]) == length - 10

@@ -187,13 +187,13 @@ def test_what_lies_on_the_host_of_a_gpu(offload: str) -> None:
 def test_evaluations_are_those_of_the_sampler(
     steps: int, weight: float, interval: tuple[float, float], every: int
 ) -> None:
-    from kandinsky.sampling.sampler import guidance_plan
+    from kandinsky.sampling.sampler import guided_steps
 
     request = dataclasses.replace(
         default_request(config_of("5s_sft")), num_steps=steps, guidance_weight=weight, guidance_interval=interval,
         guidance_every=every,
     )  # fmt: skip
-    unconditional = sum(step == "new" for step in guidance_plan(steps, weight, interval, every))
+    unconditional = sum(step == "new" for step in guided_steps(steps, weight, interval, every))
     assert num_evaluations(request) == steps + unconditional
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky.sampling.sampler import euler_sample, flow_timesteps, guidance_plan, uses_guidance
+from kandinsky.sampling.sampler import euler_sample, flow_timesteps, guided_steps, uses_guidance
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -109,7 +109,7 @@ class CurvedVelocity:
 
 def plan_letters(num_steps: int, interval: tuple[float, float] = (0.0, 1.0), every: int = 1) -> str:
     """n, k or - for new, kept and off."""
-    plan = guidance_plan(num_steps, 5.0, interval, every)
+    plan = guided_steps(num_steps, 5.0, interval, every)
     assert len(plan) == num_steps
     return "".join({"new": "n", "kept": "k", "off": "-"}[step] for step in plan)
 
@@ -135,7 +135,7 @@ def test_which_steps_are_guided(num_steps: int, interval: tuple[float, float], e
 
 @pytest.mark.parametrize("weight", [1.0, 1 + 1e-7])
 def test_nothing_is_guided_at_weight_one(weight: float) -> None:
-    assert guidance_plan(4, weight, (0.0, 1.0), 2) == ("off",) * 4
+    assert guided_steps(4, weight, (0.0, 1.0), 2) == ("off",) * 4
 
 
 @pytest.mark.parametrize("weight", [0.0, 4.0])
