@@ -34,7 +34,7 @@ from kandinsky.config.schema import Config, RuntimeConfig
 from kandinsky.diffusers_calls.parts import VAE, Transformer
 from kandinsky.loading.assemble import load_pipeline
 from kandinsky.loading.device_map import DeviceMap, parse_device_map
-from kandinsky.loading.devices import resolve_dtype
+from kandinsky.loading.devices import device_of_rank, resolve_dtype
 from kandinsky.pipelines.base import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ class DiffusersBase:
         self._offload(None, onload_device, blocks_on_gpu=blocks)
 
     def _offload(self, gpu_id: int | None, device: Any, **runtime: Any) -> None:
-        if device is None and gpu_id is None and self.device.type == "cpu" and torch.cuda.is_available():
+        if device is None and gpu_id is None and self.device.type == "cpu" and device_of_rank(0) != "cpu":
             gpu_id = 0
         if device is None or str(device) == "cuda":
             device = device if gpu_id is None else f"cuda:{gpu_id}"

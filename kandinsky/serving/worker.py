@@ -197,8 +197,7 @@ class Worker:
             raise
         except Exception as error:
             self.news(id=job_id, outcome="failed", **why(error))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing without a GPU
         finally:
             self.making = self.stopper.pipeline = None
             self.cancelled.discard(job_id)

@@ -134,7 +134,16 @@ def manners(tree: ast.AST, path: Path, package: Path) -> Iterator[tuple[int, str
                     yield node.lineno, f"os.{alias.name}: settings come in as arguments"
 
 
-RULES = (wrong_imports, early_torch, manners)
+def asks_for_devices(tree: ast.AST, path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """Whether there is a GPU, how many, and how much memory it has free: only loading asks."""
+    if room_of(module_of(path, package)) == "loading":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("is_available", "device_count", "mem_get_info"):
+            yield node.lineno, f"{node.attr}: only loading asks which devices there are"
+
+
+RULES = (wrong_imports, early_torch, manners, asks_for_devices)
 
 
 def problems(package: Path) -> list[str]:
@@ -210,6 +219,7 @@ def test_checker_accepts_a_good_house(tmp_path: Path) -> None:
         ("outputs/media.py", "from safetensors.torch import load_file", "outputs imports"),
         ("attic.py", "import dataclasses", "attic has no floor"),
         ("models/dit.py", "def f():\n    print(1)", "models/dit.py:2: print("),
+        ("models/dit.py", "import torch\nx = torch.cuda.is_available()", "models/dit.py:2: is_available: only loading"),
         ("loading/dit.py", "import os\nx = os.environ['HOME']", "dit.py:2: os.environ"),
         ("loading/dit.py", "import os\nx = os.getenv('HOME')", "dit.py:2: os.getenv"),
         ("loading/dit.py", "from os import environ", "dit.py:1: os.environ"),
