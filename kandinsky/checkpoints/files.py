@@ -32,9 +32,6 @@ _INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")  # diffusers puts
 TINY_COMMAND = "python test.py --config configs/config_tiny_t2v.yaml"
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def find_weights(path: str | Path) -> list[Path]:
     """The safetensors files behind a path: a file, or a folder with one file or with an index of shards.
 

@@ -33,8 +33,6 @@ from kandinsky.common.untrusted import home_path, read_json
 from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 
-# --- what is this? ----------------------------------------------------------------------------------------------------
-
 # What a tensor of it is called -> what a file is; the first that fits.
 KINDS = {
     "LoRA": r"\.lora_(A|B|up|down)\.",

@@ -8,14 +8,10 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kandinsky.commands.download import download
 from kandinsky.commands.flags import config_for, wishes_of
 from kandinsky.commands.launch import Launch
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_many(args: argparse.Namespace, launch: Launch) -> int:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kandinsky.commands.flags import overrides_of
 from kandinsky.commands.launch import Launch
-
-if TYPE_CHECKING:
-    pass
 
 
 def resume(args: argparse.Namespace, launch: Launch) -> Path | None:

@@ -20,9 +20,6 @@ SD_SIZES = ((512, 512), (768, 512), (512, 768))
 HD_SIZES = ((1024, 1024), (1408, 640), (640, 1408), (1280, 768), (768, 1280), (1152, 896), (896, 1152))
 
 
-# --- defaults that depend on other settings ---------------------------------------------------------------------------
-
-
 def fill_defaults(values: dict[str, Any]) -> None:
     """Derive what an old YAML file does not say. What a file says is never changed."""
     metrics = values.setdefault("metrics", {})

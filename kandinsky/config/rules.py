@@ -62,9 +62,6 @@ def not_allowed(key: str, value: Any, allowed: str) -> ValueError:
     return ValueError(f"{key} = {shown(value)} is not allowed: it must be {allowed}")
 
 
-# --- ranges, and rules between settings -------------------------------------------------------------------------------
-
-
 def check_config(config: Config) -> None:
     _check_ranges(config)
     for rule in (_check_model, _check_magcache, _check_shards, _check_task, _check_sizes):

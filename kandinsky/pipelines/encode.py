@@ -32,6 +32,7 @@ from kandinsky.text.prompts import check_prompts
 if TYPE_CHECKING:
     from PIL import Image
 
+
 logger = logging.getLogger(__name__)
 
 

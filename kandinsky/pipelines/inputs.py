@@ -25,6 +25,7 @@ from kandinsky.text.embeddings import TextEmbeddings
 if TYPE_CHECKING:
     from PIL import Image
 
+
 ImageSource: TypeAlias = "str | Path | Image.Image | np.ndarray"
 OUTPUT_TYPES = ("uint8", "pil", "np", "pt", "latent")
 

@@ -17,9 +17,6 @@ FLOAT32 = 4
 NABLA_DENSITY = 0.2  # share of its blocks that NABLA is taken to keep; it depends on what is generated
 
 
-# --- what exists besides the weights ----------------------------------------------------------------------------------
-
-
 def dit_activations(
     dit: DiTConfig,
     tokens: int,

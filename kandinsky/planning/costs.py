@@ -13,8 +13,6 @@ from kandinsky.planning.weights import Models
 from kandinsky.planning.words import gb_text
 from kandinsky.request import Request
 
-# --- time -------------------------------------------------------------------------------------------------------------
-
 
 def costs(config: Config, request: Request, machine: Machine, models: Models) -> Iterator[str]:
     """What the settings cost in time, in words, with the rates that it was worked out with."""

@@ -104,9 +104,6 @@ def resolve_runtime(
     return plan.config
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------
-
-
 def make_plan(config: Config, request: Request, machine: Machine, files: Mapping[str, Path], dtype: str) -> Plan:
     """The plan for a request; `files` as from `weight_files`, `dtype` a name like "bfloat16".
 

@@ -6,8 +6,6 @@ from kandinsky.planning.plan import Plan
 from kandinsky.planning.stages import num_tokens
 from kandinsky.planning.words import gb_text, yaml_text
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
 
 def report(plan: Plan) -> str:
     """The plan as a person reads it: a table of the stages, the settings, and their costs."""

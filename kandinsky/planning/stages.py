@@ -41,9 +41,6 @@ class Stage:
     mapped: int  # besides `host`, of weight files: what may be resident of them until the system needs the room
 
 
-# --- the stages -------------------------------------------------------------------------------------------------------
-
-
 def estimate(config: Config, request: Request, machine: Machine, models: Models) -> tuple[Stage, ...]:
     """What every stage takes with the settings of `config`, where offload is "on" or "off".
 
