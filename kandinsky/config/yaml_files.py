@@ -1,4 +1,4 @@
-"""YAML files and key=value overrides, read into plain dicts. What keys mean is for config.py to say.
+"""YAML files and key=value overrides, read into plain dicts. What keys mean is for schema.py to say.
 
 Whatever cannot be read is a ValueError of one line: a file that is none, text that is no YAML, nesting without end.
 """

@@ -1,1 +1,1 @@
-"""What makes a run fast or small, never what makes it right. Only `loading.py` imports from here."""
+"""What makes a run fast or small, never what makes it right. Only `loading/` imports from here."""

@@ -5,7 +5,7 @@ a description of the video (or image), with the states of that fixed prefix cut 
 published wordings; here they are rendered, tokenised and truncated, and the length of the prefix is checked against the
 tokenizer, because a prefix of another length would silently shift the text that the model sees.
 
-This module knows neither torch nor the models: token ids are plain lists, and `models/text_embedder.py` makes tensors.
+This module knows neither torch nor the models: token ids are plain lists, and `embedder.py` makes tensors.
 """
 
 from __future__ import annotations
