@@ -7,7 +7,7 @@
 
 On a CPU sizes are small and `generation` and `text` are the tiny checkpoints'; on a GPU they are the published ones,
 with random weights and embeddings (`text` needs the published encoders in --weights), of every config that fits by
-kandinsky/planning/. Ours is compiled as `--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`. The
+the plan. Ours is compiled as `--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`. The
 VAE and the text encoders are compiled in neither. diffusers has NABLA only compiled, and on a GPU (see NO_NABLA).
 
 Times are medians of calls in which the implementations take turns, without autograd, after a call that isn't counted;
