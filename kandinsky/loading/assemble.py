@@ -288,7 +288,8 @@ def locate_weights(
 ) -> Path:
     """Where a part of the model is on this machine: at the path that was given, or else at the config's.
 
-    Of a whole repository (see `FOLDERS` in checkpoints/files.py) it is the part's folder. ValueError where there is none.
+    Of a whole repository (see `FOLDERS` in checkpoints/files.py) it is the part's folder. Raises ValueError where there
+    is none.
     """
     path = Path(given) if given is not None else resolve_path(from_config, config, cache_dir)
     if not path.exists():
