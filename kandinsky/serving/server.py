@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -70,26 +72,36 @@ def serve(catalogue: Catalogue, settings: Settings) -> None:
     )
     handle = own(settings.output_dir, PATIENCE)
     try:
-        lanes: list[Lane]
-        if settings.ray_address is None:
-            machine = Machine(host_memory()) if settings.device == "cpu" else None
-            lanes = [Bench(catalogue, options, machine, [handle])]
-        else:
-            from kandinsky.serving.replicas import on_ray
-
-            lanes = on_ray(catalogue, options, settings.ray_address, settings.replicas or 1)
-        engine = Engine(catalogue, settings.output_dir, lanes, settings.dtype)
-        app = create_app(engine, settings.api_key, hosts=(*LOOPBACK, settings.host))
-        config = uvicorn.Config(
-            app,
-            settings.host,
-            settings.port,
-            log_level="warning",
-            timeout_graceful_shutdown=GRACE,
-            limit_concurrency=CONNECTIONS,
-            server_header=False,
-            ws="none",
-        )
-        Server(config).run()
+        with lanes(catalogue, settings, options, handle) as them:
+            listen(Engine(catalogue, settings.output_dir, them, settings.dtype), settings)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def lanes(catalogue: Catalogue, settings: Settings, options: Options, handle: int) -> Iterator[list[Lane]]:
+    """On this machine, or on Ray."""
+    if settings.ray_address is not None:
+        from kandinsky.serving.replicas import on_ray
+
+        with on_ray(catalogue, options, settings.ray_address, settings.replicas or 1) as found:
+            yield found
+    else:
+        machine = Machine(host_memory()) if settings.device == "cpu" else None
+        yield [Bench(catalogue, options, machine, [handle])]
+
+
+def listen(engine: Engine, settings: Settings) -> None:
+    """Answer requests until a signal comes."""
+    app = create_app(engine, settings.api_key, hosts=(*LOOPBACK, settings.host))
+    config = uvicorn.Config(
+        app,
+        settings.host,
+        settings.port,
+        log_level="warning",
+        timeout_graceful_shutdown=GRACE,
+        limit_concurrency=CONNECTIONS,
+        server_header=False,
+        ws="none",
+    )
+    Server(config).run()
