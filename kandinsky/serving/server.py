@@ -103,5 +103,7 @@ def listen(engine: Engine, settings: Settings) -> None:
         limit_concurrency=CONNECTIONS,
         server_header=False,
         ws="none",
+        http="h11",  # the same whatever else is installed
+        loop="asyncio",
     )
     Server(config).run()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kandinsky.config import load_config
+from kandinsky.config.reading import load_config
 from kandinsky.outputs.media import sidecar_path
 from kandinsky.planning.plan import Machine
 from kandinsky.serving.lanes import Outcome, Report, Task

@@ -49,6 +49,61 @@ def test_commands_parse() -> None:
         download_parser().parse_args(words)
 
 
+def test_commands_of_the_server_parse() -> None:
+    import json
+
+    import yaml
+
+    serve = load_module(REPOSITORY / "serve.py")
+    lines = commands("serve.py")
+    assert len(lines) >= 3
+    docker = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    entry, default = (
+        json.loads(re.search(rf"^{name} (.*)$", docker, re.MULTILINE)[1]) for name in ("ENTRYPOINT", "CMD")
+    )
+    assert entry[:2] == ["python", "serve.py"]
+    for words in [*lines, [*entry[2:], *default, "--api_key", "KEY"]]:
+        args = serve["checked"](serve["build_parser"]().parse_intermixed_args(words))
+        for config in args.config:
+            load_config(REPOSITORY / config, args.overrides)
+    for name in re.findall(r"COPY ([^.].*) \./", docker)[0].split():
+        assert (REPOSITORY / name).is_file()
+    service = yaml.safe_load((REPOSITORY / "compose.yaml").read_text(encoding="utf-8"))["services"]["kandinsky5"]
+    assert service["ports"] == ["127.0.0.1:8000:8000"] and serve["KEY_VARIABLE"] in service["environment"]
+    flags = {option for action in serve["build_parser"]()._actions for option in action.option_strings}
+    named = {flag for row in table_rows(DOCS["serving"], "flag") for flag in re.findall(r"--\w+", row[0])}
+    assert named == flags - {"-h", "--help"}
+
+
+def test_addresses_of_the_server_are_named(tmp_path: Path) -> None:
+    """Each in the table is one, and each is in the table; every field that is named is one of a request's."""
+    pytest.importorskip("fastapi")
+    from kandinsky.serving.app import create_app
+    from kandinsky.serving.engine import Engine
+    from kandinsky.serving.fields import FIELDS
+    from kandinsky.serving.variants import Catalogue, Variant
+
+    config = load_config(REPOSITORY / "configs" / "config_tiny_t2v.yaml")
+    paths = create_app(Engine(Catalogue([Variant("tiny", config)]), tmp_path, [])).openapi()["paths"]
+    routes = {(method.upper(), re.sub(r"{\w+}", "{id}", path)) for path, one in paths.items() for method in one}
+    named = set()
+    for cell, _ in table_rows(DOCS["serving"], "address"):
+        methods: list[str] = []
+        for word in re.findall(r"`([^`]+)`", cell):
+            method, _, path = word.rpartition(" ")
+            methods = [*methods, method or path] if path.isupper() or method else methods
+            if path.startswith("/"):
+                named |= {(one, path) for one in methods}
+                last, methods = path, []
+            elif not path.isupper():
+                named.add(("GET", f"{last.rpartition('/')[0]}/{path}"))
+    shorter = {("GET", "/docs"), ("GET", "/v1/images/{id}/content"), ("GET", "/v1/models/{id}")}
+    assert named - shorter == routes - shorter
+    fields = re.search(r"Besides OpenAI's fields there are (.*?)\.", DOCS["serving"], re.DOTALL)
+    assert fields is not None
+    assert set(re.findall(r"`([a-z_]+)`", fields[1])) <= set(FIELDS)
+
+
 def load_module(path: Path) -> dict:
     import runpy
 
