@@ -20,16 +20,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="s
 def test_two_replicas_one_killed(tmp_path: Path) -> None:
     served = Served(tmp_path, "--ray_address", "local", "--replicas", "2", models=("tiny_t2i",))
     fields = {"model": "tiny_t2i", "prompt": SQUARE, "seed": 1}
-    long, other = (served.post("/v1/jobs", **{**fields, "steps": 400})["data"][0]["id"] for _ in range(2))
-    for one in (long, other):  # both at the same time
+    ids = [served.post("/v1/jobs", **{**fields, "steps": steps})["data"][0]["id"] for steps in (150, 151)]
+    for one in ids:  # both at the same time
         served.until(one, lambda job: job.get("step", 0) >= 2)
-    served.post(f"/v1/jobs/{other}/cancel")
-    assert served.ended(other)["state"] == "cancelled"
     replicas = [pid for pid, name in descendants(served.process.pid).items() if name.startswith("ray::ServeReplica")]
     assert len(replicas) == 2
-    for pid in replicas:
-        os.kill(pid, signal.SIGKILL)
-    assert served.ended(long)["state"] == "done"  # Ray starts others
+    os.kill(replicas[0], signal.SIGKILL)
+    for one in ids:  # Ray starts another, which goes on
+        assert served.ended(one)["state"] == "done"
     (last,) = served.post("/v1/jobs", **{**fields, "steps": 1000})["data"]
     served.until(last["id"], lambda job: job.get("step", 0) >= 2)
     served.stop()
