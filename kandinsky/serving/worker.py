@@ -238,7 +238,8 @@ def why(error: Exception) -> dict[str, str]:
     """Why a job failed, in one line. What no client can have caused is told in the log in full."""
     words = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "OutOfMemoryError" in [kind.__name__ for kind in type(error).__mro__]:
-        return {"error": f"out of memory: ask for something smaller or shorter ({words})", "code": "out_of_memory"}
+        what = f" ({words})" if words else ""
+        return {"error": f"out of memory: ask for something smaller or shorter{what}", "code": "out_of_memory"}
     if isinstance(error, ValueError):
         return {"error": words, "code": "invalid_request_error"}
     logger.error("a job failed", exc_info=error)

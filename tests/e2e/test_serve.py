@@ -21,7 +21,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from kandinsky.config.reading import load_config
 from tests.limits import PATIENCE
+from tests.lora_files import write_lora
 
 openai = pytest.importorskip("openai")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,7 +96,10 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("served"))
+    folder = tmp_path_factory.mktemp("served")
+    dit = load_config(CONFIGS["tiny_t2i"]).model.dit_params
+    write_lora(folder / "loras" / "strange look", dit, config={"r": 4, "lora_alpha": 4}, trigger="Strange. ")
+    served = Served(folder, "--lora_dir", str(folder / "loras"))
     yield served
     served.stop()
 
@@ -155,6 +160,17 @@ def test_pictures_drawn_and_edited(served: Served, cli: ModuleType, tmp_path: Pa
     content = httpx.get(edited.data[0].url).content
     flags = ("--sample_steps", "2", "--image", str(jpeg))
     assert content == from_command_line(cli, tmp_path, "tiny_i2i", "make it red", *flags)
+
+
+def test_an_adapter_by_its_name(served: Served, cli: ModuleType, tmp_path: Path) -> None:
+    def drawn(**more: Any) -> bytes:
+        made = served.openai.images.generate(model="tiny_t2i", prompt=SQUARE, extra_body={**SHORT, **more})
+        return base64.b64decode(made.data[0].b64_json or "")
+
+    plain, changed = drawn(), drawn(loras=["strange look:0.5"])
+    lora = f"{served.folder / 'loras' / 'strange look'}:0.5"
+    assert changed == from_command_line(cli, tmp_path, "tiny_t2i", SQUARE, "--sample_steps", "2", "--lora", lora)
+    assert drawn() == plain != changed
 
 
 def test_previews_magcache_and_cancelling(served: Served) -> None:
