@@ -21,7 +21,7 @@ HEARTBEAT = 15.0  # seconds of silence, after which a comment keeps the connecti
 
 
 async def until_ended(engine: Engine, job_id: str, request: Request) -> Job:
-    """The job when it has ended; it is cancelled where its client goes. Raises Refused where the server ends first."""
+    """The job when it has ended. Raises ClientDisconnect where its client goes, Refused where the server ends first."""
     with engine.watchers.watch(job_id) as news:
         while True:
             news.clear()
@@ -34,7 +34,6 @@ async def until_ended(engine: Engine, job_id: str, request: Request) -> Job:
                 await asyncio.wait_for(news.wait(), LOOK)
             except TimeoutError:
                 if await request.is_disconnected():
-                    engine.cancel(job_id)
                     raise ClientDisconnect from None
 
 

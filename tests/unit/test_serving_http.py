@@ -300,6 +300,16 @@ def bomb() -> bytes:
     return bytes(head)
 
 
+def text_bomb() -> bytes:
+    """A PNG with 100 MB of text in 100 kB."""
+    import zlib
+
+    content = b"Comment\0\0" + zlib.compress(bytes(10**8))
+    chunk = b"zTXt" + content
+    head = png()
+    return head[:33] + len(content).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + head[33:]
+
+
 def test_too_much_is_refused(make_site: Callable[..., Site], tmp_path: Path) -> None:
     site = make_site(Limits(body_mb=1, queue=2))
     large = site.ask("POST", "/v1/images/edits", files={"image": ("a.png", bytes(2_000_000))}, data={"prompt": "a"})
@@ -313,6 +323,9 @@ def test_too_much_is_refused(make_site: Callable[..., Site], tmp_path: Path) -> 
     assert unknown.status_code == 413
     pixels = site.ask("POST", "/v1/images/edits", files={"image": ("a.png", bomb())}, data={"prompt": "a"})
     assert pixels.status_code == 400 and "it has 100 megapixels" in message(pixels)
+
+    text = site.ask("POST", "/v1/images/edits", files={"image": ("a.png", text_bomb())}, data={"prompt": "a"})
+    assert text.status_code == 400 and "the file is damaged" in message(text)
 
     first = site.post("/v1/videos", prompt="wait").json()
     while site.ask("GET", f"/v1/jobs/{first['id']}").json()["state"] == "queued":
@@ -365,6 +378,20 @@ def test_without_a_key_other_sites_stay_out(site: Site) -> None:
     assert plain.status_code == 415
 
 
+def scope(path: str) -> dict[str, Any]:
+    """Of a POST with JSON that is yet to come."""
+    return {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"10")],
+        "http_version": "1.1", "scheme": "http", "root_path": "", "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+
+
+async def ignore(message: Any) -> None:
+    """Who does not listen to the answer."""
+
+
 def test_a_body_that_does_not_come(site: Site) -> None:
     sent: list[dict[str, Any]] = []
 
@@ -376,32 +403,29 @@ def test_a_body_that_does_not_come(site: Site) -> None:
         sent.append(part)
 
     app = Gate(site.app, Keys(None), Limits(body_seconds=0.05))
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"10")]
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/videos", "raw_path": b"/v1/videos", "query_string": b"",
-        "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": "", "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-    }  # fmt: skip
-    asyncio.run(asyncio.wait_for(app(scope, never, send), PATIENCE))
+    asyncio.run(asyncio.wait_for(app(scope("/v1/videos"), never, send), PATIENCE))
     assert sent[0]["status"] == 408
 
     async def gone() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
     sent.clear()
-    asyncio.run(asyncio.wait_for(app(scope, gone, send), PATIENCE))
+    asyncio.run(asyncio.wait_for(app(scope("/v1/videos"), gone, send), PATIENCE))
     assert sent[0]["status"] == 499 and site.engine.store.counts()["queued"] == 0
 
 
-def test_a_client_that_goes_cancels_its_pictures(site: Site) -> None:
-    async def go() -> None:
-        async with site.client() as client:
-            asking = asyncio.create_task(client.post("/v1/images/generations", json={"prompt": "wait"}))
-            while not site.engine.live:
-                await asyncio.sleep(0.01)
-            asking.cancel()
+def test_a_client_that_goes_cancels_its_pictures(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kandinsky.serving.waiting.LOOK", 0.01)
+    body = [b'{"prompt": "wait"}']
 
-    asyncio.run(go())
+    async def receive() -> dict[str, Any]:
+        if body:
+            return {"type": "http.request", "body": body.pop()}
+        while not site.engine.live:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    asyncio.run(asyncio.wait_for(site.app(scope("/v1/images/generations"), receive, ignore), PATIENCE))
     (job,) = site.engine.page(10)
     assert site.done(job.id)["state"] == "cancelled"
 
