@@ -16,10 +16,10 @@ SETTINGS = ("--sample_steps", "2", "--video_duration", "0.3", "--seed", "1", "--
 # Runs test.py as a person does, but for one function, which ends the process as the machine would.
 FAULTY = """
 import importlib.util, os, signal, sys
+sys.path.insert(0, os.path.dirname({cli!r}))
 spec = importlib.util.spec_from_file_location("cli", {cli!r})
 cli = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cli)
-sys.path.insert(0, os.path.dirname({cli!r}))
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import {module} as module
 calls = []
