@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -41,6 +41,8 @@ pytestmark = [
 class Served:
     """A running serve.py, in a process of its own."""
 
+    started: ClassVar[list[subprocess.Popen[str]]] = []
+
     def __init__(self, folder: Path, *flags: str, models: tuple[str, ...] = tuple(CONFIGS)) -> None:
         configs = [word for name in models for word in ("--config", str(CONFIGS[name]))]
         self.folder = folder
@@ -52,6 +54,7 @@ class Served:
             stderr=(folder / "log").open("a"),
             text=True,
         )
+        self.started.append(self.process)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
         assert self.address.startswith("http://127.0.0.1:"), (folder / "log").read_text()
@@ -92,6 +95,15 @@ class Served:
         code = self.process.wait(PATIENCE)
         self.http.close()
         return code
+
+
+@pytest.fixture(autouse=True, scope="module")
+def none_outlives_its_test() -> Iterator[None]:
+    """Also where a test fails on the way."""
+    yield
+    for process in Served.started:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")

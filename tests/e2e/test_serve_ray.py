@@ -12,7 +12,7 @@ pytest.importorskip("ray.serve", reason="needs ray[serve]", exc_type=ImportError
 pytest.importorskip("openai")
 
 from tests.e2e.test_many_prompts import descendants
-from tests.e2e.test_serve import SQUARE, Served
+from tests.e2e.test_serve import SQUARE, Served, none_outlives_its_test  # noqa: F401  (a fixture of every test)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals")]
 
