@@ -27,6 +27,7 @@ from kandinsky.checkpoints.dit_layout import (
 from kandinsky.checkpoints.files import _SHARD, FOLDERS, REPOSITORY, find_weights, folder_of
 from kandinsky.checkpoints.headers import BITS as BITS
 from kandinsky.checkpoints.headers import Header, read_header
+from kandinsky.checkpoints.lora_tensors import describe_lora
 from kandinsky.common.command_line import show_every_character
 from kandinsky.common.given import shortened
 from kandinsky.common.untrusted import home_path, read_json
@@ -35,7 +36,7 @@ from kandinsky.config.schema import DiTConfig
 
 # What a tensor of it is called -> what a file is; the first that fits.
 KINDS = {
-    "LoRA": r"\.lora_(A|B|up|down)\.",
+    "LoRA": r"\.(lora_(A|B|up|down)|hada_w\d_[ab]|lokr_w\d)|[._]lora(_linear_layer)?\.(up|down)\.",
     "DiT": rf"^({re.escape(COMFY_PREFIX)})?visual_transformer_blocks\.",
     "video VAE": r"^decoder\.conv_in\.conv\.weight$",
     "image VAE": r"^decoder\.conv_in\.weight$",
@@ -129,9 +130,7 @@ def _inspect_weights(path: Path) -> Report:
         if kind == "DiT":
             facts = _inspect_dit(path, header)
         elif kind == "LoRA":
-            downs = [shape for name, (_, shape) in header.items() if re.search(r"lora_(A|down)\.", name)]
-            ranks = sorted({shape[0] for shape in downs if shape})
-            facts = {"variant": f"rank {', '.join(map(str, ranks))}"}
+            facts = {"variant": describe_lora(header)}
         elif kind != "unknown":
             facts = _inspect_vae(path, kind, header) if "VAE" in kind else _inspect_encoder(path, kind, header)
             # Old files of CLIP have the numbers of its positions in them, which nobody reads.

@@ -10,6 +10,10 @@ host memory where its block streams; and while it is brought where the DiT is of
 compute on the device, in float32, and round once, and so to the same bits. To quantised weights nothing can be added
 exactly: there the matrices are on the device, in float32, and are added whenever a weight is dequantised.
 
+Several adapters are added in the order they are named in. Those that only add come to a sum, in any order; DoRA scales
+what the weight is by then, those before it included, as peft does it. An adapter's scale multiplies what is added; the
+lengths of a DoRA stay what they are, again as in peft, and a scale of 0 is no adapter at all.
+
 Knows neither devices nor where files are; the file format is checkpoints/lora_file.py's.
 """
 
@@ -26,22 +30,43 @@ from torch import Tensor, nn
 
 from kandinsky.checkpoints.headers import open_tensors
 from kandinsky.checkpoints.lora_file import AdapterConfig, LoraFile, read_lora
+from kandinsky.checkpoints.lora_tensors import LOHA, LORA
 from kandinsky.common.given import as_number, shown
 from kandinsky.config.schema import DiTConfig
 from kandinsky.models.numerics import is_finite
 from kandinsky.runtime.block_swap import BlockSwap
-from kandinsky.runtime.quantization import LowRank, QuantizedLinear, add_low_rank
+from kandinsky.runtime.quantization import QuantizedLinear
+from kandinsky.runtime.weight_changes import Change, Hadamard, Kronecker, LowRank, RowLengths, change_weight
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """What an adapter adds to one layer: scale * up @ down. On the host, in the file's dtype."""
+    """What an adapter changes a layer with: tensors by part (lora_tensors.py), on the host, in the file's dtype."""
 
-    up: Tensor  # (out, rank)
-    down: Tensor  # (rank, in)
+    kind: str
+    parts: Mapping[str, Tensor]
     scale: float
+
+    def changes(self, scale: float, device: torch.device) -> list[Change]:
+        """On the device, in float32, with the adapter's own scale times this one."""
+        parts = {name: part.to(device).float() for name, part in self.parts.items()}
+        factor = self.scale * scale
+        changes: list[Change]
+        if self.kind == LORA:
+            changes = [LowRank(parts["up"] * factor, parts["down"])]
+        elif self.kind == LOHA:
+            changes = [Hadamard(parts["w1_a"] * factor, parts["w1_b"], parts["w2_a"], parts["w2_b"])]
+        else:
+            first, second = (
+                parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"] for name in ("kw1", "kw2")
+            )
+            changes = [Kronecker(first * factor, second)]
+        if "magnitude" in parts:
+            lengths = parts["magnitude"]
+            changes.append(RowLengths(lengths[:, None] if lengths.ndim == 1 else lengths))
+        return changes
 
 
 @dataclass(frozen=True)
@@ -146,10 +171,10 @@ class Adapters:
         Raises ValueError where that makes numbers that are none of numbers.
         """
         layer = name.removesuffix(".weight")
-        update = self._update(layer) if layer != name else None
-        if update is None:
+        changes = self._changes(layer) if layer != name else ()
+        if not changes:
             return weight
-        merged = add_low_rank(weight, update)
+        merged = change_weight(weight, changes)
         if not is_finite(merged) and is_finite(weight):
             dtype = str(weight.dtype).removeprefix("torch.")
             raise NotFinite(
@@ -170,15 +195,17 @@ class Adapters:
         self._present = False
         self._rewrite(layer for layer in self._changed if isinstance(self._modules[layer], QuantizedLinear))
 
-    def _update(self, layer: str) -> LowRank | None:
-        """What the active adapters add to a layer, all in one, on the device."""
-        ups, downs = [], []
+    def _changes(self, layer: str) -> tuple[Change, ...]:
+        """What the active adapters make of a layer, on the device; what they add as low rank all in one product."""
+        changes: list[Change] = []
         for name, scale in self._scales.items():
             own = self._adapters[name].layers.get(layer)
-            if own is not None and scale:
-                ups.append(own.up.to(self._device).float() * (own.scale * scale))
-                downs.append(own.down.to(self._device).float())
-        return LowRank(torch.cat(ups, dim=1), torch.cat(downs)) if ups else None
+            for change in own.changes(scale, self._device) if own is not None and scale else ():
+                if changes and isinstance(change, LowRank) and isinstance(last := changes[-1], LowRank):
+                    changes[-1] = LowRank(torch.cat((last.up, change.up), 1), torch.cat((last.down, change.down)))
+                else:
+                    changes.append(change)
+        return tuple(changes)
 
     @torch.no_grad()
     def _rewrite(self, layers: Iterable[str]) -> None:
@@ -186,7 +213,7 @@ class Adapters:
         for layer in layers:
             module = self._modules[layer]
             if isinstance(module, QuantizedLinear):
-                module.low_rank = self._update(layer) if self._present else None
+                module.changes = self._changes(layer) if self._present else ()
                 continue
             name = f"{layer}.weight"
             streams = self.swap is not None and self.swap.streams(name)
@@ -214,7 +241,8 @@ def _read_matrices(file: LoraFile) -> dict[str, Matrices]:
         for layer, names in file.layers.items():
             scale = names.scale
             if scale is None:
-                assert names.alpha is not None
+                assert names.alpha is not None and names.rank
                 scale = read(names.alpha).item() / names.rank
-            layers[layer] = Matrices(read(names.up), read(names.down), scale)
+            parts = {part: read(name) for part, name in names.parts.items() if part != "alpha"}
+            layers[layer] = Matrices(names.kind, parts, scale)
     return layers

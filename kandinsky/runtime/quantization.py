@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from kandinsky.checkpoints.dit_layout import (
 from kandinsky.checkpoints.headers import Header
 from kandinsky.common.writing import save_tensors
 from kandinsky.models.numerics import is_finite
+from kandinsky.runtime.weight_changes import Change, change_weight
 
 DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -42,18 +43,6 @@ ROWS = 256  # that are quantised at a time: what float32 takes beside the result
 # A tensor as it was read, with its name in the model -> the tensors that the model takes in its place, by name.
 # Empty where the tensor is none of the quantised layers' business.
 Convert = Callable[[str, Tensor], dict[str, Tensor]]
-
-
-class LowRank(NamedTuple):
-    """What adapters add to a weight (out, in): up @ down, both float32. See kandinsky.runtime.lora."""
-
-    up: Tensor  # (out, rank)
-    down: Tensor  # (rank, in)
-
-
-def add_low_rank(weight: Tensor, update: LowRank) -> Tensor:
-    """The weight with the update added, computed in float32 and rounded once, to the weight's dtype."""
-    return torch.addmm(weight.float(), update.up, update.down).to(weight.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -68,9 +57,10 @@ class QuantizedLinear(nn.Module):
         for name, (dtype, shape) in quantized_parts(self.scheme, out_features, in_features).items():
             self.register_buffer(name, torch.zeros(shape, dtype=DTYPES[dtype]))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
-        # Added to the weight whenever it is dequantised: to its few bits it could not be added exactly. For thousands
-        # of tokens these are fewer operations than to multiply each of them with the two thin matrices.
-        self.low_rank: LowRank | None = None
+        # What adapters make of the weight (kandinsky.runtime.lora) whenever it is dequantised: to its few bits it could
+        # not be added exactly. For thousands of tokens these are fewer operations than to multiply each of them with
+        # an adapter's thin matrices.
+        self.changes: tuple[Change, ...] = ()
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +72,9 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.low_rank is None:
+        if not self.changes:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
-        weight = add_low_rank(self.dequantize(torch.float32), self.low_rank)
+        weight = change_weight(self.dequantize(torch.float32), self.changes)
         return F.linear(x, weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

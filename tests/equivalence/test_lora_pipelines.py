@@ -152,7 +152,7 @@ def test_what_failed_on_the_way_is_undone(loras: dict[str, Path], monkeypatch: p
         return weight + 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora, "add_low_rank", out_of_memory)
+        patch.setattr(lora, "change_weight", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             pipe.load_adapter(None, loras["all"])
     assert not all(torch.equal(tensor, before[name]) for name, tensor in pipe.dit.state_dict().items())

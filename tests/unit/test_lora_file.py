@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from small_pipelines import TASKS, build, call
 from torch import Tensor
 
 from kandinsky.checkpoints.lora_file import AdapterConfig, configured_loras, find_lora, read_lora
+from kandinsky.checkpoints.lora_tensors import lora_layers
 from kandinsky.config.reading import load_config
 from kandinsky.config.rules import split_lora
 from kandinsky.config.schema import DiTConfig
@@ -130,6 +132,48 @@ def test_the_file_of_a_folder_and_the_config_beside_it(name: str, tmp_path: Path
     assert read_lora(tmp_path / "other.safetensors", DIT).layers[QUERY].scale == 1
 
 
+def flattened(prefix: str, separator: str = "_") -> Callable[[dict[str, Tensor]], None]:
+    """Kohya's names, with .alpha."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            layer, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+            name = f"{prefix}{layer.replace('.', separator)}"
+            tensors[f"{name}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensors.pop(key)
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
+
+    return change
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_transformer_", "lycoris_", "lora_unet_diffusion_model_"])
+def test_flattened_names(prefix: str, tmp_path: Path) -> None:
+    """Of all layers of a published size: no two of them are the same once flattened."""
+    dit = load_config(TINY.parent / "config_5s_sft.yaml").model.dit_params
+    tensors = {f"{prefix}{name.replace('.', '_')}": name for name in linear_layers(dit)}
+    assert len(tensors) == len(linear_layers(dit)) > 300
+    path = write_lora(tmp_path / "a.safetensors", DIT, change=flattened(prefix))
+    layers = read_lora(path, DIT).layers
+    assert set(layers) == set(linear_layers(DIT))
+    assert all(layer.alpha == f"{prefix}{name.replace('.', '_')}.alpha" for name, layer in layers.items())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"lora_A": "lora.down", "lora_B": "lora.up", "base_model.model.": "unet."},
+        {".lora_A": "_lora.down", ".lora_B": "_lora.up", "base_model.model.": "transformer."},
+        {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up", "base_model.model.": ""},
+        {"lora_A": "lora_A.style", "lora_B": "lora_B.style", "base_model.model.": "pipe.dit."},
+        {"lora_A": "lora_A.default", "lora_B": "lora_B.default", "base_model.model.": "module."},
+    ],
+)
+def test_names_of_other_trainers(names: dict[str, str], tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "a.safetensors", DIT, LAYERS, change=renamed(**names))
+    assert set(read_lora(path, DIT).layers) == set(LAYERS)
+    for layer in read_lora(path, DIT).layers.values():
+        assert "down" in layer.down or "lora_A" in layer.down
+
+
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 
@@ -177,9 +221,17 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no dimensions": (replaced(A=torch.tensor(1.0)), r"1 of another shape"),
     "alphas": (replaced(alpha=torch.zeros(3)), r"alpha \(3,\), not one number"),
     "integers": (replaced(A=torch.zeros(4, 32, dtype=torch.int8)), r"1 of another dtype than F32, F16, BF16"),
-    "DoRA of peft": (replaced(lora_magnitude_vector=torch.ones(32)), r"this is a DoRA \(.*lora_magnitude_vector\)"),
-    "DoRA of others": (replaced(dora_scale=torch.ones(32)), r"this is a DoRA \(.*dora_scale\), which is not supported"),
-    "LoHa": (replaced(hada_w1_a=torch.ones(4, 4)), r"1 tensors of no known kind \(.*hada_w1_a\)"),
+    "DoRA of another width": (
+        replaced(lora_magnitude_vector=torch.ones(31)),
+        r"1 of another shape \(.*lora_magnitude_vector \(31,\), the layer is \(32, 32\)",
+    ),
+    "DoRA of a whole matrix": (replaced(dora_scale=torch.ones(32, 32)), r"1 of another shape \(.*dora_scale"),
+    "DoRA of integers": (replaced(dora_scale=torch.ones(32, dtype=torch.int8)), r"1 of another dtype .*dora_scale"),
+    "two kinds": (
+        replaced(hada_w1_a=torch.ones(4, 4)),
+        r"3 that are not the matrices of one kind of adapter \(.*hada_w1_a|3 that are not .*lora_A",
+    ),
+    "a Tucker decomposition": (replaced(lokr_t2=torch.ones(4, 4, 1, 1)), r"1 tensors of no known kind \(.*lokr_t2\)"),
     "bias": (replaced(B_bias=torch.ones(32)), r"1 tensors of no known kind \(.*lora_B\.bias\)"),
     "the same twice": (
         added(f"transformer.{QUERY}.lora_A.weight", 4, 32),
@@ -195,6 +247,74 @@ def test_what_does_not_fit_is_named(what: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read_lora(path, DIT)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_file_for_another_model_says_which(tmp_path: Path) -> None:
+    """Only where names fit, and sizes or the number of blocks don't, is it asked whether it is of another variant."""
+    foreign = {
+        "dotted": renamed(visual_transformer_blocks="double_blocks", time_embeddings="time_in"),
+        "flattened": flattened("lora_unet_blocks_"),
+    }
+    for what, change in foreign.items():
+        path = write_lora(tmp_path / f"{what}.safetensors", DIT, LAYERS, change=change)
+        with pytest.raises(
+            ValueError, match="this LoRA is for another model, nothing of it is used: it is of"
+        ) as caught:
+            read_lora(path, DIT)
+        assert ("double_blocks.1.self" if what == "dotted" else "blocks_visual_transf") in str(caught.value)
+        assert "variant" not in str(caught.value)
+
+    wider = dataclasses.replace(DIT, model_dim=64)
+    longer = dataclasses.replace(DIT, num_visual_blocks=4)
+    for number, (other, change) in enumerate(((wider, None), (longer, None), (wider, flattened("lora_unet_")))):
+        path = write_lora(tmp_path / f"{number}.safetensors", other, change=change)
+        with pytest.raises(ValueError, match=r"Is it made for another variant\?$"):
+            read_lora(path, DIT)
+    mixed = write_lora(tmp_path / "mixed.safetensors", wider, LAYERS, change=renamed(to_query="to_q"))
+    with pytest.raises(ValueError, match=r"4 of layers|2 of layers that this model does not have .*to_q\.") as caught:
+        read_lora(mixed, DIT)
+    assert "variant" not in str(caught.value)
+
+
+def test_many_foreign_names_take_no_time(tmp_path: Path) -> None:
+    """As many as a header has room for."""
+    header = {f"blocks.{i}.x.lora_A.weight": ("F32", (1, 1)) for i in range(100_000)}
+    looked_up = 0
+
+    class Counted(dict[str, Any]):
+        def __iter__(self) -> Any:
+            nonlocal looked_up
+            looked_up += 1
+            return super().__iter__()
+
+    with pytest.raises(ValueError, match=r"for another model, .* none of its 100000"):
+        lora_layers(Counted(header), DIT)
+    assert looked_up < 10
+
+
+def test_nonsense_in_a_config_is_one_line(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "lora.safetensors", DIT, LAYERS)
+    endless: Any = []
+    for _ in range(100_000):
+        endless = [endless]
+    cyclic: Any = {}
+    cyclic["r"] = cyclic
+    for values in (
+        {**CONFIG, "peft_type": 10**5000},
+        {**CONFIG, "bias": 10**5000},
+        {**CONFIG, "bias": endless},
+        {**CONFIG, "peft_type": endless},
+        {**CONFIG, "modules_to_save": endless},
+        {**CONFIG, "r": 10**5000},
+        {**CONFIG, "r": -(10**5000)},
+        {**CONFIG, "rank_pattern": {"to_query": 10**5000}},
+        {"r": 4, "lora_alpha": cyclic},
+        {**CONFIG, "r": cyclic},
+        {**CONFIG, "alpha_pattern": {"to_query": cyclic}},
+    ):
+        with pytest.raises(ValueError) as caught:
+            read_lora(path, DIT, values)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000 and "Exceeds" not in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -231,11 +351,12 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ({**CONFIG, "alpha_pattern": [1]}, "alpha_pattern is"),
         ({**CONFIG, "alpha_pattern": {"a": "b"}}, "alpha_pattern has 'b' in it"),
         ({**CONFIG, "alpha_pattern": {"(": 1}}, "is not a regular expression"),
-        ({**CONFIG, "use_dora": True}, "use_dora = True, which is not supported"),
+        ({**CONFIG, "use_dora": True}, r"use_dora = True, and .* has no magnitude: the file is incomplete"),
         ({**CONFIG, "bias": "all"}, "bias = all"),
         ({**CONFIG, "modules_to_save": ["out_layer"]}, "modules_to_save"),
         ({**CONFIG, "init_lora_weights": "pissa_niter_4"}, "init_lora_weights = pissa"),
-        ({**CONFIG, "peft_type": "LOHA"}, "kind LOHA; only LoRA"),
+        ({**CONFIG, "peft_type": "OFT"}, "kind OFT; only LoRA"),
+        ({**CONFIG, "peft_type": "LOHA"}, "of the kind LORA, and LOHA by its config: that belongs to another file"),
     ],
 )
 def test_configs_that_do_not_fit(values: Any, message: str, tmp_path: Path) -> None:
