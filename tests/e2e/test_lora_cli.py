@@ -77,7 +77,7 @@ def test_with_everything_else(generate: Any, folder: Path) -> None:
         ("missing", "missing: no such file or folder"),
         ("missing:0.5", "missing: no such file or folder"),
         ("arc.safetensors:nan", "give PATH or PATH:scale"),
-        ("wrong.safetensors", "this LoRA does not fit the model"),
+        ("wrong.safetensors", "this LoRA is for another model"),
         ("", "give PATH or PATH:scale"),
     ],
 )
