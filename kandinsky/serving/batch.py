@@ -340,7 +340,8 @@ def run_on_ray(
             address of `ray.init`.
         actors: None takes one for each GPU, or group of them, that the cluster has now, or one where it has none.
 
-    Raises ValueError where Ray is not installed or no pipeline could be loaded, ConnectionError without a cluster.
+    Raises ValueError where Ray is not installed, its machines lack this code or no pipeline could be loaded,
+    ConnectionError without a cluster.
     """
     try:
         import ray
@@ -375,5 +376,10 @@ def run_on_ray(
             yield Outcome(missing.pop(row["index"]), row["error"] or None)
         for job in missing.values():
             yield Outcome(job, f"its actor died {ATTEMPTS} times")
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"Ray at {address!r} could not make the outputs: {reason}. Its machines need this code under the same path"
+        ) from error
     finally:
         ray.shutdown()

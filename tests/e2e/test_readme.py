@@ -6,6 +6,7 @@ finding that out: flags, config, sizes and pictures are then right.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -77,6 +78,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def no_cluster(address: str, **_: object) -> None:
+    raise ConnectionError(f"Could not find any running Ray instance at {address}.")
+
+
 @pytest.mark.slow
 def test_every_command(
     tiny: Path,
@@ -86,6 +91,8 @@ def test_every_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(workplace)
+    if importlib.util.find_spec("ray"):  # `--ray_address auto` would join the cluster of a test that runs beside this
+        monkeypatch.setattr("ray.init", no_cluster)
     for command in HERE:
         words = shlex.split(command)[2:]
         if command.startswith("python -m"):
