@@ -11,6 +11,18 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+class RootIsNoPackage:
+    """The repository's __init__.py is for ComfyUI: pytest would import it, under the name of the folder it is in."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == REPOSITORY else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsNoPackage())  # a hook in this file would be asked about tests/ alone
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -5,6 +5,7 @@ What is offloaded stays on the meta device and gets its weights when its stage b
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -130,6 +131,16 @@ def load_pipeline(
         expander=expander,
         adapters=adapters,
     )
+
+
+def with_magcache(pipeline: Pipeline, wanted: bool) -> Pipeline:
+    """The same models, with MagCache on or off. Raises ValueError where the config has no ratios for it."""
+    if wanted == pipeline.config.magcache.enabled:
+        return pipeline
+    tuned = copy.copy(pipeline)
+    tuned.config = with_settings(pipeline.config, magcache={"enabled": wanted})
+    tuned.make_cache = functools.partial(cache_for_request, tuned.config.magcache) if wanted else None
+    return tuned
 
 
 @dataclass(frozen=True)

@@ -129,9 +129,13 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         self.check_inputs(request, inputs, save_path, output_type)
         warn_about_size(self.config, request)
         self.interrupt = self._is_stopping = False
-        size = request.width, request.height
-        images = [media.fit_image(image, *size) for image in inputs.images]
         watch = Stopwatch(devices=self._devices())
+        run = self._encoded(request, inputs, watch)
+        return self._complete(run, save_path, progress, output_type, callback, keep_stopped, watch)
+
+    def _encoded(self, request: Request, inputs: Inputs, watch: Stopwatch) -> RunState:
+        """Everything before the first step."""
+        images = [media.fit_image(image, request.width, request.height) for image in inputs.images]
         with watch.stage("expand"):
             expanded = self.team.agree(self.expand_prompts(request, images))
         if expanded == request:  # there was nothing to do
@@ -141,8 +145,26 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
         state = SamplerState(conditioning.hold(conditioning.noise).float())
-        run = RunState(request, conditioning, branches, state, image_names=tuple(inputs.image_names))
-        return self._complete(run, save_path, progress, output_type, callback, keep_stopped, watch)
+        return RunState(request, conditioning, branches, state, image_names=tuple(inputs.image_names))
+
+    @one_at_a_time
+    @torch.no_grad()
+    def sample(
+        self, request: Request, inputs: Inputs = NO_INPUTS, progress: bool = True, callback: StepCallback | None = None
+    ) -> SavedLatents:
+        """The first two stages of `generate` alone: scaled latents, and the record of each; `decode` or `finish` goes
+        on from them. Nothing is written."""
+        check_callback(callback)
+        request = self.team.agree(request)
+        self.check_inputs(request, inputs)
+        warn_about_size(self.config, request)
+        self.interrupt = self._is_stopping = False
+        watch = Stopwatch(devices=self._devices())
+        run = self._encoded(request, inputs, watch)
+        with watch.stage("denoise"):
+            latents = self.denoise(run, progress and self.team.is_first, callback, watch)
+        samples = range(len(run.request.samples))
+        return SavedLatents(latents, [self.describe(run.request, run.image_names, i, watch) for i in samples])
 
     @one_at_a_time
     @torch.no_grad()

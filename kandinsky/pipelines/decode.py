@@ -12,6 +12,7 @@ from kandinsky.models.numerics import require_finite
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.pipelines.calls import one_at_a_time
 from kandinsky.pipelines.parts import Parts
 from kandinsky.request import FRAMES_PER_LATENT
 
@@ -23,6 +24,8 @@ FINISHED_AT_ONCE = 8  # decoded frames
 class DecodeStage(Parts):
     """The VAE's decoder."""
 
+    @one_at_a_time
+    @torch.no_grad()
     def decode(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """(B, T, H, W, C) scaled latents -> pixels (B, 3, frames, height, width) on the CPU, uint8 or as `finish`es.
 

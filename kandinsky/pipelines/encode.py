@@ -87,6 +87,8 @@ class EncodeStage(Parts):
                 for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
             ]
 
+    @one_at_a_time
+    @torch.no_grad()
     def expand_prompts(self, request: Request, images: Sequence[Image.Image]) -> Request:
         """The request with each prompt written out, with the seed of its first sample; or as it is, where that isn't
         wanted or can't be done, where there are no words, or where it was done before."""
@@ -108,6 +110,8 @@ class EncodeStage(Parts):
         samples = tuple(replace(sample, expanded=captions[sample.prompt]) for sample in request.samples)
         return replace(request, samples=samples)
 
+    @one_at_a_time
+    @torch.no_grad()
     def encode_prompts(
         self, request: Request, inputs: Inputs, images: Sequence[Image.Image]
     ) -> dict[Branch, list[TextEmbeddings]]:

@@ -28,32 +28,8 @@ class WriteStage(Parts):
     """Videos and pictures on disk, their records, and runs that are kept for later."""
 
     def write(self, pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:
-        """The videos or pictures, each with its record as JSON beside it; returns their paths.
-
-        Where a record can't be written its output is all the same; the WriteError comes after it.
-        """
-        if pixels.is_floating_point():
-            pixels = (pixels * 255).round().to(torch.uint8)
-        paths = media.output_paths(path, len(pixels))
-        for output, record, target in zip(pixels, records, paths, strict=True):
-            failures: list[OSError] = []
-
-            def write_record(target: Path = target, facts: dict[str, Any] = record) -> None:
-                try:
-                    media.write_sidecar(target, {**facts, "seconds": watch.so_far()})
-                except OSError as error:
-                    failures.append(error)  # noqa: B023  (it is called below)
-
-            with watch.stage("write"):
-                if record["num_frames"] == 1:
-                    media.write_image(output[:, 0], target, write_record)
-                else:
-                    media.write_video(output, target, FPS, write_record)
-            media.remove_preview(target)
-            if failures:
-                raise failures[0]
-            logger.info("wrote %s", target)
-        return paths
+        """`write_outputs`."""
+        return write_outputs(pixels, records, path, watch)
 
     def describe(self, request: Request, image_names: Sequence[str], index: int, watch: Stopwatch) -> dict[str, Any]:
         """What is needed to make an output again, and how long it took. Names are the command line's."""
@@ -104,6 +80,35 @@ class WriteStage(Parts):
         if every is None or self.latent_rgb is None or save_path is None:
             return None
         return Previews(every, self.latent_rgb, media.output_paths(save_path, len(request.samples)))
+
+
+def write_outputs(pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:
+    """The videos or pictures, each with its record as JSON beside it; returns their paths.
+
+    Where a record can't be written its output is all the same; the WriteError comes after it.
+    """
+    if pixels.is_floating_point():
+        pixels = (pixels * 255).round().to(torch.uint8)
+    paths = media.output_paths(path, len(pixels))
+    for output, record, target in zip(pixels, records, paths, strict=True):
+        failures: list[OSError] = []
+
+        def write_record(target: Path = target, facts: dict[str, Any] = record) -> None:
+            try:
+                media.write_sidecar(target, {**facts, "seconds": watch.so_far()})
+            except OSError as error:
+                failures.append(error)  # noqa: B023  (it is called below)
+
+        with watch.stage("write"):
+            if record["num_frames"] == 1:
+                media.write_image(output[:, 0], target, write_record)
+            else:
+                media.write_video(output, target, FPS, write_record)
+        media.remove_preview(target)
+        if failures:
+            raise failures[0]
+        logger.info("wrote %s", target)
+    return paths
 
 
 def convert(pixels: Tensor, output_type: str, is_image: bool) -> Any:

@@ -7,7 +7,6 @@ after the step that runs, with what there is kept beside the output, where the j
 
 from __future__ import annotations
 
-import copy
 import functools
 import io
 import json
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from kandinsky.common.signals import Stopper, stop_on_signals
 from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import discard
-from kandinsky.config.reading import config_from_dict, with_settings
+from kandinsky.config.reading import config_from_dict
 from kandinsky.outputs import media, resume
 from kandinsky.request import Request, recorded_request
 from kandinsky.serving.unfinished import what_is_left
@@ -178,11 +177,14 @@ class Worker:
         """Make a job, and tell how it ended. Raises KeyboardInterrupt where there is to be an end."""
         import torch
 
+        from kandinsky.loading.assemble import with_magcache
+
         job_id = job["make"]
         self.news(id=job_id, stage="encoding")
         try:
             self._use_adapters(job["loras"])
-            self.making = self.stopper.pipeline = Making(self._tuned(job["magcache"]), job, self.setup, self.news)
+            pipeline = with_magcache(self.pipeline, job["magcache"])
+            self.making = self.stopper.pipeline = Making(pipeline, job, self.setup, self.news)
             if job_id in self.cancelled:
                 raise Cancelled
             self.making.run()
@@ -201,17 +203,6 @@ class Worker:
         finally:
             self.making = self.stopper.pipeline = None
             self.cancelled.discard(job_id)
-
-    def _tuned(self, magcache: bool) -> Pipeline:
-        """The pipeline as a job wants it; the models are the same."""
-        if magcache == self.pipeline.config.magcache.enabled:
-            return self.pipeline
-        from kandinsky.runtime.magcache import cache_for_request
-
-        tuned = copy.copy(self.pipeline)
-        tuned.config = with_settings(self.pipeline.config, magcache={"enabled": magcache})
-        tuned.make_cache = functools.partial(cache_for_request, tuned.config.magcache) if magcache else None
-        return tuned
 
     def _use_adapters(self, wanted: list[tuple[str, str, float]]) -> None:
         """Have a job's adapters active, or the config's where it names none."""

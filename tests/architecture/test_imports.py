@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # From the roof to the ground. A new file in kandinsky/ gets its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__",),  # with test.py, serve.py, tools/ and benchmarks/ outside of the package
+    ("__init__",),  # with test.py, serve.py, comfyui/, tools/ and benchmarks/ outside of the package
     ("commands",),
     ("serving", "diffusers_calls"),
     ("loading",),
@@ -37,7 +37,8 @@ WITHOUT_TORCH = (
     *("__init__", "config", "sizes", "pictures", "request", "common", "checkpoints", "planning", "serving", "commands"),
     *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "text.prompts"),
 )
-FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers")  # front doors and what is only there for tests
+# Front doors with what they alone know, and what is only there for tests.
+FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers", "comfyui", "comfy", "folder_paths")
 ENVIRONMENT = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
 COMMAND_LINE = "commands"  # where printing is the work, and launchers tell by variables who one is
 MAY_READ_IT = (
@@ -204,6 +205,7 @@ def test_checker_accepts_a_good_house(tmp_path: Path) -> None:
         ("models/dit.py", "from kandinsky import get_T2V_pipeline", "models imports kandinsky, which is above it"),
         ("models/dit.py", "import importlib\nimportlib.import_module('kandinsky.outputs')", "models/dit.py:2: models"),
         ("models/dit.py", "import diffusers", "which is not part of the package"),
+        ("loading/dit.py", "def f():\n    import folder_paths", "which is not part of the package"),
         ("models/dit.py", "if TYPE_CHECKING:\n    from kandinsky.loading import build", "models/dit.py:2: models"),
         ("pipelines/base.py", "from kandinsky.runtime import placement", "which is beside it"),
         ("runtime/placement.py", "from kandinsky.pipelines.base import Pipeline", "which is beside it"),

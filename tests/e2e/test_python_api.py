@@ -1,6 +1,7 @@
 """The Python call: what comes back, what is written, and that nothing stays behind from one call to the next."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,21 @@ def test_video(pipe: TextToVideoPipeline, tmp_path: Path, monkeypatch: pytest.Mo
     assert (video.dtype, tuple(video.shape), video.device.type) == (torch.uint8, (1, 3, 25, 128, 128), "cpu")
     assert video.float().std() > 1  # a picture, not one colour
     assert list(tmp_path.iterdir()) == []  # nothing is written without a save_path
+
+
+def test_the_documented_stages_make_what_a_call_makes(
+    pipe: TextToVideoPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (CONFIG.parents[1] / "docs" / "python.md").read_text(encoding="utf-8").split("## Stage by stage")[1]
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    made = {"pipe": pipe}
+    exec(block, made)
+    expected = pipe(PROMPT, time_length=0.2, seed=1, save_path="call.mp4", progress=False)
+    assert torch.equal(made["pixels"], expected)
+    assert Path("outputs/circle.mp4").read_bytes() == Path("call.mp4").read_bytes()
+    records = [json.loads(Path(name).read_text()) for name in ("outputs/circle.json", "call.json")]
+    assert records[0] | {"seconds": 0} == records[1] | {"seconds": 0}
 
 
 def test_the_call_of_the_original_repository(pipe: TextToVideoPipeline) -> None:
