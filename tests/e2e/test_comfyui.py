@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 from kandinsky.config import load_config
+from kandinsky.request import resolve_request
 from tests.comfyui_stand_in import WIDGETS, ComfyUI, InterruptProcessingException
 from tests.limits import PATIENCE
 from tests.lora_files import write_lora
@@ -121,6 +123,26 @@ def test_a_workflow_makes_what_the_command_line_makes(
 
 def pixels_of(path: Path) -> torch.Tensor:
     return torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8).view(128, 128, 3)
+
+
+def test_a_preview_is_what_the_latents_are_without_noise(host: ComfyUI) -> None:
+    progress_class = sys.modules[f"{host.nodes.__name__}.comfyui.hosting"].Progress
+    config = load_config(REPOSITORY / "configs/config_tiny_t2v.yaml")
+    progress = progress_class(resolve_request(config, "a", num_steps=4))
+    clean, noise = torch.randn(2, 1, 3, 4, 4, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    sigmas = progress.sigmas.tolist()
+    seen: list[torch.Tensor] = []
+
+    def latent_rgb(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(latents)
+        return torch.zeros(3, 1, 16, 16, dtype=torch.uint8)
+
+    pipeline = types.SimpleNamespace(latent_rgb=latent_rgb)
+    for step in range(4):
+        latents = torch.lerp(clean, noise, sigmas[step + 1])
+        progress(pipeline, step, torch.zeros(()), {"latents": latents})
+    assert len(seen) == 3  # of the first step it isn't known what it began with
+    assert all(torch.allclose(frame, clean[0, 1:2], atol=1e-5) for frame in seen)
 
 
 def test_only_what_has_changed_runs_again(host: ComfyUI) -> None:
@@ -238,18 +260,18 @@ def test_an_interrupt_between_two_steps_leaves_nothing_behind(host: ComfyUI) -> 
     assert host.executed == [SAMPLE, DECODE, SAVE]
 
 
-@pytest.mark.parametrize("key", [LOAD, ENCODE, SAMPLE, DECODE, SAVE])
-def test_each_node_hears_of_an_interrupt(host: ComfyUI, key: str) -> None:
+def test_each_node_hears_of_an_interrupt(host: ComfyUI) -> None:
     graph = short_graph(host, "t2i", seed=6)
     host.run(graph)
-    node, inputs = host.classes[graph[key]["class_type"]], graph[key]["inputs"]
-    given = {
-        name: host.output_of(value[0], graph)[value[1]] if isinstance(value, list) else value
-        for name, value in inputs.items()
-    }
-    host.interrupted = True
-    with pytest.raises(InterruptProcessingException):
-        getattr(node(), node.FUNCTION)(**given)
+    for entry in graph.values():
+        node = host.classes[entry["class_type"]]
+        given = {
+            name: host.output_of(value[0], graph)[value[1]] if isinstance(value, list) else value
+            for name, value in entry["inputs"].items()
+        }
+        host.interrupted = True
+        with pytest.raises(InterruptProcessingException):
+            getattr(node(), node.FUNCTION)(**given)
 
 
 # --------------------------------------------------------------------------------------------------------------- LATENT
@@ -313,11 +335,14 @@ def test_prompts_of_a_picture_make_no_video_and_changed_frames_no_record(host: C
 @pytest.mark.parametrize("name", NODES)
 def test_nodes_keep_comfyuis_contract(host: ComfyUI, name: str) -> None:
     node = host.nodes.NODE_CLASS_MAPPINGS[f"Kandinsky5{name}"]
-    types = node.INPUT_TYPES()
-    assert set(types) <= {"required", "optional", "hidden"} and types["required"]
+    inputs = node.INPUT_TYPES()
+    assert set(inputs) <= {"required", "optional", "hidden"} and inputs["required"]
+    all_inputs = [*inputs["required"], *inputs.get("optional", {})]
     parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for group, entries in types.items():
+    named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
+    assert named <= set(all_inputs)
+    for group, entries in inputs.items():
         for input_name, (kind, *options) in entries.items():
             assert input_name in parameters or takes_all
             if group == "optional" and input_name in parameters:
@@ -333,7 +358,7 @@ def test_nodes_keep_comfyuis_contract(host: ComfyUI, name: str) -> None:
     assert getattr(node, "OUTPUT_NODE", False) is (name == "Save")
     assert hasattr(node, "IS_CHANGED") is (name in ("Load", "Lora", "Sample"))
     if hasattr(node, "IS_CHANGED"):
-        inspect.signature(node.IS_CHANGED).bind(**dict.fromkeys([*types["required"], *types.get("optional", {})]))
+        inspect.signature(node.IS_CHANGED).bind(**dict.fromkeys(all_inputs))
     assert set(host.nodes.NODE_CLASS_MAPPINGS) == set(host.nodes.NODE_DISPLAY_NAME_MAPPINGS)
 
 
