@@ -33,7 +33,7 @@ $(VENV)/.runtime-installed: requirements.txt
 	$(PY) -m pip install $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev-installed: $(VENV)/.runtime-installed requirements-dev.txt requirements-serve.txt
+$(VENV)/.dev-installed: $(VENV)/.runtime-installed requirements-dev.txt requirements-serve.txt requirements-ui.txt
 	$(PY) -m pip install $(PIP_ARGS) -r requirements-dev.txt
 	@touch $@
 

@@ -49,6 +49,7 @@ def build_parser() -> Parser:
     parser.add_argument("--max_upload_mb", type=int, default=32, metavar="MB", help="of a request with its picture")
     parser.add_argument("--keep_seconds", type=float, default=300, metavar="S", help="keep a job so often")
     parser.add_argument("--no_previews", action="store_true", help="show no pictures of what is being made")
+    parser.add_argument("--no_page", action="store_true", help="the API alone, without the page at /")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--attention_engine", help="as in test.py")
@@ -105,6 +106,9 @@ def run(args: argparse.Namespace) -> None:
     variants = [Variant(model_name(path), one, args.cache_dir) for path, one in zip(args.config, configs, strict=True)]
     limits = Limits(body_mb=args.max_upload_mb, queue=args.max_queue)
     catalogue = Catalogue(variants, args.lora_dir, limits)
+    # What the page is made with asks the environment: no word to its makers, and uploads among the server's own files.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(args.output_dir.absolute() / "uploads")
     try:
         from kandinsky.serving import server
     except ImportError as error:

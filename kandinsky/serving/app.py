@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import RedirectResponse
 
 from kandinsky import __version__
 from kandinsky.serving import images, jobs, metrics, videos
@@ -20,13 +21,21 @@ DESCRIPTION = """Kandinsky 5: videos and pictures. `/v1/videos`, `/v1/images` an
 clients work unchanged; `/v1/jobs` and `/v1/plan` are for more. Mistakes are 400 and one sentence."""
 
 
-def create_app(engine: Engine, api_key: str | None = None, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
-    """api_key: what clients have to know; None: only this machine gets in, asking for one of `hosts`."""
+def create_app(
+    engine: Engine, api_key: str | None = None, hosts: Sequence[str] = LOOPBACK, has_page: bool = False
+) -> FastAPI:
+    """api_key: what clients have to know; None: only this machine gets in, asking for one of `hosts`.
+
+    Raises ImportError where a page is wanted and Gradio isn't there.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(engine.start)
-        yield
+        async with AsyncExitStack() as stack:
+            if page is not None:
+                await stack.enter_async_context(page)
+            yield
         await run_in_threadpool(engine.stop)
 
     keys = Keys(api_key)
@@ -38,11 +47,14 @@ def create_app(engine: Engine, api_key: str | None = None, hosts: Sequence[str] 
     for router in (videos.routes(door), images.routes(door), jobs.routes(door), jobs.plan_routes(door)):
         app.include_router(router)
 
+    def described() -> list[dict[str, Any]]:
+        loras = list(engine.catalogue.loras())
+        return [one.describe(loras) for one in engine.catalogue.variants.values()]
+
     @app.get("/v1/models", tags=["models"])
     def models() -> dict[str, Any]:
         """Which there are, and what each can be asked for."""
-        loras = list(engine.catalogue.loras())
-        return {"object": "list", "data": [one.describe(loras) for one in engine.catalogue.variants.values()]}
+        return {"object": "list", "data": described()}
 
     @app.get("/v1/models/{model}", tags=["models"])
     def model(model: str) -> dict[str, Any]:
@@ -59,4 +71,11 @@ def create_app(engine: Engine, api_key: str | None = None, hosts: Sequence[str] 
     def prometheus() -> Response:
         return Response(metrics.exposition(engine), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    page = None
+    if has_page:
+        from kandinsky.serving.page.mount import mount
+
+        page = mount(app, described(), api_key)
+    else:
+        app.add_route("/", lambda _: RedirectResponse("/docs"), include_in_schema=False)
     return app

@@ -3,6 +3,7 @@
 An ASGI middleware in front of everything. Without a key only this machine gets in, and not by way of a web page of
 somebody else that its browser shows: such a page can send requests here, but neither the right Host (after a DNS trick)
 nor without its own Origin. A link that was signed with the key opens what it names, because <video> sends no headers.
+The page (`page/`) has a pass, signed with the key too, in a cookie.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from collections.abc import Sequence
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kandinsky.serving.errors import Refused
 from kandinsky.serving.limits import Limits
 
-OPEN = ("/health", "/docs", "/openapi.json", "/docs/oauth2-redirect")
+OPEN = ("/health", "/docs", "/openapi.json", "/docs/oauth2-redirect", "/", "/sign_in")
+PAGE = ("/config", "/theme.css", "/favicon.ico", "/manifest.json")
+PAGE_FOLDERS = ("/gradio_api/", "/assets/", "/static/")
+COOKIE = "kandinsky_page"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PATIENCE = 10  # times the seconds without a byte that a whole body may take
 
@@ -50,6 +55,18 @@ class Keys:
         given = parse_qs(query).get("signature", [""])[0]
         return hmac.compare_digest(given.encode("utf-8", "replace"), self._signature(path).encode())
 
+    def pass_until(self, until: int) -> str:
+        """What opens the page until then, in seconds since 1970."""
+        return f"{until}.{self._signature(f'page {until}')}"
+
+    def opens_page(self, given: str | None) -> bool:
+        """Whether it is a pass of `pass_until` whose time has not come."""
+        until, _, signature = (given or "").partition(".")
+        if self._key is None:
+            return True
+        is_right = hmac.compare_digest(signature.encode("utf-8", "replace"), self._signature(f"page {until}").encode())
+        return is_right and int(until) > time.time()
+
     def _signature(self, path: str) -> str:
         return hmac.new(self._key or b"", path.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
@@ -76,6 +93,10 @@ class Gate:
         path, query = scope["path"], scope["query_string"].decode("latin-1")
         if not self.keys.is_set:
             self._check_origin(headers)
+        elif path in PAGE or path.startswith(PAGE_FOLDERS):
+            if not self.keys.opens_page(Request(scope).cookies.get(COOKIE)):
+                raise Refused(401, "the page is not signed in to: open / and give the server's key")
+            self._check_own_origin(headers)
         elif path not in OPEN and not self.keys.fits(headers.get("authorization")):
             is_link = scope["method"] in ("GET", "HEAD") and self.keys.is_signed(path, query)
             if not is_link:
@@ -85,7 +106,7 @@ class Gate:
             raise Refused(413, self._too_large)
 
     def _check_origin(self, headers: Headers) -> None:
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
         try:
             name = urlsplit(f"//{host}").hostname
         except ValueError:
@@ -94,7 +115,13 @@ class Gate:
             raise Refused(
                 403, f"this server has no key and is for this machine: ask for {self.hosts[0]}, not another name"
             )
-        if origin is not None and urlsplit_host(origin) != host:
+        self._check_own_origin(headers)
+
+    def _check_own_origin(self, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if origin is not None and urlsplit_host(origin) != headers.get("host", ""):
+            if self.keys.is_set:
+                raise Refused(403, "another site's page asks in the name of this one")
             raise Refused(403, "this server has no key, and another site's page asks: start it with --api_key")
 
     @property

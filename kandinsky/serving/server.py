@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
@@ -41,6 +42,7 @@ class Settings(Protocol):
     output_dir: Path
     keep_seconds: float
     no_previews: bool
+    no_page: bool
     device: str | None
     dtype: str | None
     attention_engine: str | None
@@ -91,9 +93,19 @@ def lanes(catalogue: Catalogue, settings: Settings, options: Options, handle: in
         yield [Bench(catalogue, options, machine, [handle])]
 
 
+def wants_page(settings: Settings) -> bool:
+    """Whether there is to be a page at /, and what it is made with is installed."""
+    if settings.no_page:
+        return False
+    if importlib.util.find_spec("gradio") is None:
+        logger.info("there is no page at / : for one, pip install gradio")
+        return False
+    return True
+
+
 def listen(engine: Engine, settings: Settings) -> None:
     """Answer requests until a signal comes."""
-    app = create_app(engine, settings.api_key, hosts=(*LOOPBACK, settings.host))
+    app = create_app(engine, settings.api_key, (*LOOPBACK, settings.host), wants_page(settings))
     config = uvicorn.Config(
         app,
         settings.host,

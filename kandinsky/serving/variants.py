@@ -105,6 +105,8 @@ class Variant:
                 "seconds": generation.time_length,
                 "steps": model.num_steps,
                 "guidance": model.guidance_weight,
+                "guidance_interval": list(model.guidance_interval),
+                "guidance_every": model.guidance_every,
                 "negative_prompt": generation.negative_caption,
                 "scheduler_scale": self.config.metrics.scheduler_scale,
                 "magcache": self.config.magcache.enabled,

@@ -47,7 +47,17 @@ class Served:
         configs = [word for name in models for word in ("--config", str(CONFIGS[name]))]
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "serve.py"), *configs, "--port", "0", "--device", "cpu", *flags],
+            [
+                sys.executable,
+                str(REPOSITORY / "serve.py"),
+                *configs,
+                "--port",
+                "0",
+                "--device",
+                "cpu",
+                "--no_page",
+                *flags,
+            ],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
