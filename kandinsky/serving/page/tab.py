@@ -66,7 +66,7 @@ class Tab:
                 )
             with gr.Row(elem_classes="k-seed"):
                 self.fields["seed"] = gr.Textbox(
-                    label="Seed", placeholder="a new one each time", min_width=130, elem_id=f"{task}-seed"
+                    label="Seed", placeholder="new each time", min_width=130, elem_id=f"{task}-seed"
                 )
                 self.again = gr.Button("Again", size="sm", min_width=60, scale=0, elem_id=f"{task}-again")
                 self.new = gr.Button("New", size="sm", min_width=60, scale=0, elem_id=f"{task}-new")
