@@ -164,6 +164,17 @@ def test_the_house_stands() -> None:
     assert not problems(package), "\n".join(problems(package))
 
 
+def test_only_the_page_imports_gradio() -> None:
+    package = REPOSITORY / "kandinsky"
+    found = {
+        path.relative_to(package).parent.as_posix()
+        for path in package.rglob("*.py")
+        for _, target in imports_of(ast.parse(path.read_text(encoding="utf-8")), path, package)
+        if target.split(".")[0] == "gradio"
+    }
+    assert found == {"serving/page"}
+
+
 # ------------------------------------------------------------------------------ the checker itself can say no
 
 GOOD = {

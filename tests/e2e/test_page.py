@@ -123,7 +123,7 @@ def test_a_mistake_is_a_sentence(page: Any) -> None:
 
 def test_a_picture_is_dropped(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (128, 128), "red").save(tmp_path / "red.png")
-    page.click("button[role=tab]:has-text('Picture to video')")
+    page.click("button[role=tab]:has-text('Animate')")
     page.set_input_files("#i2v-picture input[type=file]", str(tmp_path / "red.png"))
     page.wait_for_selector("#i2v-picture img")
     page.fill("#i2v-prompt textarea", "a red square grows")

@@ -23,7 +23,7 @@ SETTINGS = {
     "magcache": "MagCache",
     "loras": "Adapters",
 }
-TASKS = {"t2v": "Text to video", "i2v": "Picture to video", "t2i": "Text to picture", "i2i": "Edit a picture"}
+TASKS = {"t2v": "Video", "i2v": "Animate", "t2i": "Picture", "i2i": "Edit"}  # short: four have to fit beside each other
 STAGES = {
     "queued": "Waiting for its turn",
     "loading": "Loading the model",
