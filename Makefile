@@ -2,6 +2,7 @@
 #   make demo    all four tasks on the tiny checkpoints           make check   formatting, linters, types, tests
 #   make test    the tests; ARGS="-k media" passes words on       make bench   the measurements in benchmarks/
 #   make test-avx2   of the tests, what depends on the processor, as on an older one
+#   make rehearse    whole requests of every variant, as if on a GPU; a table of memory and operations
 #   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each)
 # Another Python, environment or package source: make demo PYTHON=python3.12 VENV=/tmp/venv PIP_ARGS="--index-url ..."
 
@@ -20,10 +21,10 @@ BENCH := $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wi
 export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 fuzz lint check bench clean
+.PHONY: help demo test test-avx2 rehearse fuzz lint check bench clean
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 # Each set of packages has a stamp that is older than its list when there is something to install.
 $(VENV)/.runtime-installed: requirements.txt
@@ -56,6 +57,10 @@ test: $(VENV)/.dev-installed
 test-avx2: $(VENV)/.dev-installed
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -n 2 -m processor tests/unit tests/equivalence tests/e2e/test_published_layouts.py $(ARGS)
+
+# Whole requests of all variants, at their sizes, on a GPU that is not there; ARGS="5s_sft" for some.
+rehearse: $(VENV)/.dev-installed
+	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.requests $(ARGS)
 
 fuzz: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -n 2 tests/robustness -k test_fuzz_ $(ARGS)

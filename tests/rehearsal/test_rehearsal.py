@@ -1,0 +1,202 @@
+"""The rehearsal finds what would go wrong on a GPU: ten planted faults, one a kind; and a published request has none.
+
+`make rehearse` goes through all variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kandinsky.config.reading import load_config
+from kandinsky.config.schema import Config
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
+from kandinsky.planning import plan
+from kandinsky.planning.stages import Stage
+from kandinsky.runtime import block_swap, parallel
+from kandinsky.runtime.block_swap import BlockSwap
+from tests.rehearsal import fake_gpu
+from tests.rehearsal.fake_gpu import FakeGPU
+from tests.rehearsal.requests import CONFIGS, DEVICE, Rehearsed, published, rehearse
+
+SMALL = {
+    "model.dit_params.model_dim": 512, "model.dit_params.ff_dim": 2048, "model.dit_params.num_text_blocks": 1,
+    "model.dit_params.num_visual_blocks": 4, "generation.width": 384, "generation.height": 256,
+    "generation.resolutions": "[[384,256]]", "generation.time_length": 1, "generation.expand_prompts": "false",
+}  # fmt: skip
+STREAMED = {"runtime.offload": "on", "runtime.blocks_on_gpu": 1}
+
+
+def small(**more: Any) -> Config:
+    overrides = [f"{key}={value}" for key, value in (SMALL | more).items()]
+    return load_config(CONFIGS / "config_5s_sft.yaml", overrides)
+
+
+def around_forward(before: Callable[[list[Any]], None]) -> Callable[[FakeGPU, Any], None]:
+    """A change that does something with the arguments of every forward of the DiT."""
+
+    def change(gpu: FakeGPU, pipeline: Any) -> None:
+        forward = pipeline.dit.forward
+
+        def changed(*args: Any, **kwargs: Any) -> Tensor:
+            given = list(args)
+            before(given)
+            return forward(*given, **kwargs)
+
+        pipeline.dit.forward = changed
+
+    return change
+
+
+def run(folder: Path, change: Any = None, steps: int = 2, **overrides: Any) -> Rehearsed:
+    return rehearse(small(**overrides), folder, steps=steps, change=change, output_type="latent")
+
+
+@pytest.mark.parametrize("overrides", [{}, STREAMED, {"runtime.dit_quantization": "int8"},
+                                       {"runtime.chunk_tokens": 1024}, {"magcache.enabled": "true"}],
+                         ids=["plain", "streamed", "int8", "chunks", "magcache"])  # fmt: skip
+def test_nothing_is_found_where_nothing_is_wrong(overrides: dict[str, Any], tmp_path: Path) -> None:
+    result = run(tmp_path, **overrides)
+    assert result.faults == [] and result.evaluations == 4
+
+
+def test_published_request_as_planned(tmp_path: Path) -> None:
+    """Lite at 5 s: operations as by the formula, the peak of denoising as planned, blocks streaming."""
+    config = published("5s_sft", offload="on", blocks_on_gpu=8)
+    result = rehearse(config, tmp_path, 24, steps=1, output_type="latent")
+    assert result.faults == []
+    assert result.flops[0] == pytest.approx(2 * 660e12, rel=0.01)
+    assert result.kernels["_scaled_dot_product_flash_attention"] >= 2 * 64
+
+
+def test_sequence_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward of one of four processes: tokens that don't divide, exchanges of tensors on the device alone."""
+    group = mock.Mock(size=lambda: 4, rank=lambda: 3)
+
+    def exchanged(received: Any, sent: Tensor, *_: Any, **__: Any) -> None:
+        parts = received if isinstance(received, list) else [received]
+        assert all(part.device.type == "cuda" and part.is_contiguous() for part in (*parts, sent))
+
+    monkeypatch.setattr(parallel.dist, "all_to_all_single", exchanged)
+    monkeypatch.setattr(parallel.dist, "all_gather", exchanged)
+    params = small().model.dit_params
+    with FakeGPU() as gpu:
+        with torch.device("meta"):
+            dit = DiffusionTransformer3D(**asdict(params)).bfloat16()
+        state = {name: torch.empty(x.shape, dtype=x.dtype, device=DEVICE) for name, x in dit.state_dict().items()}
+        dit.load_state_dict(state, assign=True)
+        with torch.device(DEVICE):
+            inputs = torch.empty(1, 7, 10, 6, dit.in_channels), torch.empty(1, 20, 3584), torch.empty(1, 768)
+            timesteps = torch.empty(1)
+        alone = dit(*inputs, timesteps)
+        whole, gpu.flops = gpu.flops, gpu.flops.__class__()
+        shared = dit(*inputs, timesteps, execution=Execution(around=parallel.SequenceParallel(group).around))
+        assert shared.shape == alone.shape and shared.dtype == alone.dtype and gpu.faults == []
+        assert sum(gpu.flops.values()) < 0.6 * sum(whole.values())
+
+
+def test_memory_has_an_end() -> None:
+    with FakeGPU(2**20) as gpu:
+        kept = torch.empty(2**19, dtype=torch.uint8, device=DEVICE)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**20, dtype=torch.uint8, device=DEVICE)
+        assert gpu.live == len(kept) and gpu.out_of_memory == 1
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_of_devices(tmp_path: Path) -> None:
+    def change(gpu: FakeGPU, pipeline: Any) -> None:
+        tables = pipeline.dit.request_tables
+        pipeline.dit.request_tables = lambda size, text, scale, device, nabla: tables(size, text, scale, "cpu", nabla)
+
+    with pytest.raises(RuntimeError, match="cuda:0"):
+        run(tmp_path, change)
+
+
+def test_a_copy_that_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockSwap, "_wait_for", lambda self, turn: None)
+    assert any("read before what writes it" in fault for fault in run(tmp_path, **STREAMED).faults)
+
+
+def test_a_buffer_that_is_overwritten_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_gpu.Stream, "wait_stream", lambda self, other: None)
+    assert any("written before who reads it" in fault for fault in run(tmp_path, **STREAMED).faults)
+
+
+def test_pinned_memory_that_is_freed_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = block_swap._copy_pieces
+
+    def through_a_copy(pieces: Any, target: Tensor) -> None:
+        copy([torch.empty_like(piece, pin_memory=True) for piece in pieces], target)
+
+    monkeypatch.setattr(block_swap, "_copy_pieces", through_a_copy)
+    assert any("pinned memory is freed" in fault for fault in run(tmp_path, **STREAMED).faults)
+
+
+def test_a_timestep_in_bfloat16(tmp_path: Path) -> None:
+    def rounded(given: list[Any]) -> None:
+        given[3] = given[3].to(torch.bfloat16)
+
+    assert any("timestep in torch.bfloat16" in fault for fault in run(tmp_path, around_forward(rounded)).faults)
+
+
+def test_float64_on_the_device(tmp_path: Path) -> None:
+    def widened(given: list[Any]) -> None:
+        given[0] = given[0].double().float()
+
+    assert any("float64 on the device" in fault for fault in run(tmp_path, around_forward(widened)).faults)
+
+
+def test_waiting_for_the_device_between_steps(tmp_path: Path) -> None:
+    def looked_at(given: list[Any]) -> None:
+        given[0].sum().item()
+
+    assert any("waits for the device" in fault for fault in run(tmp_path, around_forward(looked_at)).faults)
+
+
+def test_weights_of_the_wrong_dtype(tmp_path: Path) -> None:
+    result = run(tmp_path, lambda gpu, pipeline: pipeline.dit.float())
+    assert any("wrong dtype" in fault for fault in result.faults)
+
+
+def test_memory_that_is_kept_from_step_to_step(tmp_path: Path) -> None:
+    kept: list[Tensor] = []
+    result = run(tmp_path, around_forward(lambda given: kept.append(given[0].clone())), steps=3)
+    assert any("grows from step to step" in fault for fault in result.faults)
+
+
+def test_a_plan_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = plan.estimate
+
+    def too_much(*given: Any) -> tuple[Stage, ...]:
+        return tuple(
+            replace(stage, weights=int(1.3 * stage.weights), activations=int(1.3 * stage.activations))
+            for stage in estimate(*given)
+        )
+
+    monkeypatch.setattr(plan, "estimate", too_much)
+    assert any(fault.startswith("denoise takes") for fault in run(tmp_path, **STREAMED).faults)
+
+
+def test_a_block_that_is_left_out(tmp_path: Path) -> None:
+    def change(gpu: FakeGPU, pipeline: Any) -> None:
+        del pipeline.dit.visual_transformer_blocks[-1]
+
+    assert any("the formula says" in fault for fault in run(tmp_path, change).faults)
+
+
+def test_the_gpu_is_gone_afterwards(tmp_path: Path) -> None:
+    with FakeGPU():
+        assert torch.cuda.is_available()
+        assert isinstance(torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE), FakeTensorMode)
+    assert not torch.empty(1).is_cuda and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
