@@ -3,6 +3,7 @@
 #   make test    the tests; ARGS="-k media" passes words on       make bench   the measurements in benchmarks/
 #   make test-avx2   of the tests, what depends on the processor, as on an older one
 #   make rehearse    whole requests of every variant, as if on a GPU; a table of memory and operations
+#   make gpu     the first hour on a GPU: what the code assumes, measured; DRY=1 without one
 #   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each)
 # Another Python, environment or package source: make demo PYTHON=python3.12 VENV=/tmp/venv PIP_ARGS="--index-url ..."
 
@@ -21,10 +22,10 @@ BENCH := $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wi
 export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 rehearse fuzz lint check bench clean
+.PHONY: help demo test test-avx2 rehearse gpu fuzz lint check bench clean
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 # Each set of packages has a stamp that is older than its list when there is something to install.
 $(VENV)/.runtime-installed: requirements.txt
@@ -61,6 +62,10 @@ test-avx2: $(VENV)/.dev-installed
 # Whole requests of all variants, at their sizes, on a GPU that is not there; ARGS="5s_sft" for some.
 rehearse: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.requests $(ARGS)
+
+# The first hour on a GPU; DRY=1, or no GPU: every step with tiny sizes on the CPU.
+gpu: $(VENV)/.dev-installed
+	$(PY) tools/first_hour.py $(if $(DRY),--dry) $(ARGS)
 
 fuzz: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -n 2 tests/robustness -k test_fuzz_ $(ARGS)

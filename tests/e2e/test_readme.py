@@ -29,6 +29,7 @@ TEXT = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
 ELSEWHERE = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
+    "make gpu": "tests/unit/test_first_hour.py, dry",
     "make rehearse": "tests/rehearsal/test_rehearsal.py, on small models",
     "python -m venv": "the Makefile does",
     ". .venv/bin/activate": "the Makefile does",
