@@ -102,6 +102,7 @@ class FakeGPU:
         self.syncs: list[str] = []  # what the host waited for, with the label of that moment
         self.label = ""
         self.live = self.peak = self.out_of_memory = 0
+        self._attempt_failed = False
         self.host, self.default = Stream(self, "host"), Stream(self, "default")
         self.current = self.default
         self._streams = 0
@@ -126,7 +127,7 @@ class FakeGPU:
             "memory_reserved": lambda device=None: self.live,
             "max_memory_allocated": lambda device=None: self.peak,
             "reset_peak_memory_stats": lambda device=None: self.reset_peak(),
-            "empty_cache": lambda: None,
+            "empty_cache": self.empty_cache,
             "synchronize": lambda device=None: self.synchronize("synchronize"),
             "current_stream": lambda device=None: self.current,
             "default_stream": lambda device=None: self.default,
@@ -173,6 +174,12 @@ class FakeGPU:
         self.flops[str(q.dtype)] += int(4 * NABLA_DENSITY * q.numel() * k.shape[-2])
         return torch.empty_like(q)
 
+    def empty_cache(self) -> None:
+        """After an attempt that ran out of memory: the peak is that of the one that goes better."""
+        if self._attempt_failed:
+            self._attempt_failed = False
+            self.reset_peak()
+
     def reset_peak(self) -> None:
         self.peak = self.live
 
@@ -195,7 +202,7 @@ class FakeGPU:
                 if self.live + size > self.memory:
                     del self._memories[key]
                     self.out_of_memory += 1
-                    self.peak = self.live  # of the attempt that goes better
+                    self._attempt_failed = True
                     raise torch.OutOfMemoryError(f"{size} bytes more than {self.live} of {self.memory}")
                 self.live += size
                 self.peak = max(self.peak, self.live)
