@@ -25,6 +25,7 @@ FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 MAX_SEED = 2**32 - 1
 MAX_OUTPUTS = 10_000  # of one prompt in a call
+DEFAULT_STRENGTH = 0.6
 SCHEDULES = ("original", "diffusers")
 
 
@@ -55,6 +56,12 @@ class Request:
     guidance_every: int = 1  # of the steps with guidance, each n-th evaluates the negative prompt
     max_sequence_length: int | None = None  # tokens of a prompt; None: as the YAML says
     expand_prompts: bool | None = None  # have Qwen write prompts out; None: where it can
+    strength: float = 1.0  # with a source: the share of the steps that are taken, the last ones; 1: all of them
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is taken; `num_steps` where none is."""
+        return self.num_steps - round(self.num_steps * self.strength)
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -93,12 +100,18 @@ def resolve_request(
     negative_caption: str | Sequence[str] | None = None,
     max_sequence_length: int | None = None,
     expand_prompts: bool | None = None,
+    strength: float | None = None,
+    clip: tuple[int, int, int] | None = None,
+    mask: bool = False,
 ) -> Request:
     """A `Request` for the variant `config`; None means as the YAML says, and a random seed.
 
     Args:
         text: one prompt or several; None where embeddings of `num_prompts` prompts take their place.
         image_sizes: (width, height) of the pictures to start from, one for all prompts or one each.
+        strength: how far from its source the output goes, 0 to 1: which share of the steps is taken.
+        clip: (width, height, frames) of a video to start from; its frames are at `FPS`.
+        mask: whether there is one of what may change in the source.
         seed: of the first sample, the others get the following numbers; or one a sample.
         seeded: False where generators take the place of seeds.
 
@@ -114,7 +127,14 @@ def resolve_request(
         Sample(texts[i // samples_per_prompt], negatives[i // samples_per_prompt], seeds[i], i // samples_per_prompt)
         for i in range(count)
     )
-    width, height = _size(config, width, height, image_sizes, len(texts))
+    strength, starts = _source(config.task, len(image_sizes), strength, clip, mask)
+    if clip is not None and width is None and height is None:
+        check_picture(clip[:2])
+        image_task = time_length == 0 or num_frames == 1
+        width, height = (size_for_image if image_task else size_for_video)(clip[:2], config)
+    width, height = _size(config, width, height, image_sizes, len(texts), starts)
+    if clip is not None:
+        num_frames, time_length = _frames_of(clip[2], _frames(config, time_length, num_frames), time_length, num_frames)
     request = Request(
         samples=samples,
         width=width,
@@ -138,6 +158,7 @@ def resolve_request(
         guidance_every=_checked_every(config.model.guidance_every if guidance_every is None else guidance_every),
         max_sequence_length=_checked_text_length(max_sequence_length),
         expand_prompts=_checked_expansion(generation.expand_prompts if expand_prompts is None else expand_prompts),
+        strength=strength,
     )
     if config.runtime.cfg_parallel > 1 and abs(request.guidance_weight - 1) < 1e-6:
         raise ValueError(
@@ -169,6 +190,7 @@ def recorded_request(values: Mapping[str, Any], config: Config) -> Request:
         guidance_every=_checked_every(values["guidance_every"]),
         max_sequence_length=_checked_text_length(values["max_sequence_length"]),
         expand_prompts=_checked_expansion(values["expand_prompts"]),
+        strength=checked_strength(values["strength"]),
     )
     if config.task in ("t2i", "i2i") and not request.is_image:
         raise ValueError(f"num_frames is {request.num_frames}, and {config.task} makes images")
@@ -274,10 +296,15 @@ def _checked_seed(seed: object) -> int:
 
 
 def _size(
-    config: Config, width: int | None, height: int | None, image_sizes: Sequence[tuple[int, int]], num_prompts: int
+    config: Config,
+    width: int | None,
+    height: int | None,
+    image_sizes: Sequence[tuple[int, int]],
+    num_prompts: int,
+    starts: bool = False,
 ) -> tuple[int, int]:
     """(width, height): what is asked for, else what the pictures' aspect gives, else what the YAML says."""
-    wants_image = config.task in ("i2v", "i2i")
+    wants_image = config.task in ("i2v", "i2i") or starts
     if bool(image_sizes) != wants_image:
         advice = "needs a picture: give --image FILE (image= in Python)" if wants_image else "takes none: leave it out"
         raise ValueError(f"{config.source} is a config for {config.task}, which {advice}")
@@ -326,6 +353,45 @@ def _checked_side(name: str, pixels: int, multiple: int) -> int:
             f"the nearest is {nearest}"
         )
     return side
+
+
+def _source(
+    task: str, pictures: int, strength: float | None, clip: tuple[int, int, int] | None, mask: bool
+) -> tuple[float, bool]:
+    """The strength, and whether a picture is what sampling starts from. Raises ValueError for what doesn't go with the
+    task, or with what is given."""
+    if clip is not None and task != "t2v":
+        advice = "a video from a picture takes --image" if task == "i2v" else "it makes pictures: give --image"
+        raise ValueError(f"a video to start from goes with t2v configs, and this one is for {task}: {advice}")
+    starts = task == "t2i" and pictures > 0 and (strength is not None or mask)
+    for name, given in (("strength", strength is not None), ("a mask", mask)):
+        if given and clip is None and not starts:
+            needs = {"t2v": "give --video FILE", "t2i": "give --image FILE"}.get(task, f"{task} configs have none")
+            raise ValueError(f"{name} is about what sampling starts from: {needs}")
+    if starts and pictures > 1:
+        raise ValueError(f"{pictures} pictures to start from: give one for all prompts")
+    if clip is None and not starts:
+        return 1.0, False
+    return checked_strength(DEFAULT_STRENGTH if strength is None else strength), starts
+
+
+def _frames_of(found: int, wanted: int, seconds: float | None, num_frames: int | None) -> tuple[int, None]:
+    """How many frames are made of a clip: all, at most what the config says, or what is asked for if there are as many
+    (its last frame may stand for those that are missing of a latent frame)."""
+    longest = -(-(found - 1) // FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1
+    if found < 2 and wanted > 1:
+        raise ValueError("the video has one frame: a t2i config takes it as a picture, --image FILE --strength 0.6")
+    if wanted > longest and (seconds is not None or num_frames is not None):
+        raise ValueError(
+            f"the video has {found / FPS:.2f} s and {wanted / FPS:.2f} s are asked for: leave the duration out, or ask "
+            f"for at most {(longest - 1) / FPS:.2f}"
+        )
+    return min(wanted, longest), None
+
+
+def wanted_frames(config: Config, time_length: float | None = None, num_frames: int | None = None) -> int:
+    """How many frames are asked for where no clip is shorter, 4n + 1. Raises ValueError as `resolve_request` does."""
+    return _frames(config, time_length, num_frames)
 
 
 def _frames(config: Config, seconds: float | None, num_frames: int | None) -> int:
@@ -377,6 +443,16 @@ def _checked_steps(num_steps: int) -> int:
     if steps is None or not 1 <= steps <= 1000:
         raise ValueError(f"the number of steps is {shown(num_steps)}; it must be a whole number from 1 to 1000")
     return steps
+
+
+def checked_strength(strength: float) -> float:
+    """A share of the steps. Raises ValueError for what is none."""
+    share = as_number(strength)
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"strength is {shown(strength)}; it must be from 0 (the source as it is) to 1 (noise alone), like 0.6"
+        )
+    return share
 
 
 def _checked_schedule(schedule: str) -> str:

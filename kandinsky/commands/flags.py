@@ -33,7 +33,8 @@ SETTINGS = {
 }
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
-    *("prompt", "prompts_file", "image", "negative_prompt", "width", "height", "video_duration"),
+    *("prompt", "prompts_file", "image", "video", "strength", "mask"),
+    *("negative_prompt", "width", "height", "video_duration"),
     *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
 )
 CHOICES = {"compile": ("auto", "on", "off"), "expand_prompt": ("on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
@@ -60,6 +61,23 @@ def build_parser() -> Parser:
     parser.add_argument("--prompt", help="what to show, what happens, or what to change")
     parser.add_argument(
         "--image", type=Path, action=Once, help="the picture that a video begins with, or that is edited"
+    )
+    parser.add_argument(
+        "--video",
+        type=Path,
+        metavar="FILE",
+        help="for t2v, a video, GIF or folder of frames to start from, which gives layout and motion",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="how far to go from --video, or with t2i from --image: 0 (the same) to 1 (noise alone); default: 0.6",
+    )
+    parser.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="white where --video or t2i's --image may change: a picture, or for a video one a frame",
     )
     parser.add_argument("--negative_prompt", help="what not to show; used where guidance is on")
     parser.add_argument(
@@ -185,6 +203,7 @@ def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
         "num_steps": args.sample_steps,
         "guidance_weight": args.guidance_weight,
         "scheduler_scale": args.scheduler_scale,
+        "strength": args.strength,
         "guidance_interval": args.guidance_interval,
         "guidance_every": args.guidance_every,
         "negative_caption": args.negative_prompt,

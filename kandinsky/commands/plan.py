@@ -45,6 +45,8 @@ def asked(args: argparse.Namespace) -> tuple[Config, Request]:
     if args.image is not None:
         sizes = [media.load_image(args.image).size]
     prompt = "a prompt" if args.prompt is None else args.prompt
+    if args.video is not None or args.mask is not None or args.strength is not None:
+        raise ValueError("--plan is of a run from noise, which takes more: leave --video, --mask and --strength out")
     return config, resolve_request(config, prompt, image_sizes=sizes, **wishes_of(args))
 
 

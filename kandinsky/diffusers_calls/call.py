@@ -28,7 +28,14 @@ from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.calls import check_callback, check_latents
 from kandinsky.pipelines.inputs import Inputs, as_images
 from kandinsky.request import FRAMES_PER_LATENT, PIXELS_PER_LATENT, resolve_request
-from kandinsky.sampling.conditioning import Conditioning, from_first_frame, from_source, from_text
+from kandinsky.sampling.conditioning import (
+    FIRST_FRAME,
+    Conditioning,
+    Item,
+    from_first_frame,
+    from_source,
+    from_text,
+)
 from kandinsky.text.embeddings import TextEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -253,8 +260,8 @@ class DiffusersPipeline(DiffusersBase):
         check_latents(latents, (*size, self.pipeline.dit.in_channels))
         latents = latents.float().to(self.pipeline.placement.device("dit"))
         own, extra = latents[..., :channels], latents[..., channels:]
-        first_frame = own[:, :1] if self.task == "i2v" else None
-        return Conditioning(own, extra if extra.shape[-1] else None, first_frame)
+        items = (Item(FIRST_FRAME, own[:, :1], marked=True),) if self.task == "i2v" else ()
+        return Conditioning(own, extra if extra.shape[-1] else None, items)
 
     # --- the call -----------------------------------------------------------------------------------------------------
 

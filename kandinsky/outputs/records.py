@@ -35,12 +35,17 @@ OUTPUT: dict[str, Kinds] = {
     "task": str, "prompt": (str, NOTHING), "expanded_prompt": (str, NOTHING), "negative_prompt": (str, NOTHING),
     "image": (str, NOTHING), "seed": (int, NOTHING), "fps": int, "attention_engine": str, "devices": dict,
     "processes": int, "dtype": str, "adapters": list, "config": dict, "versions": dict, "evaluations": dict,
-    "seconds": dict,
+    "seconds": dict, "conditions": list,
 }  # fmt: skip
 STOPPED: dict[str, Kinds] = {
     "request": dict, "config": dict, "dtype": str, "step": int, "branches": list, "image_names": list,
-    "evaluations": int, "seconds": dict, "adapters": list,
+    "evaluations": int, "seconds": dict, "adapters": list, "items": list,
 }  # fmt: skip
+ITEM: dict[str, Kinds] = {  # of a condition, see sampling/conditioning.py
+    "name": str, "frame": int, "frames": int, "hold": str, "from_step": int, "starts": bool, "marked": bool,
+    "shown": bool, "everywhere": bool, "origin": str,
+}  # fmt: skip
+MAX_ITEMS = 100
 DTYPES = ("float32", "bfloat16", "float16")
 # What a run that is gone on with has settled: overrides of these would change nothing but the record.
 SETTLED = (
@@ -123,7 +128,7 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
     request = _request(record["request"], config, about)
     guided = abs(request.guidance_weight - 1) > 1e-6
     for name, ok in (
-        ("step", 0 <= record["step"] < request.num_steps),
+        ("step", request.first_step <= record["step"] < request.num_steps),
         ("dtype", record["dtype"] in DTYPES),
         ("branches", record["branches"] == (["cond", "uncond"] if guided else ["cond"])),
         ("image_names", all(isinstance(one, str) for one in record["image_names"])),
@@ -140,8 +145,11 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
     possible: dict[str, TensorKind] = {"difference": (("F32",), shape)}
     if dit.visual_cond or dit.instruct_type == "channel":
         needed["conditioning.extra"] = (("F32",), (*shape[:-1], dit.in_visual_dim + 1))
-    if config.task == "i2v":
-        needed["conditioning.first_frame"] = (("F32",), (count, 1, *shape[2:]))
+    _check_items(record["items"], request, about)
+    for i, item in enumerate(record["items"]):
+        needed[f"item.{i}.latents"] = (("F32",), (count, item["frames"], *shape[2:]))
+        if not item["everywhere"]:
+            needed[f"item.{i}.region"] = (("F32",), (1, item["frames"], *shape[2:4], 1))
     tokens = math.prod(request.latent_size) // math.prod(dit.patch_size)
     for branch in record["branches"]:
         for i in range(count):
@@ -154,6 +162,17 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
             possible[f"residual.{branch}.{i}"] = (FLOATS, (1, tokens, dit.model_dim))
     _check_tensors(needed, possible, header, what)
     return request
+
+
+def _check_items(items: list[Any], request: Request, about: str) -> None:
+    for item in items[: MAX_ITEMS + 1]:
+        fits = isinstance(item, dict) and set(item) == set(ITEM) and len(items) <= MAX_ITEMS
+        fits = fits and all(type(item[name]) is kind for name, kind in ITEM.items())
+        if fits:
+            fits = item["hold"] in ("clean", "noised", "no") and 0 <= item["from_step"] <= request.num_steps
+            fits = fits and item["frame"] >= 0 and 1 <= item["frames"] <= request.latent_size[0] - item["frame"]
+        if not fits:
+            raise ValueError(f"{about} has a condition {shown(item)}: {ADVICE}")
 
 
 # --- both -------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,10 @@ def output_path(stopped: str | Path, suffix: str) -> Path:
 def save_run(path: str | Path, run: RunState, config: Mapping[str, Any], dtype: str) -> None:
     """Write a run; replaces what is there. dtype: the model's, by name. Raises WriteError."""
     tensors = {"latents": run.state.latents, "difference": run.state.difference}
-    tensors |= {f"conditioning.{name}": value for name, value in vars(run.conditioning).items()}
+    conditioning = run.conditioning
+    tensors |= {"conditioning.noise": conditioning.noise, "conditioning.extra": conditioning.extra}
+    for i, item in enumerate(conditioning.items):
+        tensors |= {f"item.{i}.latents": item.latents, f"item.{i}.region": item.region}
     for branch, samples in run.branches.items():
         for i, text in enumerate(samples):
             tensors |= {f"text.{branch}.{i}.{name}": value for name, value in vars(text).items()}
@@ -63,6 +66,7 @@ def save_run(path: str | Path, run: RunState, config: Mapping[str, Any], dtype: 
         "step": run.state.step,
         "branches": list(run.branches),
         "image_names": list(run.image_names),
+        "items": [item.facts() for item in conditioning.items],
         "evaluations": run.evaluations,
         "seconds": run.seconds,
         "adapters": run.adapters,
@@ -86,7 +90,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def load_run(path: str | Path) -> RunState:
     """The run of a file, its tensors on the CPU. Raises ValueError as `read_record` does, and for NaN in a tensor."""
     from kandinsky.models.numerics import is_finite
-    from kandinsky.sampling.conditioning import Conditioning
+    from kandinsky.sampling.conditioning import Conditioning, Item
     from kandinsky.sampling.sampler import SamplerState, guided_steps
     from kandinsky.text.embeddings import TextEmbeddings
 
@@ -98,7 +102,9 @@ def load_run(path: str | Path) -> RunState:
         if not is_finite(tensor):
             raise ValueError(f"{path}: there are NaN or infinite values in its {name}: the run has to be repeated")
     interval, every = request.guidance_interval, request.guidance_every
-    left = guided_steps(request.num_steps, request.guidance_weight, interval, every)[record["step"] :]
+    left = guided_steps(request.num_steps, request.guidance_weight, interval, every, request.first_step)[
+        record["step"] :
+    ]
     if next((what for what in left if what != "off"), "off") == "kept" and "difference" not in tensors:
         raise ValueError(f"{path}: there is no difference in it, which its next guided step needs: {ADVICE}")
 
@@ -109,10 +115,18 @@ def load_run(path: str | Path) -> RunState:
         branch: [TextEmbeddings(**parts(f"text.{branch}.{i}", TextEmbeddings)) for i in range(len(request.samples))]  # type: ignore[arg-type]
         for branch in record["branches"]
     }
+    items = tuple(
+        Item(
+            latents=tensors[f"item.{i}.latents"],
+            region=tensors.get(f"item.{i}.region"),
+            **{name: value for name, value in facts.items() if name not in ("frames", "everywhere")},
+        )
+        for i, facts in enumerate(record["items"])
+    )
     prefix = "residual."
     return RunState(
         request=request,
-        conditioning=Conditioning(**parts("conditioning", Conditioning)),  # type: ignore[arg-type]
+        conditioning=Conditioning(tensors["conditioning.noise"], tensors.get("conditioning.extra"), items),
         branches=texts,
         state=SamplerState(tensors["latents"], record["step"], tensors.get("difference")),
         residuals={name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)},

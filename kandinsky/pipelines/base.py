@@ -26,6 +26,7 @@ from kandinsky.outputs import media
 from kandinsky.outputs.latents_file import SavedLatents
 from kandinsky.outputs.latents_file import on_disk as latents_on_disk
 from kandinsky.outputs.records import check_outputs
+from kandinsky.outputs.sources import open_source, read_mask, read_source
 from kandinsky.pipelines.adapting import AdapterCalls
 from kandinsky.pipelines.calls import check_callback, one_at_a_time
 from kandinsky.pipelines.culprits import require_finite_input
@@ -38,8 +39,7 @@ from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.pipelines.write import WriteStage, convert
 from kandinsky.request import Request, resolve_request, warn_about_size
 from kandinsky.run_state import RunState
-from kandinsky.sampling.conditioning import Conditioning
-from kandinsky.sampling.sampler import SamplerState
+from kandinsky.sampling.sampler import SamplerState, flow_timesteps
 from kandinsky.text.embeddings import TextEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,9 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         text: str | Sequence[str] | None,
         *,
         images: Sequence[ImageSource] = (),
+        video: str | Path | None = None,
+        strength: float | None = None,
+        mask: str | Path | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: TextEmbeddings | None = None,
@@ -81,6 +84,9 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         if generator is not None and seed is not None:
             raise ValueError("both seed and generator are given: leave one of them out")
         pictures = [media.load_image(image) for image in images]
+        clip = None
+        if video is not None:
+            clip = open_source(self.config, video, wishes.get("time_length"), wishes.get("num_frames"))
         inputs = Inputs(
             images=pictures,
             image_names=[name_of(image) for image in images],
@@ -96,8 +102,16 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             num_prompts=None if prompt_embeds is None else self._checked_embeds("prompt_embeds", prompt_embeds),
             seed=seed,
             seeded=generator is None,
+            strength=strength,
+            clip=None if clip is None else (*clip.size, clip.frames),
+            mask=mask is not None,
             **wishes,
         )
+        source = read_source(request, clip, pictures if self.config.task == "t2i" else [])
+        if source is not None:
+            name = str(video) if clip is not None else inputs.image_names[0]
+            kept = None if mask is None else read_mask(request, mask)
+            inputs = dataclasses.replace(inputs, images=(), source=source, source_name=name, mask=kept)
         return self.generate(request, inputs, save_path, progress, output_type, callback_on_step_end)
 
     @one_at_a_time
@@ -144,7 +158,9 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         with watch.stage("encode"):
             branches = self.encode_prompts(request, inputs, images)
             conditioning = self.condition(request, inputs, images)
-        state = SamplerState(conditioning.hold(conditioning.noise).float())
+        first = request.first_step
+        sigmas = flow_timesteps(request.num_steps, request.scheduler_scale, request.schedule)
+        state = SamplerState(conditioning.start(float(sigmas[first]), first).float(), first)
         return RunState(request, conditioning, branches, state, image_names=tuple(inputs.image_names))
 
     @one_at_a_time
@@ -164,7 +180,7 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         with watch.stage("denoise"):
             latents = self.denoise(run, progress and self.team.is_first, callback, watch)
         samples = range(len(run.request.samples))
-        return SavedLatents(latents, [self.describe(run.request, run.image_names, i, watch) for i in samples])
+        return SavedLatents(latents, [self.describe(run, i, watch) for i in samples])
 
     @one_at_a_time
     @torch.no_grad()
@@ -184,16 +200,14 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         if not self.team.is_first:
             save_path, progress = None, False
         self.interrupt = self._is_stopping = False
-        device = self.placement.device("dit")
-
-        def moved(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor.to(device)
-
+        device, difference = self.placement.device("dit"), run.state.difference
         run = dataclasses.replace(
             run,
-            conditioning=Conditioning(**{name: moved(value) for name, value in vars(run.conditioning).items()}),
+            conditioning=run.conditioning.to(device),
             branches={branch: [text.to(device) for text in texts] for branch, texts in run.branches.items()},
-            state=SamplerState(moved(run.state.latents), run.state.step, moved(run.state.difference)),
+            state=SamplerState(
+                run.state.latents.to(device), run.state.step, None if difference is None else difference.to(device)
+            ),
         )
         watch = Stopwatch(dict(run.seconds), run.evaluations, devices=self._devices())
         output_type = "pil" if run.request.is_image else "uint8"
@@ -226,7 +240,7 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
                 return latents
             if watch.skipped_evaluations:
                 logger.info("skipped %d of %d model evaluations", watch.skipped_evaluations, watch.evaluations)
-            records = [self.describe(request, run.image_names, i, watch) for i in range(len(request.samples))]
+            records = [self.describe(run, i, watch) for i in range(len(request.samples))]
             finish = to_unit if output_type in ("np", "pt") else to_uint8
             keep = self.config.runtime.save_latents
             with nullcontext() if save_path is None else latents_on_disk(save_path, latents, records, keep):

@@ -69,8 +69,10 @@ class DenoiseStage(Parts):
             return replace(shared, text_rope=text_rotary_table(text_length, self.dit.head_dim, device))
 
         interval, every = request.guidance_interval, request.guidance_every
-        guidance = guided_steps(request.num_steps, request.guidance_weight, interval, every)
-        block_cache = None if self.make_cache is None else self.make_cache([step == "new" for step in guidance])
+        guidance = guided_steps(request.num_steps, request.guidance_weight, interval, every, request.first_step)
+        block_cache = None
+        if self.make_cache is not None and request.first_step == 0:  # its plan is of runs that begin with noise
+            block_cache = self.make_cache([step == "new" for step in guidance])
         if block_cache is not None and state.step > 0:
             done: dict[Branch, int] = {"cond": state.step, "uncond": guidance[: state.step].count("new")}
             residuals = {name: residual.to(device) for name, residual in run.residuals.items()}
@@ -123,12 +125,13 @@ class DenoiseStage(Parts):
                 yield step
 
         def on_step_end(step: int, latents: Tensor) -> Tensor:
-            latents = conditioning.hold(latents)
+            entered, next_sigma = step + 1, float(sigmas[step + 1])
+            latents = conditioning.hold(latents, next_sigma, entered)
             if previews is not None:
-                sigma, next_sigma = float(sigmas[step]), float(sigmas[step + 1])
+                sigma = float(sigmas[step])
                 # As far along the step's straight line as it takes to get to sigma 0.
                 clean = torch.lerp(state.latents, latents, sigma / (sigma - next_sigma))
-                previews(step, request.num_steps, conditioning.hold(clean))
+                previews(step, request.num_steps, conditioning.hold(clean, 0.0, entered))
             if callback is None:
                 return latents
             tensors: dict[str, Any] = {
@@ -141,7 +144,7 @@ class DenoiseStage(Parts):
             branches["cond"] = tensors["prompt_embeds"]
             if "uncond" in branches:
                 branches["uncond"] = tensors["negative_prompt_embeds"]
-            return conditioning.hold(tensors["latents"])
+            return conditioning.hold(tensors["latents"], next_sigma, entered)
 
         with self.placement.use("dit"):
             latents = euler_sample(
@@ -153,6 +156,7 @@ class DenoiseStage(Parts):
                 on_step_end,
                 guidance_interval=interval,
                 guidance_every=every,
+                first_step=request.first_step,
                 state=state,
             )
         require_finite_latents(latents, self.dtype_name, self.active_adapters(), callback is not None)

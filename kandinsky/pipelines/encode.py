@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kandinsky.models.numerics import require_finite
 from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.outputs import media
 from kandinsky.pipelines.calls import one_at_a_time
 from kandinsky.pipelines.inputs import ImageSource, Inputs, as_images, one_each
@@ -19,10 +21,13 @@ from kandinsky.pipelines.parts import Parts
 from kandinsky.request import Request
 from kandinsky.sampling.conditioning import (
     Conditioning,
+    compose,
     draw_noise,
     from_first_frame,
     from_source,
     from_text,
+    latent_mask,
+    source_item,
 )
 from kandinsky.sampling.sampler import Branch, uses_guidance
 from kandinsky.sizes import check_picture, size_for_image
@@ -168,7 +173,8 @@ class EncodeStage(Parts):
             if sample.seed is not None
         ]
         shape = (*request.latent_size, self.config.model.dit_params.in_visual_dim)
-        posteriors = one_each(self.encode_images(images), request.num_prompts)
+        is_start = inputs.source is not None  # a picture to start from is no condition of the model's
+        posteriors = [] if is_start else one_each(self.encode_images(images), request.num_prompts)
         noise, image_latents = [], []
         for i, sample in enumerate(request.samples):
             generator = generators[i % len(generators)]
@@ -181,12 +187,38 @@ class EncodeStage(Parts):
                 image_latents.append(latents.view(latents.shape[1], *latents.shape[-2:]).permute(1, 2, 0))  # (H, W, C)
         device = self.placement.device("dit")
         start = self.team.agree(torch.stack([one.to(device) for one in noise]))
+        if inputs.source is not None:
+            return self._from_source(start, inputs.source, inputs.mask, inputs.source_name)
         if not image_latents:
             return from_text(start, self.dit.in_channels)
         pictures = self.team.agree(torch.stack([one.to(device) for one in image_latents]))
         if self.config.task == "i2v":
             return from_first_frame(start, pictures, generation.visual_cond)
         return from_source(start, pictures)
+
+    def _from_source(self, noise: Tensor, frames: np.ndarray, mask: np.ndarray | None, origin: str) -> Conditioning:
+        """Sampling that starts from frames (T, H, W, 3), which are kept outside of a mask."""
+        latents = self.encode_video(frames).to(noise).expand(len(noise), -1, -1, -1, -1)
+        keep = None if mask is None else 1 - latent_mask(torch.from_numpy(mask) / 255).to(noise)
+        if keep is not None:
+            keep = self.team.agree(keep.expand(-1, noise.shape[1], -1, -1, -1).contiguous())
+        return compose(noise, self.dit.in_channels, [source_item(self.team.agree(latents.contiguous()), keep, origin)])
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray) -> Tensor:
+        """uint8 frames (T, H, W, 3) -> latents (1, T', H', W', C), scaled: the middle of the VAE's distribution."""
+        tile, overlap = self.config.model.vae.spatial_tile, self.config.model.vae.spatial_overlap
+        tiling = VAETiling(size=tile, overlap=min(overlap, tile // 2))
+        with self.placement.use("vae"):
+            weight = next(self.vae.parameters())
+            x = torch.tensor(frames).to(weight.device).permute(3, 0, 1, 2)[None].contiguous()  # (1, 3, T, H, W)
+            x = (x.float() / 127.5 - 1).to(weight.dtype)
+            if isinstance(self.vae, AutoencoderKL):
+                latents = self.vae.encode(x[:, :, 0], tiling).mode()[:, :, None]
+            else:
+                latents = self.vae.encode(x, tiling).mode()
+            require_finite("the VAE's encoder", latents, self.vae.named_parameters)
+        return latents.permute(0, 2, 3, 4, 1).float() * self.vae.scaling_factor
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[Any]:
         """The VAE's distribution over the latents of each RGB picture, (1, C, H, W) or (1, C, 1, H, W)."""

@@ -46,6 +46,9 @@ class Inputs:
     prompt_embeds: TextEmbeddings | None = None
     negative_prompt_embeds: TextEmbeddings | None = None
     conditioning: Conditioning | None = None
+    source: np.ndarray | None = None  # uint8 (frames, height, width, 3) at the request's size, to start from
+    source_name: str = ""
+    mask: np.ndarray | None = None  # uint8 (1 or frames, height, width), 255 where something may change
 
 
 NO_INPUTS = Inputs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import Unpack
@@ -24,6 +25,9 @@ class TextToVideoPipeline(Pipeline):
         *,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
+        video: str | Path | None = None,
+        strength: float | None = None,
+        mask: str | Path | None = None,
         **options: Unpack[CallOptions],
     ) -> Any:
         """Generate videos, or with `time_length=0` pictures.
@@ -32,6 +36,10 @@ class TextToVideoPipeline(Pipeline):
         time_length: seconds at 24 frames a second; or `num_frames`, 4n + 1.
         width, height: pixels, multiples of 16.
         num_videos_per_prompt: how many videos each prompt makes.
+        video: a file or a folder of frames to start from, for all prompts: layout and motion come from it. Brought to
+            24 frames a second and the size nearest to its own.
+        strength: how far to go from it: the share of the steps taken, 0 (the same) to 1 (noise alone). None: 0.6.
+        mask: white where the video may change: a picture for all frames, or a video or folder with one each.
         """
         return self.run(
             text,
@@ -40,5 +48,8 @@ class TextToVideoPipeline(Pipeline):
             width=width,
             height=height,
             samples_per_prompt=num_videos_per_prompt,
+            video=video,
+            strength=strength,
+            mask=mask,
             **options,
         )

@@ -31,12 +31,13 @@ class WriteStage(Parts):
         """`write_outputs`."""
         return write_outputs(pixels, records, path, watch)
 
-    def describe(self, request: Request, image_names: Sequence[str], index: int, watch: Stopwatch) -> dict[str, Any]:
+    def describe(self, run: RunState, index: int, watch: Stopwatch) -> dict[str, Any]:
         """What is needed to make an output again, and how long it took. Names are the command line's."""
         engine = self.execution.block_sparse if self.uses_nabla else self.execution.attention
+        request = run.request
         settings = dict(vars(request))
         sample = settings.pop("samples")[index]
-        names = one_each(image_names, request.num_prompts)
+        names = one_each(run.image_names, request.num_prompts)
         return {
             "task": self.config.task,
             "prompt": sample.text,
@@ -44,6 +45,7 @@ class WriteStage(Parts):
             "negative_prompt": sample.negative_caption,
             "image": names[sample.prompt] if names else None,
             "seed": sample.seed,
+            "conditions": [item.facts() for item in run.conditioning.items],
             **settings,
             "fps": FPS,
             "attention_engine": getattr(engine, "__name__", str(engine)),

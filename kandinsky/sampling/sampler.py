@@ -71,18 +71,23 @@ def uses_guidance(guidance_weight: float) -> bool:
 
 
 def guided_steps(
-    num_steps: int, guidance_weight: float, interval: tuple[float, float] = (0.0, 1.0), every: int = 1
+    num_steps: int,
+    guidance_weight: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    every: int = 1,
+    first_step: int = 0,
 ) -> tuple[Guidance, ...]:
     """What guidance does in each of the steps; an unconditional evaluation happens in those that say "new".
 
     Step i is guided where interval[0] <= i / num_steps < interval[1]: shares of the steps, not of the noise level.
-    Of the guided steps, the first and each `every`-th after it are "new".
+    Of the guided steps, the first and each `every`-th after it are "new". Steps before `first_step`
+    are not taken: "off".
     """
     begin, end = interval
     plan: list[Guidance] = []
     guided = 0
     for step in range(num_steps):
-        if not uses_guidance(guidance_weight) or not begin <= step / num_steps < end:
+        if step < first_step or not uses_guidance(guidance_weight) or not begin <= step / num_steps < end:
             plan.append("off")
         else:
             plan.append("new" if guided % every == 0 else "kept")
@@ -100,6 +105,7 @@ def euler_sample(
     *,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_every: int = 1,
+    first_step: int = 0,
     state: SamplerState | None = None,
 ) -> Tensor:
     """Integrate from `noise` at sigmas[0] to sigmas[-1]; latents come back in float32.
@@ -112,12 +118,13 @@ def euler_sample(
         steps: wraps the iteration over steps: for a progress bar, or to end it early.
         on_step_end: (step, latents after it) -> the latents to go on with.
         guidance_interval, guidance_every: as in `guided_steps`.
+        first_step: which one is the first that is taken, from latents of that noise level.
         state: where to go on in place of beginning with `noise`; kept up to date, so that an end before the last step
             can be gone on from.
     """
-    state = state or SamplerState(noise.to(torch.float32))
+    state = state or SamplerState(noise.to(torch.float32), first_step)
     sigmas = sigmas.to(device=noise.device, dtype=torch.float32)
-    plan = guided_steps(len(sigmas) - 1, guidance_weight, guidance_interval, guidance_every)
+    plan = guided_steps(len(sigmas) - 1, guidance_weight, guidance_interval, guidance_every, first_step)
     for step in steps(range(state.step, len(sigmas) - 1)):
         latents, sigma, next_sigma = state.latents, sigmas[step], sigmas[step + 1]
         timestep = sigma * NUM_TRAIN_TIMESTEPS

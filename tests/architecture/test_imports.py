@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipelines", "runtime", "planning"),
     ("outputs",),
     ("run_state",),
-    ("text", "sampling", "request"),
+    ("text", "sampling", "request", "clips"),
     ("models", "sizes", "pictures"),
     ("attention", "checkpoints"),
     ("config",),
@@ -34,8 +34,9 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 # Rooms, and files of rooms, that come without torch, so that `test.py --help` and a mistyped flag answer at once.
 WITHOUT_TORCH = (
-    *("__init__", "config", "sizes", "pictures", "request", "common", "checkpoints", "planning", "serving", "commands"),
-    *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "text.prompts"),
+    *("__init__", "config", "sizes", "pictures", "request", "clips"),
+    *("common", "checkpoints", "planning", "serving", "commands"),
+    *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "outputs.sources", "text.prompts"),
 )
 # Front doors with what they alone know, and what is only there for tests.
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers", "comfyui", "comfy", "folder_paths")

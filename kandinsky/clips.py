@@ -1,0 +1,132 @@
+"""Moving pictures in: videos, GIFs and folders of frames become frames at one rate and size.
+
+Files are strangers' work. The ffmpeg that comes with imageio-ffmpeg reads them, as a process of its own: only the
+containers of `CONTAINERS` and only the file itself, no frame of more than `MAX_PIXELS`, no more frames than are asked
+for, and no longer than `MOST_SECONDS`. It turns pictures upright as their metadata say, makes pixels square, and brings
+any rate, varying ones too, to one by leaving out and repeating. Knows no sizes that a model takes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kandinsky.common.given import MISSING, shortened, shown, why_no_file
+from kandinsky.pictures import load_image
+
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif,avi,mpegts,mpeg"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 40_000_000  # of a frame: 8K has 33
+MOST_SECONDS = 300.0  # that reading may take; a minute of 4K takes 30 on two cores
+ADVICE = "give an MP4, WebM, MOV, GIF or AVI file, or a folder of pictures"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file or folder that was looked at. size: (width, height), upright. frames: at `fps`, as far as was counted."""
+
+    path: Path
+    size: tuple[int, int]
+    frames: int
+    fps: int
+
+
+def open_clip(path: str | Path, fps: int, at_most: int) -> Clip:
+    """What a video, GIF or folder of pictures (frame after frame, by name) is; frames beyond `at_most` don't count.
+
+    Raises ValueError for what isn't there or can't be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = _pictures_in(path)
+        return Clip(path, load_image(files[0]).size, min(len(files), at_most), fps)
+    if (why := why_no_file(path)) is not None:
+        raise ValueError(f"there is no video {path}" if why == MISSING else f"can't read the video {path}: {why}")
+    # The first frame as a PPM, whose header has its size; then all of them, tiny, to be counted.
+    header = _ffmpeg(path, ["-vf", SQUARE, "-frames:v", "1", "-c:v", "ppm", "-f", "image2pipe"], 32)
+    words = header.split(maxsplit=3)
+    if len(words) < 3 or words[0] != b"P6":
+        raise ValueError(f"can't read the video {path}: there is no picture in it; {ADVICE}")
+    tiny = ["-vf", f"fps={fps},scale=2:2", "-frames:v", str(at_most), "-pix_fmt", "gray", "-f", "rawvideo"]
+    return Clip(path, (int(words[1]), int(words[2])), len(_ffmpeg(path, tiny, 4 * at_most)) // 4, fps)
+
+
+def read_clip(clip: Clip, frames: int, width: int, height: int) -> np.ndarray:
+    """uint8 (frames, height, width, 3), transparency on white; what stands out is cut off evenly. A clip that is too
+    short keeps its last frame."""
+    if clip.path.is_dir():
+        fitted = [_covering(load_image(file), width, height) for file in _pictures_in(clip.path)[:frames]]
+        found = np.stack([np.asarray(image) for image in fitted])
+    else:
+        cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area+accurate_rnd"
+        steps = f"fps={clip.fps},{SQUARE},{cover},crop={width}:{height},format=rgba"
+        size = 4 * width * height
+        data = _ffmpeg(clip.path, ["-vf", steps, "-frames:v", str(frames), "-f", "rawvideo"], frames * size)
+        rgba = np.frombuffer(data[: len(data) // size * size], np.uint8).reshape(-1, height, width, 4)
+        found = np.empty((*rgba.shape[:3], 3), np.uint8)
+        for frame, out in zip(rgba, found, strict=True):
+            alpha = frame[..., 3:].astype(np.uint16)
+            out[:] = (frame[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    if not len(found):
+        raise ValueError(f"can't read the video {clip.path}: there is no picture in it; {ADVICE}")
+    return np.concatenate((found, np.repeat(found[-1:], frames - len(found), axis=0)))
+
+
+SQUARE = "scale=iw*sar:ih,setsar=1"
+
+
+def _covering(image: Image.Image, width: int, height: int) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"there are no pictures in the folder {folder}; {ADVICE}")
+    return files
+
+
+def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
+    """At most `limit` bytes of what ffmpeg makes of a file. Raises ValueError where it makes nothing."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-max_alloc", str(2**30)]
+    command += ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-max_pixels", str(MAX_PIXELS)]
+    command += ["-i", f"file:{path}", "-map", "0:v:0", *output, "pipe:1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None and process.stderr is not None
+        said: list[bytes] = []
+        errors = process.stderr
+        listener = threading.Thread(target=lambda: said.append(_some_of(errors)), daemon=True)
+        listener.start()
+        alarm = threading.Timer(MOST_SECONDS, process.kill)
+        alarm.start()
+        try:
+            data = process.stdout.read(limit)
+        finally:
+            too_long = not alarm.is_alive()
+            alarm.cancel()
+            process.kill()
+    listener.join()
+    if too_long:
+        raise ValueError(f"reading the video {path} took more than {MOST_SECONDS:g} s: cut out the part that you need")
+    if not data:
+        lines = said[0].decode("utf-8", "replace").strip().splitlines() or ["there is no picture in it"]
+        reason = shortened(lines[-1].replace(f"file:{path}", "").strip(": ")) or shown(lines[-1])
+        raise ValueError(f"can't read the video {path}: {reason}; {ADVICE}")
+    return data
+
+
+def _some_of(stream: object, most: int = 20_000) -> bytes:
+    """The end of what comes; it is read to its end, so that nobody waits for us."""
+    kept = b""
+    while chunk := stream.read(65536):  # type: ignore[attr-defined]
+        kept = (kept + chunk)[-most:]
+    return kept

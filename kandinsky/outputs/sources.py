@@ -1,0 +1,52 @@
+"""What sampling starts from, and where it may change: files become frames and masks at a request's size.
+
+Knows requests, clips and pictures; knows no models and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kandinsky.clips import Clip, open_clip, read_clip
+from kandinsky.config.schema import Config
+from kandinsky.outputs.media import fit_image
+from kandinsky.pictures import load_image
+from kandinsky.request import FPS, Request, wanted_frames
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MASK_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def open_source(
+    config: Config, path: str | Path, time_length: float | None = None, num_frames: int | None = None
+) -> Clip:
+    """A video to start from, looked at as far as is asked for. Raises ValueError for what can't be read."""
+    return open_clip(path, FPS, max(2, wanted_frames(config, time_length, num_frames)))
+
+
+def read_source(request: Request, clip: Clip | None, pictures: Sequence[Image.Image]) -> np.ndarray | None:
+    """uint8 (frames, height, width, 3) at the request's size: of a clip, or of the picture that t2i starts from."""
+    if clip is not None:
+        return read_clip(clip, request.num_frames, request.width, request.height)
+    return np.asarray(fit_image(pictures[0], request.width, request.height))[None] if pictures else None
+
+
+def read_mask(request: Request, path: str | Path) -> np.ndarray:
+    """uint8 (1 or frames, height, width), white where something may change: of a picture, of a video or of a folder."""
+    path, size = Path(path), (request.width, request.height)
+    if path.suffix.lower() in MASK_PICTURES and not path.is_dir():
+        return np.array(fit_image(load_image(path), *size).convert("L"))[None]
+    clip = open_clip(path, FPS, request.num_frames)
+    if clip.frames + 3 < request.num_frames:
+        raise ValueError(
+            f"the mask {path} has {clip.frames} frames at {FPS} a second, and the video {request.num_frames}: give one "
+            "a frame, or one picture for all"
+        )
+    grey = read_clip(clip, request.num_frames, *size).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return grey.round().clip(0, 255).astype(np.uint8)
