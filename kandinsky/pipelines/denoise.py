@@ -144,6 +144,8 @@ class DenoiseStage(Parts):
             branches["cond"] = tensors["prompt_embeds"]
             if "uncond" in branches:
                 branches["uncond"] = tensors["negative_prompt_embeds"]
+            if tensors["latents"] is latents:  # to hold twice would count a feathered edge twice
+                return latents
             return conditioning.hold(tensors["latents"], next_sigma, entered)
 
         with self.placement.use("dit"):
