@@ -3,7 +3,7 @@
     python benchmarks/directed.py --cases 40 --output curve.json
 
 A case is a held-out clip and its own caption with another colour. `layout`: shape, motion and background are still the
-clip's, as measured, and the object stands within 6 % of the picture's side of where it stood, on the mean of all frames.
+clip's, as measured, and the object stands within 6 % of the picture's side of where it stood.
 `colour`: it is the prompt's.
 """
 
