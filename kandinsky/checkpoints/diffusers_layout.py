@@ -17,7 +17,7 @@ from typing import Any
 
 from kandinsky.checkpoints.dit_layout import check_dit_header
 from kandinsky.checkpoints.files import FOLDERS, REPOSITORY, find_weights, folder_of
-from kandinsky.checkpoints.headers import read_header
+from kandinsky.checkpoints.formats import read_weights_header
 from kandinsky.common.given import shown
 from kandinsky.common.untrusted import is_plain_name, read_json
 from kandinsky.config.reading import load_config
@@ -203,7 +203,7 @@ def part_paths(folder: Path, variant: str | None = None) -> dict[str, Path]:
 def check_weights(paths: Mapping[str, Path], config: Config) -> None:
     """Raise ValueError where weights are missing or damaged, or the transformer's not what its config.json says."""
     for part, path in paths.items():
-        header = {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
+        header = {name: entry for file in find_weights(path) for name, entry in read_weights_header(file).items()}
         if part == "dit":
             try:
                 check_dit_header(header, config.model.dit_params)

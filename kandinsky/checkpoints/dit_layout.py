@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from kandinsky.checkpoints.gguf_file import BLOCKS
 from kandinsky.checkpoints.headers import BITS as BITS
 from kandinsky.checkpoints.headers import Header
 from kandinsky.common.given import shortened
@@ -32,7 +33,8 @@ _TRANSFORMER_LINEAR = re.compile(
     r"(text|visual)_transformer_blocks\.\d+\."
     r"((self|cross)_attention\.(to_query|to_key|to_value|out_layer)|feed_forward\.(in_layer|out_layer))"
 )
-_QUANTIZED_WEIGHT = re.compile(r"(?P<layer>.+)\.weight_(?P<scheme>int8|fp8|nf4)")
+_MODULATION = "_modulation."
+_QUANTIZED_WEIGHT = re.compile(r"(?P<layer>.+)\.weight_(?P<scheme>" + "|".join(["int8", "fp8", "nf4", *BLOCKS]) + ")")
 
 
 # --- quantised layers -------------------------------------------------------------------------------------------------
@@ -45,6 +47,9 @@ def quantized_parts(scheme: str, outputs: int, inputs: int) -> Header:
     every row, theirs one for the whole weight, of shape () or (1,). nf4, two values to a byte, is our own layout; rows
     are filled up with zeros to whole groups.
     """
+    if scheme in BLOCKS:
+        weights, size = BLOCKS[scheme]
+        return {f"weight_{scheme}": ("U8", (outputs, -(-inputs // weights) * size))}
     if scheme == "int8":
         groups = -(-inputs // INT8_GROUP)
         return {"weight_int8": ("I8", (outputs, inputs)), "weight_scales": ("F32", (outputs, groups))}
@@ -63,15 +68,47 @@ def is_quantizable(layer: str) -> bool:
     return _TRANSFORMER_LINEAR.fullmatch(layer) is not None
 
 
-def quantized_layers(header: Header) -> dict[str, str]:
-    """Layer -> scheme (int8, fp8, nf4) of the DiT's linear layers that a checkpoint holds quantised."""
+def packed_layers(header: Header) -> dict[str, str]:
+    """Layer -> scheme (int8, fp8, nf4, or one of GGUF's) of all that a file of weights holds quantised."""
     found = (_QUANTIZED_WEIGHT.fullmatch(name) for name in strip_prefix(header))
-    return {match["layer"]: match["scheme"] for match in found if match and is_quantizable(match["layer"])}
+    return {match["layer"]: match["scheme"] for match in found if match}
+
+
+def quantized_layers(header: Header) -> dict[str, str]:
+    """Of `packed_layers`, those of a DiT that stay quantised: `is_quantizable` ones, and in other people's files
+    modulations, which are many of the weights."""
+    return {layer: scheme for layer, scheme in packed_layers(header).items() if stays_packed(layer, scheme)}
+
+
+def stays_packed(layer: str, scheme: str) -> bool:
+    """Whether a layer of a DiT that a file has quantised stays so; others are made into numbers as they are read."""
+    return is_quantizable(layer) or (scheme in BLOCKS and _MODULATION in layer)
+
+
+def packed_weight(name: str) -> tuple[str, str] | None:
+    """A tensor's layer and scheme where it is a quantised weight: "a.weight_q8_0" -> ("a", "q8_0")."""
+    match = _QUANTIZED_WEIGHT.fullmatch(name)
+    return (match["layer"], match["scheme"]) if match else None
+
+
+def unpacked_shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a file's tensors, with quantised weights as `weight` (outputs, inputs)."""
+    shapes = {}
+    for name, (_, shape) in header.items():
+        layer, scheme = packed_weight(name) or ("", "")
+        if scheme in BLOCKS and len(shape) == 2:
+            weights, size = BLOCKS[scheme]
+            shape = (shape[0], shape[1] // size * weights)
+        shapes[f"{layer}.weight" if layer else name] = shape
+    return shapes
 
 
 def quantization_from_header(header: Header) -> str | None:
-    """The scheme that a DiT checkpoint is quantised with, None for none. Raises ValueError where there are several."""
-    schemes = sorted(set(quantized_layers(header).values()))
+    """The scheme that a DiT checkpoint is quantised with, None for none; "gguf" for GGUF's, which come mixed.
+
+    Raises ValueError where there are several others.
+    """
+    schemes = sorted({"gguf" if scheme in BLOCKS else scheme for scheme in quantized_layers(header).values()})
     if len(schemes) > 1:
         raise ValueError(f"the checkpoint mixes layers in {' and '.join(schemes)}: use one that has a single scheme")
     return schemes[0] if schemes else None
@@ -94,7 +131,7 @@ def dit_params_from_header(header: Header) -> dict[str, Any]:
     A quantised checkpoint says the same; `quantization_from_header` tells its scheme.
     Raises ValueError where the file is not a Kandinsky 5 DiT.
     """
-    shapes = {_QUANTIZED_WEIGHT.sub(r"\1.weight", name): shape for name, (_, shape) in strip_prefix(header).items()}
+    shapes = unpacked_shapes(strip_prefix(header))
 
     def size(name: str, axis: int = 0) -> int:
         try:
@@ -216,9 +253,10 @@ def check_dit_header(header: Header, dit: DiTConfig) -> None:
 
     shapes = expected_dit_shapes(dit)
     dtypes: dict[str, tuple[str, ...]] = dict.fromkeys(shapes, FLOATS)  # what is allowed
-    for layer in [layer for layer in quantized_layers(header) if f"{layer}.weight" in shapes]:
-        assert scheme is not None
-        for part, (dtype, shape) in quantized_parts(scheme, *shapes.pop(f"{layer}.weight")).items():
+    packed = quantized_layers(header)
+    packed |= {layer: scheme for layer, scheme in packed_layers(header).items() if scheme in BLOCKS}
+    for layer in [layer for layer in packed if f"{layer}.weight" in shapes]:
+        for part, (dtype, shape) in quantized_parts(packed[layer], *shapes.pop(f"{layer}.weight")).items():
             name = f"{layer}.{part}"
             one_scale = part == "weight_scale" and header.get(name, ("", shape))[1] in ((), (1,))
             shapes[name] = header[name][1] if one_scale else shape

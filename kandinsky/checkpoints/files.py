@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kandinsky.checkpoints.gguf_file import is_gguf
 from kandinsky.checkpoints.headers import BITS as BITS
 from kandinsky.checkpoints.headers import refuse_pickle, why_absent
 from kandinsky.common.given import MISSING, why_no_file
@@ -33,7 +34,7 @@ TINY_COMMAND = "python test.py --config configs/config_tiny_t2v.yaml"
 
 
 def find_weights(path: str | Path) -> list[Path]:
-    """The safetensors files behind a path: a file, or a folder with one file or with an index of shards.
+    """The files behind a path: a file, or a folder with one safetensors file or with an index of shards.
 
     Names may have a variant's infix (model.fp16.safetensors); where a folder has the same without it, that one is it.
     Raises ValueError where there are none, only pickles, missing shards, or several files to choose from.
@@ -43,7 +44,7 @@ def find_weights(path: str | Path) -> list[Path]:
     if path.is_file():
         if _INDEX.fullmatch(path.name):
             return _shards(path)
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" and not is_gguf(path):
             raise ValueError(f"{path}: not a .safetensors file")
         return [path]
     if not path.is_dir():

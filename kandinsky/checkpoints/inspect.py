@@ -22,9 +22,14 @@ from kandinsky.checkpoints.dit_layout import (
     check_dit_header,
     check_floats,
     dit_params_from_header,
+    packed_weight,
     quantization_from_header,
+    unpacked_shapes,
 )
+from kandinsky.checkpoints.encoder_config import CLIP, QWEN, encoder_config
 from kandinsky.checkpoints.files import _SHARD, FOLDERS, REPOSITORY, find_weights, folder_of
+from kandinsky.checkpoints.formats import read_weights_header
+from kandinsky.checkpoints.gguf_file import BLOCKS, is_gguf
 from kandinsky.checkpoints.headers import BITS as BITS
 from kandinsky.checkpoints.headers import Header, read_header
 from kandinsky.checkpoints.lora_tensors import describe_lora
@@ -117,14 +122,17 @@ def _inspect_weights(path: Path) -> Report:
         files = find_weights(path)
         for file in files:
             try:
-                header |= read_header(file)
+                header |= read_weights_header(file)
                 size += file.stat().st_size
             except (ValueError, OSError) as error:
                 problems.append(str(error))
     except (ValueError, OSError) as error:
         return Report(path, "unknown", problems=(str(error),))
 
-    kind = next((kind for kind, mark in KINDS.items() if any(re.search(mark, name) for name in header)), "unknown")
+    # A packed weight by its own name; what scales it is none of its own.
+    shapes = unpacked_shapes(header)
+    plain = {name: (header.get(name, ("F32", ()))[0], shape) for name, shape in shapes.items()}
+    kind = next((kind for kind, mark in KINDS.items() if any(re.search(mark, name) for name in plain)), "unknown")
     facts: dict[str, Any] = {}
     try:
         if kind == "DiT":
@@ -132,19 +140,21 @@ def _inspect_weights(path: Path) -> Report:
         elif kind == "LoRA":
             facts = {"variant": describe_lora(header)}
         elif kind != "unknown":
-            facts = _inspect_vae(path, kind, header) if "VAE" in kind else _inspect_encoder(path, kind, header)
+            facts = _inspect_vae(path, kind, header) if "VAE" in kind else _inspect_encoder(path, kind, plain)
+            if "VAE" in kind:  # which is read as it is in the file, see loading/vae.py
+                plain = {name: entry for file in files for name, entry in read_header(file).items()}
             # Old files of CLIP have the numbers of its positions in them, which nobody reads.
-            check_floats(path, {name: entry for name, entry in header.items() if not name.endswith("position_ids")})
+            check_floats(path, {name: entry for name, entry in plain.items() if not name.endswith("position_ids")})
         elif header:
             problems.append(
                 f"{path}: no part of Kandinsky 5; it has tensors like {shortened(', '.join(list(header)[:3]))}"
             )
     except ValueError as error:
         problems.append(str(error))
-    dtypes = Counter(dtype for dtype, _ in header.values()).most_common()
+    dtypes = Counter(_stored_dtype(name, dtype) for name, (dtype, _) in header.items()).most_common()
     infix = re.match(r"(?:diffusion_pytorch_)?model\.([^.-]+)(?:-\d|\.safetensors)", files[0].name)
     words = [
-        facts.pop("format", "safetensors"),
+        "GGUF" if is_gguf(files[0]) else facts.pop("format", "safetensors"),
         f"{len(files)} shards" if len(files) > 1 else "",
         f"variant {infix[1]}" if infix else "",
     ]
@@ -155,8 +165,14 @@ def _inspect_weights(path: Path) -> Report:
         dtype=dtypes[0][0] if len(dtypes) == 1 else ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes),
         size=size,
         problems=(*problems, *facts.pop("problems", ())),
-        **facts,
+        **{name: value for name, value in facts.items() if name != "format"},
     )
+
+
+def _stored_dtype(name: str, dtype: str) -> str:
+    """What a tensor is in, for people: of GGUF's blocks which they are, and not that they are bytes."""
+    _, scheme = packed_weight(name) or ("", "")
+    return scheme.upper() if scheme in BLOCKS else dtype
 
 
 def _inspect_dit(path: Path, header: Header) -> dict[str, Any]:
@@ -266,7 +282,10 @@ def _inspect_encoder(path: Path, kind: str, header: Header) -> dict[str, Any]:
     written = _known_json(folder / "config.json")
     text = written["text_config"] if isinstance(written.get("text_config"), dict) else written
     if not written:
-        problems.append(f"{path}: no readable config.json beside it")
+        try:
+            encoder_config(path, QWEN if kind == "Qwen2.5-VL" else CLIP)
+        except ValueError:
+            problems.append(f"{path}: no readable config.json beside it")
     for name, value in (("hidden_size", width), ("num_hidden_layers", layers)):
         if text.get(name, value) != value:
             problems.append(f"{path}: config.json says {name} {shortened(str(text[name]))}, the weights say {value}")
@@ -302,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """python -m kandinsky.checkpoints PATH ...: prints the reports; 1 where something is wrong."""
     show_every_character()
     parser = argparse.ArgumentParser(description="Say what weights are and what is wrong with them.")
-    parser.add_argument("path", nargs="+", type=Path, help="a .safetensors file, a folder, or a whole repository")
+    parser.add_argument("path", nargs="+", type=Path, help="a .safetensors or .gguf file, or a folder")
     reports = [inspect(path) for path in parser.parse_args(arguments).path]
     sys.stdout.write("".join(f"{report}\n" for report in reports))
     return 1 if any(report.problems for report in reports) else 0

@@ -19,6 +19,7 @@ from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
 from kandinsky.checkpoints.diffusers_layout import tell_shift
 from kandinsky.checkpoints.files import missing_weights_message, part_folder, resolve_path
+from kandinsky.checkpoints.gguf_file import is_gguf, require_gguf
 from kandinsky.checkpoints.lora_file import LoraFile, configured_loras
 from kandinsky.config.reading import with_settings
 from kandinsky.config.rules import check_processes
@@ -204,6 +205,8 @@ def settle(
     tell_shift(paths["dit"], config)
     # Of one output: what a row of a file of prompts comes to does not depend on how many rows there are.
     evaluations = model_evaluations(model) if request is None else num_evaluations(request)
+    for path in filter(is_gguf, (paths["dit"], paths["qwen"])):
+        require_gguf(path)
     scheme = config.runtime.dit_quantization or scheme_of(paths["dit"])
     compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
     if compiled:

@@ -22,7 +22,7 @@ from kandinsky.checkpoints.dit_layout import (
     strip_prefix,
 )
 from kandinsky.checkpoints.files import find_weights
-from kandinsky.checkpoints.headers import read_header
+from kandinsky.checkpoints.formats import read_weights_header
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.weights import host_weights, load_weights
 from kandinsky.models.dit import DiffusionTransformer3D, HandOut
@@ -44,13 +44,13 @@ def load_dit(
     dtype: torch.dtype,
     quantization: str | None = None,
 ) -> DiffusionTransformer3D:
-    """The DiT from a safetensors file or folder. Raises ValueError for damaged files and for other variants' files.
+    """The DiT from its file or folder. Raises ValueError for damaged files and for other variants' files.
 
     quantization: "int8", "fp8" or "nf4", which weights are brought to as they are read. None leaves them as they are in
-        the file, which may be quantised itself; a file that is quantised otherwise is a ValueError.
+        the file, which may be quantised itself; a file that is quantised otherwise, and no GGUF, is a ValueError.
     """
     files = find_weights(path)
-    header = {name: entry for file in files for name, entry in read_header(file).items()}
+    header = {name: entry for file in files for name, entry in read_weights_header(file).items()}
     try:
         check_dit_header(header, params)
         with torch.device("meta"):
@@ -71,7 +71,7 @@ def load_sharded_dit(
 ) -> DiffusionTransformer3D:
     """A DiT of which each process of a sequence has a part of the weights. Errors are those of `load_dit`."""
     files = find_weights(path)
-    header = {name: entry for file in files for name, entry in read_header(file).items()}
+    header = {name: entry for file in files for name, entry in read_weights_header(file).items()}
     try:
         check_dit_header(header, params)
         if quantization_from_header(strip_prefix(header)) is not None:
@@ -105,7 +105,7 @@ def load_dit_on_host(
 
 def scheme_of(path: Path) -> str | None:
     """How the weights of a DiT's checkpoint are quantised; None: they are not."""
-    header = {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
+    header = {name: entry for file in find_weights(path) for name, entry in read_weights_header(file).items()}
     return quantization_from_header(strip_prefix(header))
 
 

@@ -3,11 +3,12 @@
 Both models come from transformers; only the parts in use are built, and only the tensors of those are read: no lm_head
 (1.1 GB), and the vision tower (1.4 GB) only where pictures are to be seen.
 
-Files: a folder with config.json and safetensors (one file, or shards with an index), or a file with config.json beside
-it; never pickle. Keys may be `model.layers.*` as published, `model.language_model.*` or `language_model.*` as newer
-transformers write them, or the text model's own; for CLIP `text_model.*` (a full CLIPModel or a text model alone) or
-its own. The tokenizer lies in the same folder, or beside it as in a diffusers repository (`tokenizer`, `tokenizer_2`),
-and likewise Qwen's preprocessor_config.json, which says how a picture is cut into patches.
+Files: a folder with config.json and safetensors (one file, or shards with an index), or a file, also ComfyUI's and of
+Qwen a GGUF one, with config.json beside it or with sizes that say the same; never pickle. Keys may be `model.layers.*`
+as published, `model.language_model.*` or `language_model.*` as newer transformers write them, or the text model's own;
+for CLIP `text_model.*` (a full CLIPModel or a text model alone) or its own. The tokenizer lies in the same folder, or
+beside it as in a diffusers repository (`tokenizer`, `tokenizer_2`), and likewise Qwen's preprocessor_config.json, which
+says how a picture is cut into patches.
 
 This module does not know which device there is, where files come from, or what embeddings are used for.
 """
@@ -36,12 +37,16 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
-from kandinsky.checkpoints.dit_layout import check_floats
+from kandinsky.checkpoints.dit_layout import check_floats, packed_layers, packed_weight, unpacked_shapes
+from kandinsky.checkpoints.encoder_config import CLIP, QWEN, encoder_config
 from kandinsky.checkpoints.files import find_weights, folder_of
-from kandinsky.checkpoints.headers import open_tensors, read_header
+from kandinsky.checkpoints.formats import open_weights, read_weights_header
+from kandinsky.checkpoints.gguf_file import BLOCKS
 from kandinsky.common.given import MISSING, shortened, why_no_file
-from kandinsky.common.untrusted import read_json, reason
+from kandinsky.common.untrusted import reason
+from kandinsky.loading.weights import unpacked
 from kandinsky.models.numerics import aligned
+from kandinsky.runtime.quantization import replace_linears
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.prompts import check_prefix, get_template
 
@@ -84,8 +89,8 @@ def load_text_embedder(
     """
     qwen_path, clip_path = Path(qwen_path), Path(clip_path)
     qwen_folder, clip_folder = folder_of(qwen_path), folder_of(clip_path)
-    for folder in (qwen_folder, clip_folder):
-        if not (folder / "config.json").is_file():
+    for path, folder in ((qwen_path, qwen_folder), (clip_path, clip_folder)):
+        if not (folder / "config.json").is_file() and not path.is_file():
             raise ValueError(
                 f"{folder} is not a text encoder's folder: it has no config.json; download it and the tokenizer"
             )
@@ -160,11 +165,14 @@ def _load_qwen(
 
 
 def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
-    """A published config.json as transformers has it. Raises ValueError for one that it can't be, naming the file."""
+    """A published config.json as transformers has it; of a single file without one, what its shapes say.
+
+    Raises ValueError for one that it can't be, naming the file.
+    """
     file = folder_of(path) / "config.json"
     _require_files(file.parent)
-    values = read_json(file)
-    tensors = sum(len(read_header(weights)) for weights in find_weights(path))
+    values = encoder_config(path, QWEN if kind is Qwen2_5_VLConfig else CLIP)
+    tensors = sum(len(read_weights_header(weights)) for weights in find_weights(path))
     for section in (values, *(part for part in values.values() if isinstance(part, dict))):
         for name in ("num_hidden_layers", "depth"):
             if isinstance(number := section.get(name), int) and number > tensors:
@@ -172,7 +180,7 @@ def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
                     f"{file}: {name} is {shortened(str(number))}, and the weights have {tensors} tensors in all"
                 )
     try:
-        return kind.from_pretrained(file.parent, local_files_only=True)
+        return kind.from_pretrained(file.parent, local_files_only=True) if file.is_file() else kind(**values)
     except Exception as error:  # wrong values show as any of a dozen types
         raise ValueError(f"{file}: damaged, or another model's ({reason(error)}); download it again") from None
 
@@ -253,6 +261,12 @@ def _own_name(key: str, prefixes: Sequence[str]) -> str:
     return key
 
 
+def _plain_name(key: str) -> str:
+    """The name of the weight that a tensor is a part of: "a.weight_q8_0", "a.weight_scale" -> "a.weight"."""
+    layer, _, part = key.rpartition(".")
+    return f"{layer}.weight" if packed_weight(key) or part in ("weight_scale", "weight_scales") else key
+
+
 def assign_weights(
     model: nn.Module,
     path: Path,
@@ -264,23 +278,37 @@ def assign_weights(
     """Give a model on the meta device its tensors from a folder or file, reading none that it does not have."""
     # Whether the model's own names carry a prefix depends on the transformers version, so both sides lose it.
     wanted = {_own_name(name, prefixes): (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
-    convert = quantize(model) if quantize else None  # after it the model's names are other ones
+    headers = {file: read_weights_header(file, keep_fp8=quantize is None) for file in find_weights(path)}
+    packed = {}  # layers of the model that the files have quantised -> their schemes
+    for layer, scheme in (one for header in headers.values() for one in packed_layers(header).items()):
+        name, _ = wanted.get(_own_name(f"{layer}.weight", prefixes), ("", ()))
+        if name and isinstance(model.get_submodule(name.removesuffix(".weight")), nn.Linear):
+            packed[name.removesuffix(".weight")] = scheme
+    # After this the model's names are other ones.
+    convert = quantize(model) if quantize else replace_linears(model, packed) if packed else None
     read: set[str] = set()
     tensors: dict[str, Tensor] = {}
-    for file in find_weights(path):
+    for file, whole in headers.items():
         # The others are vision tower, lm_head, projections.
-        header = {key: entry for key, entry in read_header(file).items() if _own_name(key, prefixes) in wanted}
-        check_floats(file, header)
-        with open_tensors(file) as tensors_in_file:
-            for key, (_, found) in header.items():
-                name, shape = wanted[_own_name(key, prefixes)]
-                if found != shape:
+        shapes = unpacked_shapes(whole)
+        header = {key: entry for key, entry in whole.items() if _own_name(_plain_name(key), prefixes) in wanted}
+        check_floats(file, {key: entry for key, entry in header.items() if _plain_name(key) == key})
+        with open_weights(file, keep_fp8=quantize is None) as tensors_in_file:
+            for key in header:
+                plain = _plain_name(key)
+                name, shape = wanted[_own_name(plain, prefixes)]
+                if (found := shapes[plain]) != shape:
                     raise ValueError(
                         f"{shortened(key)} in {file} has shape {found}, but config.json beside it makes it {shape}; "
                         "the two do not belong together"
                     )
                 tensor = tensors_in_file.get_tensor(key).to(device)
-                tensors |= (convert(name, tensor) if convert else {}) or {name: aligned(tensor.to(dtype))}
+                parts = convert(name + key.removeprefix(plain), tensor) if convert else {}
+                if not parts:
+                    _, scheme = packed_weight(key) or ("", "")
+                    tensor = unpacked(tensor, scheme, dtype) if scheme in BLOCKS else tensor.to(dtype)
+                    parts = {name: aligned(tensor)}
+                tensors |= parts
                 read.add(name)
     missing = [name for name, _ in wanted.values() if name not in read]
     if missing:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from kandinsky.checkpoints.encoder_config import QWEN, encoder_config
 from kandinsky.checkpoints.files import find_weights, folder_of, has_tied_head
-from kandinsky.checkpoints.headers import read_header
-from kandinsky.common.untrusted import read_json
+from kandinsky.checkpoints.formats import read_weights_header
 from kandinsky.loading.text_encoders import assign_weights, load_image_processor, read_config, set_vision_frequencies
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.generator import TextGenerator
@@ -23,9 +23,9 @@ VISION_PREFIXES = ("model.visual.", "visual.")
 def can_generate(path: str | Path) -> bool:
     """Whether a Qwen at this path has a head: of its own, or that of its embeddings. Reads headers only."""
     path = Path(path)
-    if has_tied_head(read_json(folder_of(path) / "config.json")):
+    if has_tied_head(encoder_config(path, QWEN)):
         return True
-    return any(HEAD in read_header(file) for file in find_weights(path))
+    return any(name.startswith(HEAD) for file in find_weights(path) for name in read_weights_header(file))
 
 
 def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: bool = False) -> TextGenerator:
@@ -51,6 +51,7 @@ def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: boo
     else:
         head = nn.ModuleDict({"lm_head": model.lm_head})
         assign_weights(head, path, (), weight.device, weight.dtype)
+        model.lm_head = head["lm_head"]  # another one where the file has it quantised
     own_visual = getattr(embedder.qwen, "visual", None)
     if own_visual is not None:
         model.model.visual = own_visual

@@ -1,4 +1,4 @@
-"""Tensors out of safetensors files, memory-mapped, one at a time: the reader that every model's weights come through.
+"""Tensors out of files of weights, memory-mapped, one at a time: the reader that every model's weights come through.
 
 Models are built on the meta device and take over what is read, cast on the way: no second copy of the weights exists.
 """
@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, packed_weight, stays_packed
 from kandinsky.checkpoints.files import find_weights
-from kandinsky.checkpoints.headers import open_tensors
+from kandinsky.checkpoints.formats import open_weights
+from kandinsky.checkpoints.gguf_file import BLOCKS
 from kandinsky.models.numerics import aligned
-from kandinsky.runtime.quantization import Convert
+from kandinsky.runtime.gguf_blocks import dequantize_blocks
+from kandinsky.runtime.quantization import ROWS, Convert
 
 
 def load_weights(
@@ -55,8 +58,20 @@ def host_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of safetensors files, memory-mapped. Raises ValueError for damaged files, naming them."""
+    """Every tensor of files of weights, memory-mapped; those in GGUF's blocks that don't stay so, as float32.
+
+    Raises ValueError for damaged files, naming them.
+    """
     for file in files:
-        with open_tensors(file) as tensors:
+        with open_weights(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                yield name, tensors.get_tensor(name)
+                layer, scheme = packed_weight(name) or ("", "")
+                if scheme in BLOCKS and not stays_packed(layer.removeprefix(COMFY_PREFIX), scheme):
+                    yield f"{layer}.weight", unpacked(tensors.get_tensor(name), scheme, torch.float32)
+                else:
+                    yield name, tensors.get_tensor(name)
+
+
+def unpacked(packed: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
+    """A weight in GGUF's blocks as numbers, some rows at a time: a table of words is large."""
+    return torch.cat([dequantize_blocks(rows, scheme).to(dtype) for rows in packed.split(ROWS)])

@@ -76,7 +76,8 @@ class TimeEmbeddings(nn.Module):
 
 def float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer` applied in float32, whatever dtype its weights are stored in (exact for bfloat16 storage)."""
-    return F.linear(upcast(x).to(upcast(layer.weight).dtype), upcast(layer.weight), upcast(layer.bias))
+    weight = upcast(layer.weight)  # once: a quantised layer makes it anew
+    return F.linear(upcast(x).to(weight.dtype), weight, upcast(layer.bias))
 
 
 class TextProjection(nn.Module):

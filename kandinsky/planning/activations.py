@@ -81,9 +81,12 @@ def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:
 
 
 def dequantized_bytes(scheme: str, weights: int, element_size: int) -> int:
-    """Peak of making a quantised layer's weights into numbers: in float32 first, but for nf4, whose kernel casts."""
+    """Peak of making a quantised layer's weights into numbers: in float32 first, but for nf4, whose kernel casts.
+
+    GGUF's are taken apart as bytes before that, several copies of them.
+    """
     cast = element_size if element_size < FLOAT32 else 0
-    return weights * {"int8": FLOAT32 + cast, "fp8": 2 * FLOAT32, "nf4": element_size}[scheme]
+    return weights * {"int8": FLOAT32 + cast, "fp8": 2 * FLOAT32, "gguf": 2 * FLOAT32, "nf4": element_size}[scheme]
 
 
 def denoising_state(dit: DiTConfig, tokens: int, samples: int) -> int:
@@ -100,11 +103,13 @@ def magcache_bytes(dit: DiTConfig, tokens: int, samples: int, branches: int, ele
     return samples * branches * tokens * dit.model_dim * element_size
 
 
-def text_activations(width: int, intermediate: int, tokens: int, element_size: int, *, nf4: bool = False) -> int:
+def text_activations(
+    width: int, intermediate: int, tokens: int, element_size: int, quantization: str | None = None
+) -> int:
     """Qwen's peak for one prompt: its feed-forward's gate, that activated, the other half and their product; six hidden
-    states. With nf4 weights, one of the feed-forward's in place of two of these."""
+    states. With quantised weights, one of the feed-forward's in place of two of these."""
     middle = tokens * intermediate * element_size
-    weight = dequantized_bytes("nf4", width * intermediate, element_size) if nf4 else 0
+    weight = 0 if quantization is None else dequantized_bytes(quantization, width * intermediate, element_size)
     return int(6 * tokens * width * element_size + 2 * middle + max(2 * middle, weight))
 
 

@@ -130,7 +130,7 @@ def _encoding(config: Config, request: Request, models: Models) -> int:
         models.qwen_intermediate,
         TEMPLATE_TOKENS + text_tokens(config, request),
         models.element_size,
-        nf4=config.runtime.qwen_quantization,
+        quantization=models.qwen_quantization,
     )
 
 
@@ -143,7 +143,7 @@ def _expanding(config: Config, request: Request, models: Models) -> int:
         models.qwen_intermediate,
         EXPANSION_TOKENS + picture,
         models.element_size,
-        nf4=config.runtime.qwen_quantization,
+        quantization=models.qwen_quantization,
     )
 
 

@@ -15,12 +15,18 @@ from kandinsky.checkpoints.dit_layout import (
     check_dit_header,
     expected_dit_shapes,
     is_quantizable,
+    packed_weight,
+    quantization_from_header,
     quantized_layers,
     quantized_parts,
     strip_prefix,
+    unpacked_shapes,
 )
+from kandinsky.checkpoints.encoder_config import QWEN, encoder_config
 from kandinsky.checkpoints.files import find_weights, folder_of, has_tied_head
-from kandinsky.checkpoints.headers import BITS, Header, read_header
+from kandinsky.checkpoints.formats import read_weights_header
+from kandinsky.checkpoints.gguf_file import BLOCKS
+from kandinsky.checkpoints.headers import BITS, Header
 from kandinsky.common.untrusted import read_json
 from kandinsky.config.schema import Config, DiTConfig
 from kandinsky.planning.activations import FLOAT32
@@ -71,6 +77,7 @@ class Models:
     dit_quantization: str | None  # as it is in memory, whether it is so in the file or made so on the way
     vae_channels: tuple[int, ...]
     qwen_intermediate: int
+    qwen_quantization: str | None  # likewise
     element_size: int  # bytes of a number in the dtype that is computed with
     float32_convolutions: bool = False  # of the VAE, on a CPU that has no arithmetic in that dtype
 
@@ -95,7 +102,7 @@ def models(config: Config, files: Mapping[str, Path], element_size: int) -> Mode
     Raises ValueError for a file that exists and is damaged, or a DiT's of another variant.
     """
     dit, block, scheme = _dit(config, files.get("dit"), element_size)
-    qwen, intermediate = _qwen(config, files.get("qwen"), element_size)
+    qwen, intermediate, qwen_scheme = _qwen(config, files.get("qwen"), element_size)
     return Models(
         qwen=qwen,
         writer=_writer(config, files.get("qwen"), element_size),
@@ -107,6 +114,7 @@ def models(config: Config, files: Mapping[str, Path], element_size: int) -> Mode
         dit_quantization=scheme,
         vae_channels=_vae_channels(files.get("vae")),
         qwen_intermediate=intermediate,
+        qwen_quantization=qwen_scheme,
         element_size=element_size,
     )
 
@@ -116,6 +124,7 @@ def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights,
     params, scheme = config.model.dit_params, config.runtime.dit_quantization
     header = dit_header(params, path)
     in_file, shapes = quantized_layers(header), expected_dit_shapes(params)
+    from_gguf = any(scheme in BLOCKS for scheme in in_file.values())
     size = blocks = mapped = 0
     for name, (dtype, shape) in header.items():
         layer, _, part = name.rpartition(".")
@@ -123,8 +132,14 @@ def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights,
         kept = stored if any(word in name for word in KEEP_PRECISION) else prod(shape) * element_size
         if layer in in_file and part != "bias":
             outputs, inputs = shapes[f"{layer}.weight"]
-            kept = _stored({name: quantized_parts(in_file[layer], outputs, inputs)[part]})
-        elif scheme is not None and not in_file and part == "weight" and is_quantizable(layer):
+            if from_gguf and scheme is not None and is_quantizable(layer):  # made into numbers, and quantised anew
+                kept, stored = _stored(quantized_parts(scheme, outputs, inputs)), 0
+            else:
+                kept = _stored({name: quantized_parts(in_file[layer], outputs, inputs)[part]})
+        elif packed := packed_weight(name):  # what a GGUF file has in blocks and a model has not
+            element = FLOAT32 if any(word in name for word in KEEP_PRECISION) else element_size
+            kept, stored = prod(shapes[f"{packed[0]}.weight"]) * element, 0
+        elif scheme is not None and (from_gguf or not in_file) and part == "weight" and is_quantizable(layer):
             kept, stored = _stored(quantized_parts(scheme, *shape)), 0
         size += kept
         blocks += kept if name.startswith("visual_transformer_blocks.") else 0
@@ -132,7 +147,7 @@ def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights,
     return (
         Weights(size, _stored(header), mapped),
         blocks // params.num_visual_blocks,
-        next(iter(in_file.values()), scheme),
+        scheme if from_gguf and scheme else quantization_from_header(header) or scheme,
     )
 
 
@@ -148,29 +163,40 @@ def dit_header(dit: DiTConfig, path: Path | None) -> Header:
     return strip_prefix(header)
 
 
-def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int]:
-    """Qwen's weights, and the width of its feed-forward."""
+def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int, str | None]:
+    """Qwen's weights, the width of its feed-forward, and in what scheme its layers are in memory."""
     vision, to_nf4 = config.task == "i2i", config.runtime.qwen_quantization
     if path is None or not path.exists():
         parameters = QWEN_PARAMETERS + vision * QWEN_VISION_PARAMETERS
         linear = parameters - QWEN_EMBEDDING_PARAMETERS if to_nf4 else 0
         plain = (parameters - linear) * element_size
         mapped = plain if element_size == BITS["BF16"] // 8 else 0
-        return Weights(plain + int(linear * NF4_SIZE), 2 * parameters, mapped), QWEN_INTERMEDIATE
+        weights = Weights(plain + int(linear * NF4_SIZE), 2 * parameters, mapped)
+        return weights, QWEN_INTERMEDIATE, "nf4" if to_nf4 else None
     size = read = mapped = 0
-    intermediate = QWEN_INTERMEDIATE
-    for name, (dtype, shape) in _header(path).items():
+    intermediate, scheme = QWEN_INTERMEDIATE, "nf4" if to_nf4 else None
+    header = _header(path, keep_fp8=not to_nf4)
+    shapes = unpacked_shapes(header)
+    for name, (dtype, shape) in header.items():
         if "lm_head" in name or ("visual." in name and not vision):
             continue
-        read += _stored({name: (dtype, shape)})
+        stored = _stored({name: (dtype, shape)})
+        read += stored
+        if packed := packed_weight(name):
+            name, shape = f"{packed[0]}.weight", shapes[f"{packed[0]}.weight"]
         if name.endswith("mlp.gate_proj.weight") and "visual." not in name:
             intermediate = shape[0] if shape else intermediate
         if to_nf4 and len(shape) == 2 and "embed" not in name:
             size += _stored(quantized_parts("nf4", *shape))
             continue
+        if packed and "embed" not in name:
+            scheme = "gguf" if packed[1] in BLOCKS else packed[1]
+            size += stored
+            mapped += stored
+            continue
         size += prod(shape) * element_size
         mapped += prod(shape) * element_size if dtype in IN_PLACE[element_size] else 0
-    return Weights(size, read, mapped), intermediate
+    return Weights(size, read, mapped), intermediate, scheme
 
 
 def _writer(config: Config, path: Path | None, element_size: int) -> Weights | None:
@@ -185,18 +211,20 @@ def _writer(config: Config, path: Path | None, element_size: int) -> Weights | N
         parameters = QWEN_HEAD_PARAMETERS + with_vision * QWEN_VISION_PARAMETERS
         return Weights(parameters * element_size, 2 * parameters, 2 * parameters if element_size == 2 else 0)
     header = _header(path)
-    if "lm_head.weight" not in header and not _has_tied_head(path):
+    needed = {name: entry for name, entry in header.items() if name.startswith("lm_head.weight")}
+    if not needed and not _has_tied_head(path):
         return None
-    needed = {name: entry for name, entry in header.items() if name == "lm_head.weight"}
     needed |= {name: entry for name, entry in header.items() if with_vision and "visual." in name}
     same = {name: entry for name, entry in needed.items() if entry[0] in IN_PLACE[element_size]}
-    return Weights(element_size * sum(prod(shape) for _, shape in needed.values()), _stored(needed), _stored(same))
+    packed = {name: entry for name, entry in needed.items() if packed_weight(name)}
+    size = element_size * sum(prod(shape) for name, (_, shape) in needed.items() if name not in packed)
+    return Weights(size + _stored(packed), _stored(needed), _stored(same) + _stored(packed))
 
 
 def _has_tied_head(path: Path) -> bool:
     """Whether Qwen writes with its embeddings."""
     try:
-        return has_tied_head(read_json(folder_of(path) / "config.json"))
+        return has_tied_head(encoder_config(path, QWEN))
     except ValueError:
         return False
 
@@ -234,8 +262,8 @@ def _vae_channels(path: Path | None) -> tuple[int, ...]:
     return tuple(channels)
 
 
-def _header(path: Path) -> Header:
-    return {name: entry for file in find_weights(path) for name, entry in read_header(file).items()}
+def _header(path: Path, keep_fp8: bool = True) -> Header:
+    return {name: entry for file in find_weights(path) for name, entry in read_weights_header(file, keep_fp8).items()}
 
 
 def _stored(header: Header) -> int:

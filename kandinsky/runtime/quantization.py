@@ -2,6 +2,7 @@
 
     int8  integers from -127 to 127, a scale for every 128 inputs of a row
     fp8   float8_e4m3fn, a scale for every row
+    q8_0 … q4_0  GGUF's blocks, as they are in its files (see gguf_blocks.py); nothing is made into these here
     nf4   sixteen levels, quantiles of a normal distribution (QLoRA, arXiv 2305.14314), a scale for every 64 inputs of a
           row; its kernels are bitsandbytes', an optional package
 
@@ -15,7 +16,7 @@ and opens no file but the one that `save_checkpoint` writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,9 +32,11 @@ from kandinsky.checkpoints.dit_layout import (
     quantized_layers,
     quantized_parts,
 )
+from kandinsky.checkpoints.gguf_file import BLOCKS
 from kandinsky.checkpoints.headers import Header
 from kandinsky.common.writing import save_tensors
 from kandinsky.models.numerics import is_finite
+from kandinsky.runtime.gguf_blocks import dequantize_blocks, scales_of_blocks
 from kandinsky.runtime.weight_changes import Change, change_weight
 
 DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
@@ -148,7 +151,23 @@ class NF4Linear(QuantizedLinear):
         return weight[:, : self.in_features]
 
 
+class BlockLinear(QuantizedLinear):
+    """Of a GGUF file: its bytes."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return dequantize_blocks(getattr(self, f"weight_{self.scheme}"), self.scheme).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float32, for layers that compute in it whatever their input: modulations."""
+        weight = self.dequantize(torch.float32)
+        return change_weight(weight, self.changes) if self.changes else weight
+
+
 LINEARS: dict[str, type[QuantizedLinear]] = {cls.scheme: cls for cls in (Int8Linear, FP8Linear, NF4Linear)}
+BLOCK_LINEARS: dict[str, type[QuantizedLinear]] = {
+    scheme: type(f"{scheme.upper()}Linear", (BlockLinear,), {"scheme": scheme}) for scheme in BLOCKS
+}
 
 
 def _in_groups(weight: Tensor, size: int) -> Tensor:
@@ -186,9 +205,14 @@ def quantize_linears(model: nn.Module, layers: Iterable[str], scheme: str) -> Co
     on, or parts of an already quantised one. It raises ValueError for a weight that is not finite.
     """
     require_scheme(scheme)
-    kind = LINEARS[scheme]
+    return replace_linears(model, dict.fromkeys(layers, scheme))
+
+
+def replace_linears(model: nn.Module, schemes: Mapping[str, str]) -> Convert:
+    """`quantize_linears` with a scheme for each layer, GGUF's included; the latter only for what comes in it."""
     parts_of: dict[str, Header] = {}
-    for name in layers:
+    for name, scheme in schemes.items():
+        kind = (LINEARS | BLOCK_LINEARS)[scheme]
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), name
         with torch.device("meta"):
@@ -203,6 +227,7 @@ def quantize_linears(model: nn.Module, layers: Iterable[str], scheme: str) -> Co
                 for part, (dtype, shape) in parts.items()
             }
             for layer, parts in parts_of.items()
+            if schemes[layer] in LINEARS
         }
 
     results: dict[str, dict[str, Tensor]] = {}
@@ -210,17 +235,22 @@ def quantize_linears(model: nn.Module, layers: Iterable[str], scheme: str) -> Co
     def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
         layer, _, part = name.rpartition(".")
         parts = parts_of.get(layer, {})
-        if parts and part == "weight":
+        blocks = part.removeprefix("weight_") if part not in parts else ""  # GGUF's, for a layer in a scheme of ours
+        if parts and (part == "weight" or blocks in BLOCKS):
             if not results:  # all in a row, before anything that is freed again and would leave holes between them
                 results.update(empty(tensor.device))
             for start in range(0, len(tensor), ROWS):
-                rows = tensor[start : start + ROWS].float()
+                rows = tensor[start : start + ROWS]
+                rows = dequantize_blocks(rows, blocks) if blocks in BLOCKS else rows.float()
                 _check_finite(name, rows)
-                for result, of_rows in zip(results[layer].values(), kind.quantize(rows), strict=True):
+                quantized = LINEARS[schemes[layer]].quantize(rows)
+                for result, of_rows in zip(results[layer].values(), quantized, strict=True):
                     result[start : start + ROWS] = of_rows
             return results[layer]
         if part not in parts:
             return {}
+        if (scheme := schemes[layer]) in BLOCKS:
+            _check_finite(name, scales_of_blocks(tensor, scheme).float())
         dtype, shape = parts[part]
         if dtype == "F32":
             _check_finite(name, tensor)
@@ -239,9 +269,15 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def quantize_dit(dit: nn.Module, header: Header, scheme: str | None) -> Convert | None:
     """`quantize_linears` for a DiT and the checkpoint with this header: as that is quantised, else with `scheme`.
 
-    Returns None where there is nothing to quantise. Raises ValueError where the checkpoint is quantised otherwise.
+    Returns None where there is nothing to quantise. Raises ValueError where the checkpoint is quantised otherwise; a
+    GGUF file's layers are made into numbers for it, and quantised anew.
     """
     found = quantization_from_header(header)
+    quantizable = [name for name, _ in dit.named_modules() if is_quantizable(name)]
+    if found == "gguf":
+        if scheme is not None:
+            require_scheme(scheme)
+        return replace_linears(dit, quantized_layers(header) | (dict.fromkeys(quantizable, scheme) if scheme else {}))
     if found is not None:
         if scheme not in (None, found):
             raise ValueError(
@@ -251,7 +287,7 @@ def quantize_dit(dit: nn.Module, header: Header, scheme: str | None) -> Convert 
         return quantize_linears(dit, quantized_layers(header), found)
     if scheme is None:
         return None
-    return quantize_linears(dit, [name for name, _ in dit.named_modules() if is_quantizable(name)], scheme)
+    return quantize_linears(dit, quantizable, scheme)
 
 
 def quantize_qwen(qwen: nn.Module) -> Convert:
