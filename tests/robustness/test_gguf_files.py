@@ -74,3 +74,13 @@ def test_truncated_tensors(tmp_path: Path) -> None:
     path.write_bytes(whole(path)[:-200])
     message = clearly_refused(lambda: read_gguf_header(path))
     assert message is not None and "truncated" in message
+
+
+def test_tensors_over_one_another(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    content = whole(path)
+    at = content.index(b"b.bias") + len(b"b.bias") + 4 + 8 + 4  # after its name, axes, size and type: its offset
+    assert struct.unpack_from("<Q", content, at) == (288,)  # 4 rows of two blocks of 34 bytes, aligned to 32
+    path.write_bytes(content[:at] + struct.pack("<Q", 0) + content[at + 8 :])
+    message = clearly_refused(lambda: read_gguf_header(path))
+    assert message is not None and "overlap" in message
