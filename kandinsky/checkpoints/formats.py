@@ -2,7 +2,8 @@
 
 - safetensors, as published or quantised by us: as it is.
 - ComfyUI's fp8: `x.weight` in 8-bit floats, with `x.scale_weight` or `x.weight_scale` (one number, or one a row) or
-  without, and notes beside it that nobody needs (`scaled_fp8`, `x.comfy_quant`, `x.scale_input`, `x.input_scale`).
+  without, and notes beside it: `x.comfy_quant` or the file's `_quantization_metadata` have to say that it is fp8, and
+  nobody needs the others (`scaled_fp8`, `x.scale_input`, `x.input_scale`).
   What is a layer's weight becomes `x.weight_fp8` and `x.weight_scale`; whatever else is in 8 bits, or shall not stay
   so, is made into larger floats as it is read.
 - GGUF: see gguf_file.py.
@@ -12,11 +13,14 @@ Readers of models go through here; what we write ourselves is read by headers.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import safe_open
 
 from kandinsky.checkpoints.dit_layout import COMFY_PREFIX, is_quantizable
 from kandinsky.checkpoints.gguf_file import is_gguf, open_gguf, read_gguf_header
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
+FP8_NOTES = ("float8_e4m3fn", "float8_e5m2")  # of ComfyUI's names of formats, those that are just numbers and a scale
 SCALES = ("scale_weight", "weight_scale")
 NOTES = ("comfy_quant", "scale_input", "input_scale", "scaled_fp8")
 
@@ -75,7 +80,32 @@ def _is_foreign(path: Path, header: Header) -> bool:
             f"{path}: its layers are in NVFP4, 4-bit floats that only the newest GPUs compute with and that are not "
             "read here: take the same model in bf16, fp8 or GGUF"
         )
-    return any(dtype in FP8 and name.rpartition(".")[2] in ("weight", "bias") for name, (dtype, _) in header.items())
+    found = any(dtype in FP8 and name.rpartition(".")[2] in ("weight", "bias") for name, (dtype, _) in header.items())
+    if found:
+        _check_notes(path, header)
+    return found
+
+
+def _check_notes(path: Path, header: Header) -> None:
+    """Raises ValueError where ComfyUI's notes say that 8-bit weights are more than floats with a scale."""
+    notes = [name for name, (dtype, _) in header.items() if name.endswith(".comfy_quant") and dtype == "U8"]
+    with safe_open(path, framework="numpy") as tensors:
+        found = {name: tensors.get_tensor(name).tobytes() for name in notes}
+        of_all = (tensors.metadata() or {}).get("_quantization_metadata")
+    try:
+        formats = {name: json.loads(note)["format"] for name, note in found.items()}
+        if of_all is not None:
+            formats |= {name: layer["format"] for name, layer in json.loads(of_all)["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(
+            f"{path}: its notes on how it is quantised can't be read: take the same model in bf16, fp8 or GGUF"
+        ) from None
+    for name, word in formats.items():
+        if word not in FP8_NOTES:
+            raise ValueError(
+                f"{path}: {shortened(name)} says {shortened(str(word))!r}; ComfyUI's {' and '.join(FP8_NOTES)} are "
+                "read: take the same model in bf16, fp8 or GGUF"
+            )
 
 
 def _sources(path: Path, header: Header, keep_fp8: bool) -> dict[str, _Source]:

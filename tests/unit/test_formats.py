@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kandinsky.checkpoints.dit_layout import COMFY_PREFIX
 from kandinsky.checkpoints.encoder_config import CLIP, QWEN, encoder_config
+from kandinsky.checkpoints.formats import open_weights
 from kandinsky.checkpoints.gguf_file import BLOCKS
 from kandinsky.checkpoints.inspect import inspect
 from kandinsky.config.reading import load_config
@@ -151,6 +152,51 @@ def test_comfyui_fp8(tmp_path: Path, scales: str | None) -> None:
     plain.load_state_dict(expected)
     torch.testing.assert_close(velocity(load_dit(path, PARAMS, "cpu", torch.float32)), velocity(plain))
     assert "F8_E4M3" in inspect(path).dtype and "fp8" in inspect(path).variant
+
+
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_fp8_e5m2(tmp_path: Path, with_scale: bool) -> None:
+    """Is not kept in 8 bits: as it is it fits into bfloat16, and times its scale into float32."""
+    state = {name: tensor.float() for name, tensor in random_state().items()}
+    layer, scale = QUERY, torch.tensor(0.37)
+    eight = state[f"{layer}.weight"].to(torch.float8_e5m2)
+    expected = state | {f"{layer}.weight": eight.float() * scale if with_scale else eight.float()}
+    state[f"{layer}.weight"] = eight
+    if with_scale:
+        state[f"{layer}.weight_scale"] = scale
+    path = tmp_path / "dit.safetensors"
+    save_file(state, path)
+    with open_weights(path) as tensors:
+        read = tensors.get_tensor(f"{layer}.weight")
+    assert read.dtype == (torch.float32 if with_scale else torch.bfloat16)
+    assert torch.equal(read.float(), expected[f"{layer}.weight"])
+    plain = DiffusionTransformer3D(**dataclasses.asdict(PARAMS))
+    plain.load_state_dict(expected)
+    torch.testing.assert_close(velocity(load_dit(path, PARAMS, "cpu", torch.float32)), velocity(plain))
+
+
+@pytest.mark.parametrize(
+    ("note", "of_all", "message"),
+    [
+        ('{"format": "mxfp8"}', None, "says 'mxfp8'; ComfyUI's float8_e4m3fn and float8_e5m2 are read"),
+        ('{"format": 5}', None, "says '5'"),
+        ("{", None, "can't be read"),
+        ("[]", None, "can't be read"),
+        (None, '{"layers": {"a": {"format": "nvfp4"}}}', "a says 'nvfp4'"),
+        (None, '{"layers": []}', "can't be read"),
+        (None, "[" * 100_000, "can't be read"),
+    ],
+)
+def test_notes_that_say_something_else(tmp_path: Path, note: str | None, of_all: str | None, message: str) -> None:
+    state = random_state()
+    state[f"{QUERY}.weight"] = state[f"{QUERY}.weight"].to(torch.float8_e4m3fn)
+    if note is not None:
+        state[f"{QUERY}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
+    path = tmp_path / "dit.safetensors"
+    save_file(state, path, metadata=None if of_all is None else {"_quantization_metadata": of_all})
+    with pytest.raises(ValueError, match=message):
+        load_dit(path, PARAMS, "cpu", torch.float32)
+    assert message in "".join(inspect(path).problems)
 
 
 def test_nvfp4_is_refused(tmp_path: Path) -> None:
