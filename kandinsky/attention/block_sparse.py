@@ -213,13 +213,18 @@ def resolve_block_sparse(
     """The kernel called `name`; "auto" is flex on a GPU and sdpa elsewhere. Called once, when a model is loaded.
 
     flex is compiled here for a small input and compared with the definition: what can't be compiled, or isn't
-    block-sparse, shows now. Raises ValueError for a name that there isn't, RuntimeError for a kernel that fails.
+    block-sparse, shows now. Raises ValueError for a name that there isn't and where there is no such kernel for the
+    device, RuntimeError for a kernel that fails.
     """
     chosen = ("flex" if device.type == "cuda" else "sdpa") if name == "auto" else name
     if chosen not in BLOCK_SPARSE_ENGINES:
         raise ValueError(
             f"attention engine {name!r} takes no block maps, and attention.type nabla needs one that does: "
             f"choose one of auto, {', '.join(BLOCK_SPARSE_ENGINES)}"
+        )
+    if chosen == "flex" and device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"attention engine 'flex' is compiled for CPUs and CUDA devices, not for {device}: choose sdpa"
         )
     kernel = BLOCK_SPARSE_ENGINES[chosen]
     if chosen != "sdpa":

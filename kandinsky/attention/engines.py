@@ -133,6 +133,11 @@ def resolve_engine(
                 logger.log(log_level(device), "attention engine: %s, chosen for %s%s", candidate, device, because)
                 return ENGINES[candidate]
             passed_over.append(f"{candidate} ({reason})")
+    if name == "flex":
+        raise ValueError(
+            "attention engine 'flex' is for models with attention.type nabla, and this one attends to everything: "
+            f"choose one of auto, {', '.join(ENGINES)}"
+        )
     if name not in ENGINES:
         raise ValueError(f"attention engine {name!r} does not exist: choose one of auto, {', '.join(ENGINES)}")
     reason = obstacle(name, device, dtype, head_dim) or disagreement(name, device, dtype, head_dim)

@@ -190,7 +190,9 @@ def settle(
         raise ValueError("generation.noise_device is cuda, and this machine has none: set generation.noise_device=cpu")
     resolved_dtype = resolve_dtype(dtype, devices["dit"])
     if config.runtime.qwen_quantization:
-        require_scheme("nf4")
+        require_scheme("nf4", devices["text_embedder"])
+    if processes and devices["dit"].type not in ("cpu", "cuda"):
+        raise ValueError(f"several processes share CUDA devices or CPUs, not {devices['dit']}: start one process")
 
     model, encoders = config.model, config.model.text_embedder
     paths = {
@@ -208,6 +210,8 @@ def settle(
     for path in filter(is_gguf, (paths["dit"], paths["qwen"])):
         require_gguf(path)
     scheme = config.runtime.dit_quantization or scheme_of(paths["dit"])
+    if scheme is not None:
+        require_scheme(scheme, devices["dit"])
     compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
     if compiled:
         keep_compiled_code()

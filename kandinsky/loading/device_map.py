@@ -7,7 +7,12 @@ from collections.abc import Mapping
 import torch
 
 COMPONENTS = ("dit", "vae", "text_embedder")
-
+DEVICES = "cpu, cuda or cuda:0, mps, xpu or xpu:0"
+COUNTS = {  # what they are called, and how many this PyTorch finds
+    "cuda": ("CUDA", lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0),
+    "mps": ("MPS", lambda: int(torch.backends.mps.is_available())),
+    "xpu": ("XPU", lambda: torch.xpu.device_count() if torch.xpu.is_available() else 0),
+}
 
 DeviceMap = str | torch.device | Mapping[str, str | torch.device] | None
 
@@ -16,6 +21,7 @@ def parse_device_map(device_map: DeviceMap, local_rank: int = 0) -> dict[str, to
     """A device for each component from what a user gives: one device for all, a mapping, or None for the best one.
 
     local_rank: which process on this machine asks; its GPU is the one of that number.
+    ROCm calls AMD's GPUs cuda. `mps` and `xpu`, on which nothing has ever run, are only taken when they are named.
     Raises ValueError for an unknown component, a missing one, or a device that this machine does not have.
     """
     if device_map is None:
@@ -34,9 +40,12 @@ def _checked_device(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"{device!r} is not a device: use cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{device} is not a device this runs on: use cpu, cuda or cuda:0")
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"this machine has no {device}: {torch.cuda.device_count()} CUDA devices found; use cpu")
+        raise ValueError(f"{device!r} is not a device: use {DEVICES}") from None
+    if device.type not in ("cpu", *COUNTS):
+        raise ValueError(f"{device} is not a device this runs on: use {DEVICES}")
+    if device.type == "cpu":
+        return device
+    name, count = COUNTS[device.type][0], COUNTS[device.type][1]()
+    if (device.index or 0) >= count:
+        raise ValueError(f"this machine has no {device}: {count} {name} devices found; use cpu")
     return device

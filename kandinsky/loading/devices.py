@@ -61,6 +61,12 @@ def machine_memory(device: torch.device) -> Machine:
     if device.type == "cpu":
         slow = tuple(name for name, dtype in DTYPES.items() if convolves_in_float32(dtype, device))
         return Machine(host_memory(), float32_convolutions=slow)
+    if device.type == "mps":  # of the host's memory
+        return Machine(host_memory(), torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if device.type == "xpu":
+        free, total = torch.xpu.mem_get_info(device)
+        free += torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+        return Machine(host_memory(), min(free + CUDA_CONTEXT, total))
     free, total = torch.cuda.mem_get_info(device)  # makes the context, if there was none
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return Machine(host_memory(), min(free + CUDA_CONTEXT, total))

@@ -13,6 +13,11 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def has_complex(device: torch.device) -> bool:
+    """Whether complex numbers are sure to be there. MPS and XPU lack operations on them, and all of float64 or some."""
+    return device.type in ("cpu", "cuda")
+
+
 ALIGNMENT = 64  # bytes; all memory that PyTorch allocates begins at a multiple of it
 
 

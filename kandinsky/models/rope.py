@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kandinsky.common.limits import MAX_PATCHES, MAX_TEXT_TOKENS
-from kandinsky.models.numerics import upcast
+from kandinsky.models.numerics import has_complex, upcast
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def visual_rotary_table(
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate pairs (x[2i], x[2i+1]) of x (..., tokens, head_dim) by the table's angles; in float32, result as x."""
     pairs = upcast(x).unflatten(-1, (-1, 2))  # (..., tokens, head_dim / 2, 2)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_complex(x.device):
         even, odd = pairs.unbind(-1)
         rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
     else:

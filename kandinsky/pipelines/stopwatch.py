@@ -36,6 +36,8 @@ class Stopwatch:
         for device in self.devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            elif device.type != "cpu":
+                torch.accelerator.synchronize(device)
         if self._running is None:
             return dict(self.seconds)
         name, begin = self._running

@@ -67,8 +67,10 @@ def is_wanted(setting: str, device: torch.device, evaluations: int, quantization
     quantization: of the DiT's weights. Raises ValueError where it was asked for and the device has no compiler, or none
     for such weights.
     """
-    if setting == "off" or (setting == "auto" and (device.type == "cpu" or evaluations < BREAK_EVEN_EVALUATIONS)):
+    if setting == "off" or (setting == "auto" and (device.type != "cuda" or evaluations < BREAK_EVEN_EVALUATIONS)):
         return False
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"runtime.compile is on, but blocks are not compiled for {device}: run with --compile off")
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 

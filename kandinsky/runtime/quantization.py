@@ -181,10 +181,15 @@ def _nonzero(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales, 1.0)
 
 
-def require_scheme(scheme: str) -> None:
-    """Raise ValueError for a scheme that is not known, or whose package is not installed."""
+def require_scheme(scheme: str, device: torch.device | None = None) -> None:
+    """Raise ValueError for a scheme that is not known, whose package is not installed, or that `device` hasn't."""
     if scheme not in LINEARS:
         raise ValueError(f"quantization is {scheme!r}; choose one of {', '.join(LINEARS)}")
+    if device is not None and device.type not in ("cpu", "cuda") and scheme != "int8":
+        raise ValueError(
+            f"{scheme} quantization needs a CUDA device or the CPU, not {device}: choose "
+            "int8 for the transformer, or none"
+        )
     if scheme == "nf4":
         try:
             import bitsandbytes  # noqa: F401  (registers its kernels as torch.ops.bitsandbytes)

@@ -65,7 +65,10 @@ class TextGenerator:
             eos_token_id=end,
             pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
         )
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        forked = (
+            {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
+        )
+        with torch.random.fork_rng(**forked):
             torch.manual_seed(seed)
             output = self.model.generate(**inputs, generation_config=settings)[0, input_ids.shape[1] :]
         answer = self.tokenizer.decode(output, skip_special_tokens=True)
