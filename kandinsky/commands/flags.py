@@ -22,6 +22,7 @@ SETTINGS = {
     "compile": ("runtime.compile", "compile the DiT's blocks; auto: on a GPU, where there are steps enough"),
     "cache_prompts": ("runtime.cache_prompts", "keep the prompts' embeddings on disk"),
     "offload": ("runtime.offload", "have each model on the device only while it runs"),
+    "stream_encoders": ("runtime.stream_encoders", "have Qwen's layers come from the file one after the other"),
     "blocks_on_gpu": ("runtime.blocks_on_gpu", "visual blocks that stay there; the others stream in"),
     "dit_quantization": ("runtime.dit_quantization", "keep the DiT's weights in fewer bits"),
     "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
@@ -37,7 +38,12 @@ FIXED_BY_A_FILE = (
     *("negative_prompt", "width", "height", "video_duration"),
     *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
 )
-CHOICES = {"compile": ("auto", "on", "off"), "expand_prompt": ("on", "off"), "dit_quantization": ("int8", "fp8", "nf4")}
+CHOICES = {
+    "compile": ("auto", "on", "off"),
+    "expand_prompt": ("on", "off"),
+    "stream_encoders": ("auto", "on", "off"),
+    "dit_quantization": ("int8", "fp8", "nf4"),
+}
 
 
 class Parser(argparse.ArgumentParser):

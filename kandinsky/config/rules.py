@@ -64,7 +64,7 @@ def not_allowed(key: str, value: Any, allowed: str) -> ValueError:
 
 def check_config(config: Config) -> None:
     _check_ranges(config)
-    for rule in (_check_model, _check_magcache, _check_shards, _check_task, _check_sizes):
+    for rule in (_check_model, _check_magcache, _check_streaming, _check_shards, _check_task, _check_sizes):
         rule(config)
 
 
@@ -129,6 +129,11 @@ def _check_magcache(config: Config) -> None:
         "false, as there are no magcache.mag_ratios to go by; measure them, and write them into the file, with: "
         f"python tools/calibrate_magcache.py --config {config.source} --prompt '...' --write",
     )
+
+
+def _check_streaming(config: Config) -> None:
+    is_wanted, allowed = config.runtime.stream_encoders == "on", "auto or off with runtime.qwen_quantization"
+    _require(not (is_wanted and config.runtime.qwen_quantization), "runtime.stream_encoders", "on", allowed)
 
 
 def _check_shards(config: Config) -> None:

@@ -177,6 +177,8 @@ class RuntimeConfig:
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's: how long it searches
     cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
     offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs
+    # Qwen's layers come from the file one after the other, each when it runs: less memory, the same bits. auto is off.
+    stream_encoders: Literal["auto", "on", "off"] = "auto"
     # Visual blocks that stay there, the others stream in; None: as many as fit.
     blocks_on_gpu: Annotated[int | None, at_least(1, "at least 1, or left out")] = None
     dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only

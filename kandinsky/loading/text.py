@@ -32,7 +32,7 @@ def load_prompt_side(
     load_encoders = functools.partial(load_text_encoders, config, qwen_path, clip_path, dtype=dtype)
     encoders: PromptEncoder
     parts: list[Part] = []
-    if config.runtime.offload == "on" or config.runtime.cache_prompts:
+    if config.runtime.offload == "on" or config.runtime.cache_prompts or config.runtime.stream_encoders == "on":
         load_encoders(device="meta")
         encoders = on_demand = TextEncodersOnDemand(lambda: load_encoders(device=device))
         parts = [on_demand]
@@ -69,6 +69,7 @@ def load_text_encoders(
         content={"t2i": "image", "i2i": "image_edit"}.get(config.task, "video"),
         vision=config.task == "i2i",  # the only task in which the text encoder sees the picture
         quantize=quantize_qwen if quantized else None,
+        stream=config.runtime.stream_encoders == "on",
     )
 
 

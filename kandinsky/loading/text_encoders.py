@@ -46,6 +46,8 @@ from kandinsky.common.given import MISSING, shortened, why_no_file
 from kandinsky.common.untrusted import reason
 from kandinsky.loading.weights import unpacked
 from kandinsky.models.numerics import aligned
+from kandinsky.runtime.layer_stream import HostEmbedding, StreamedLayers
+from kandinsky.runtime.offload import slots_of
 from kandinsky.runtime.quantization import replace_linears
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.prompts import check_prefix, get_template
@@ -75,14 +77,16 @@ def load_text_embedder(
     content: str = "video",
     vision: bool = False,
     quantize: Quantize | None = None,
+    stream: bool = False,
 ) -> TextEmbedder:
     """Build both encoders from their folders or files (see the module), frozen and in evaluation mode.
 
     The models are built without memory and every tensor is read, cast and assigned by itself: there is never a float32
     copy of Qwen. `dtype` is Qwen's; CLIP is always float32, the precision it is published in, because it is small.
     `vision` adds Qwen's vision tower, which content "image_edit" needs. `quantize` is given Qwen without memory, and
-    returns what makes each tensor that is read into those that the model then takes. On the device "meta" everything is
-    checked, from the tokenizers to the name and shape of every tensor, but no weights are read.
+    returns what makes each tensor that is read into those that the model then takes. `stream` leaves Qwen's layers in
+    the file, from where each comes to the device when it runs (runtime/layer_stream.py): the same bits. On the device
+    "meta" everything is checked, from the tokenizers to the name and shape of every tensor, but no weights are read.
 
     Raises:
         ValueError: a folder, weights, tensors or a tokenizer are missing or do not belong together; only pickle files.
@@ -102,7 +106,7 @@ def load_text_embedder(
     check_prefix(qwen_tokenizer, get_template(content), crop)
     image_processor = load_image_processor(qwen_folder) if vision else None
 
-    qwen = _load_qwen(qwen_path, vision, device, dtype, quantize)
+    qwen = _load_qwen(qwen_path, vision, device, dtype, quantize, stream)
 
     clip_config = read_config(CLIPTextConfig, clip_path)
     clip_config._attn_implementation = "sdpa"
@@ -143,7 +147,7 @@ def text_encoder_files(qwen_path: str | Path, clip_path: str | Path) -> list[Pat
 
 
 def _load_qwen(
-    path: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None
+    path: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None, stream: bool
 ) -> Qwen2_5_VLTextModel | Qwen2_5_VLModel:
     config = read_config(Qwen2_5_VLConfig, path)
     text_config, vision_config = config.text_config, config.vision_config
@@ -151,7 +155,10 @@ def _load_qwen(
     for section in (config, text_config, vision_config):
         section._attn_implementation = "sdpa"
     qwen = _build(path, lambda: Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config))
-    assign_weights(qwen, path, _QWEN_PREFIXES, device, dtype, quantize)
+    stream = stream and device.type != "meta"
+    assign_weights(qwen, path, _QWEN_PREFIXES, torch.device("meta") if stream else device, dtype, quantize)
+    if stream:
+        _stream_layers(qwen, path, device, dtype)
 
     # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
     language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
@@ -162,6 +169,37 @@ def _load_qwen(
     if isinstance(qwen, Qwen2_5_VLModel):
         set_vision_frequencies(qwen.visual, vision_config, device)
     return qwen
+
+
+def _stream_layers(
+    qwen: Qwen2_5_VLTextModel | Qwen2_5_VLModel, path: Path, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Have a Qwen on the meta device run with its layers left in their file, and everything else on the device.
+
+    Raises ValueError for a file of quantised layers.
+    """
+    headers = {file: read_weights_header(file) for file in find_weights(path)}
+    for file, header in headers.items():
+        if packed_layers(header):
+            raise ValueError(f"{file}: quantised layers don't stream: set runtime.stream_encoders=off, or take bf16")
+    places = {_own_name(key, _QWEN_PREFIXES): (file, key) for file, header in headers.items() for key in header}
+
+    def read(name: str) -> Tensor:
+        file, key = places[name]
+        with open_weights(file) as tensors:
+            tensor: Tensor = tensors.get_tensor(key)
+            return tensor
+
+    for name, slot in slots_of(qwen):
+        own_name = _own_name(name, _QWEN_PREFIXES)
+        if own_name in places and not own_name.startswith(("layers.", "visual.blocks.", "embed_tokens.")):
+            slot.fill(aligned(read(own_name).to(device).to(dtype)))
+    language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
+    embeddings = HostEmbedding(read("embed_tokens.weight"), device, dtype)
+    language_model.embed_tokens = embeddings  # type: ignore[assignment]
+    language_model.layers = StreamedLayers(language_model.layers, read, "layers.", device)
+    if isinstance(qwen, Qwen2_5_VLModel):
+        qwen.visual.blocks = StreamedLayers(qwen.visual.blocks, read, "visual.blocks.", device)
 
 
 def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:

@@ -39,7 +39,7 @@ def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: boo
     if not can_generate(path):
         raise ValueError(f"{path} has no {HEAD}: this Qwen can read but not write, so it expands no prompts")
     language_model = embedder.language_model
-    weight = language_model.embed_tokens.weight
+    weight = language_model.norm.weight  # the embeddings may lie on the host
     config: Any = read_config(Qwen2_5_VLConfig, path)
     for section in (config, config.text_config, config.vision_config):
         section._attn_implementation = "sdpa"
@@ -47,7 +47,7 @@ def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: boo
         model: Any = Qwen2_5_VLForConditionalGeneration(config)
     model.model.language_model = language_model
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = weight
+        model.lm_head.weight = nn.Parameter(language_model.embed_tokens.weight.to(weight.device, weight.dtype), False)
     else:
         head = nn.ModuleDict({"lm_head": model.lm_head})
         assign_weights(head, path, (), weight.device, weight.dtype)

@@ -57,7 +57,10 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     streamed = models.dit_blocks - resident
     streamed_bytes = streamed * models.dit_block
     dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
-    everything = models.text.size + models.vae.size + dit_weights
+    text_weights = models.text.size
+    if runtime.stream_encoders == "on":
+        text_weights = models.qwen_streamed + models.clip.size
+    everything = text_weights + models.vae.size + dit_weights
 
     # What lies on the host all the time, and what of the files stays mapped without being needed.
     waiting, mapped = streamed_bytes, 0
@@ -82,11 +85,11 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     text_files = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and not on_gpu else 0
     writer = models.writer if request.expand_prompts is not False else None
     if writer is not None:
-        weights = models.text.size + writer.size
+        weights = text_weights + writer.size
         everything += writer.size
         add("expand prompt", weights, _expanding(config, request, models), files=text_files + writer.left_mapped)
         everything -= writer.size
-    add("encode text", models.text.size, _encoding(config, request, models), files=text_files)
+    add("encode text", text_weights, _encoding(config, request, models), files=text_files)
     if config.task in ("i2v", "i2i"):
         work = FLOAT32 if models.float32_convolutions else models.element_size
         picture = encode_bytes(models.vae_channels, request.width, request.height, models.element_size, work)

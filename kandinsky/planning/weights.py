@@ -5,6 +5,7 @@ Counted from the headers of the files where those are there, else from the publi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -38,6 +39,9 @@ IN_PLACE: dict[int, tuple[str, ...]] = {2: ("F16", "BF16"), 4: ()}
 QWEN_PARAMETERS = 7_070_619_136
 QWEN_EMBEDDING_PARAMETERS = 544_997_376  # of those: not a linear layer, so never quantised
 QWEN_VISION_PARAMETERS = 676_550_144
+QWEN_LAYER_PARAMETERS = 233_057_792  # of each of the 28 layers
+QWEN_VISION_BLOCK_PARAMETERS = 19_702_000  # of each of the 32 blocks, about
+QWEN_VISION_REST_PARAMETERS = 46_100_000  # patch embedding and merger, about
 QWEN_INTERMEDIATE = 18944  # width of its feed-forward
 QWEN_HEAD_PARAMETERS = 544_997_376  # what it writes with
 CLIP_PARAMETERS = 123_060_480
@@ -78,6 +82,7 @@ class Models:
     vae_channels: tuple[int, ...]
     qwen_intermediate: int
     qwen_quantization: str | None  # likewise
+    qwen_streamed: int  # bytes of it where its layers come one after the other, its table of embeddings staying mapped
     element_size: int  # bytes of a number in the dtype that is computed with
     float32_convolutions: bool = False  # of the VAE, on a CPU that has no arithmetic in that dtype
 
@@ -115,6 +120,7 @@ def models(config: Config, files: Mapping[str, Path], element_size: int) -> Mode
         vae_channels=_vae_channels(files.get("vae")),
         qwen_intermediate=intermediate,
         qwen_quantization=qwen_scheme,
+        qwen_streamed=_qwen_streamed(config, files.get("qwen"), element_size),
         element_size=element_size,
     )
 
@@ -197,6 +203,26 @@ def _qwen(config: Config, path: Path | None, element_size: int) -> tuple[Weights
         size += prod(shape) * element_size
         mapped += prod(shape) * element_size if dtype in IN_PLACE[element_size] else 0
     return Weights(size, read, mapped), intermediate, scheme
+
+
+def _qwen_streamed(config: Config, path: Path | None, element_size: int) -> int:
+    """Two buffers of the largest layer, two of the vision tower's where there is one, and what is in no layer."""
+    vision = config.task == "i2i"
+    if path is None or not path.exists():
+        of_vision = 2 * QWEN_VISION_BLOCK_PARAMETERS + QWEN_VISION_REST_PARAMETERS
+        return element_size * (2 * QWEN_LAYER_PARAMETERS + vision * of_vision)
+    layers: dict[str, int] = {}
+    rest = 0
+    for name, (_, shape) in _header(path).items():
+        if "lm_head" in name or "embed_tokens" in name or ("visual." in name and not vision):
+            continue
+        layer = re.match(r".*\b(layers|blocks)\.\d+\.", name)
+        if layer is None:
+            rest += prod(shape)
+        else:
+            layers[layer[0]] = layers.get(layer[0], 0) + prod(shape)
+    stacks = [[size for name, size in layers.items() if ("visual." in name) is seen] for seen in (False, True)]
+    return element_size * (rest + sum(2 * max(sizes, default=0) for sizes in stacks))
 
 
 def _writer(config: Config, path: Path | None, element_size: int) -> Weights | None:

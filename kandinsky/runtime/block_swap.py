@@ -69,12 +69,16 @@ class BlockSwap:
         self._layouts = [_Layout(blocks[index]) for index in self.streamed]
         self._host = []
         for index, layout in zip(self.streamed, self._layouts, strict=True):
-            packed = torch.empty(layout.num_bytes, dtype=torch.uint8)
-            for name, view in layout.views(packed):
-                view.copy_(weights.pop(f"{prefix}{index}.{name}"))
-            self._host.append(_pinned(packed) if device.type == "cuda" else [packed])
+            self._host.append(self._packed(index, layout, weights))
         self._buffers: list[_Buffer] = []
         self._copies: torch.cuda.Stream | None = None
+
+    def _packed(self, index: int, layout: _Layout, weights: MutableMapping[str, Tensor]) -> list[Tensor]:
+        """A block as it lies on the host, in one piece or several."""
+        packed = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        for name, view in layout.views(packed):
+            view.copy_(weights.pop(f"{self._prefix}{index}.{name}"))
+        return _pinned(packed) if self.device.type == "cuda" else [packed]
 
     @property
     def host_gb(self) -> float:

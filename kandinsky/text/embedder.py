@@ -148,7 +148,7 @@ class TextEmbedder(nn.Module):
         check_prompts(prompts)
         template, crop = get_template(content), self.crop(content)
         max_length = self.qwen_max_length if max_length is None else max_length
-        device = self.language_model.embed_tokens.weight.device
+        device = self.language_model.norm.weight.device
         # No attention mask: the model is causal and padding stands behind, so that no real token sees it.
         if content == "image_edit":
             pixels, image_tokens = self._preprocess(prompts, images)

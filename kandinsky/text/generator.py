@@ -42,7 +42,7 @@ class TextGenerator:
             images: RGB pictures that the message begins with.
             seed: of the sampling; the global generators are left as they are.
         """
-        device = self.model.device
+        device = self.model.model.language_model.norm.weight.device
         inputs: dict[str, Any] = {}
         slots = ""
         if images:
