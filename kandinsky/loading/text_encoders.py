@@ -196,7 +196,7 @@ def _stream_layers(
             slot.fill(aligned(read(own_name).to(device).to(dtype)))
     language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
     embeddings = HostEmbedding(read("embed_tokens.weight"), device, dtype)
-    language_model.embed_tokens = embeddings  # type: ignore[assignment]
+    language_model.embed_tokens = embeddings
     language_model.layers = StreamedLayers(language_model.layers, read, "layers.", device)
     if isinstance(qwen, Qwen2_5_VLModel):
         qwen.visual.blocks = StreamedLayers(qwen.visual.blocks, read, "visual.blocks.", device)

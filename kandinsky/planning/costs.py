@@ -18,9 +18,9 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
     """What the settings cost in time, in words, with the rates that it was worked out with."""
     runtime = config.runtime
     if runtime.stream_encoders == "on":
-        seconds = models.qwen.read / machine.files
+        reading = models.qwen.read / machine.files
         yield (
-            f"streaming Qwen: {gb_text(models.qwen.read)} GB are read from its file for each prompt, {seconds:.0f} s "
+            f"streaming Qwen: {gb_text(models.qwen.read)} GB are read from its file for each prompt, {reading:.0f} s "
             f"at {machine.files / 1e9:g} GB/s"
         )
     if machine.gpu_memory is None:
