@@ -47,7 +47,9 @@ def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: boo
         model: Any = Qwen2_5_VLForConditionalGeneration(config)
     model.model.language_model = language_model
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = nn.Parameter(language_model.embed_tokens.weight.to(weight.device, weight.dtype), False)
+        table = language_model.embed_tokens.weight
+        is_shared = isinstance(table, nn.Parameter)  # of an encoder that streams it lies on the host, in the file
+        model.lm_head.weight = table if is_shared else nn.Parameter(table.to(weight.device, weight.dtype), False)
     else:
         head = nn.ModuleDict({"lm_head": model.lm_head})
         assign_weights(head, path, (), weight.device, weight.dtype)
