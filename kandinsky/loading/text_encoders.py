@@ -156,6 +156,8 @@ def _load_qwen(
         section._attn_implementation = "sdpa"
     qwen = _build(path, lambda: Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config))
     stream = stream and device.type != "meta"
+    if stream and any(packed_layers(read_weights_header(file)) for file in find_weights(path)):
+        raise ValueError(f"{path}: quantised layers don't stream: set runtime.stream_encoders=off, or take bfloat16")
     assign_weights(qwen, path, _QWEN_PREFIXES, torch.device("meta") if stream else device, dtype, quantize)
     if stream:
         _stream_layers(qwen, path, device, dtype)
@@ -174,14 +176,8 @@ def _load_qwen(
 def _stream_layers(
     qwen: Qwen2_5_VLTextModel | Qwen2_5_VLModel, path: Path, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Have a Qwen on the meta device run with its layers left in their file, and everything else on the device.
-
-    Raises ValueError for a file of quantised layers.
-    """
+    """Have a Qwen on the meta device run with its layers left in their file, and everything else on the device."""
     headers = {file: read_weights_header(file) for file in find_weights(path)}
-    for file, header in headers.items():
-        if packed_layers(header):
-            raise ValueError(f"{file}: quantised layers don't stream: set runtime.stream_encoders=off, or take bf16")
     places = {_own_name(key, _QWEN_PREFIXES): (file, key) for file, header in headers.items() for key in header}
 
     def read(name: str) -> Tensor:

@@ -80,5 +80,5 @@ def test_quantised_files_are_refused(folder: Path, tmp_path: Path) -> None:
         torch.float8_e4m3fn
     )
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="quantised layers don't stream: set runtime.stream_encoders=off"):
+    with pytest.raises(ValueError, match=r"quantised layers don't stream: set runtime.stream_encoders=off"):
         load(tmp_path, "video", dtype=torch.float32, stream=True)
