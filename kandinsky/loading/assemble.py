@@ -50,7 +50,7 @@ from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEnc
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes
 from kandinsky.runtime.placement import FixedPlacement
 from kandinsky.runtime.processes import Processes
-from kandinsky.runtime.quantization import require_scheme
+from kandinsky.runtime.quantization import LINEARS, require_scheme
 from kandinsky.text.embeddings import PromptEncoder
 from kandinsky.text.expansion import PromptExpander
 
@@ -210,7 +210,7 @@ def settle(
     for path in filter(is_gguf, (paths["dit"], paths["qwen"])):
         require_gguf(path)
     scheme = config.runtime.dit_quantization or scheme_of(paths["dit"])
-    if scheme is not None:
+    if scheme in LINEARS:
         require_scheme(scheme, devices["dit"])
     compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
     if compiled:

@@ -143,7 +143,7 @@ def magcache(team: DistributedTeam | None, folder: Path) -> Tensor:
 def evaluations(pipe: Any) -> list[float]:
     """All and skipped evaluations of a run."""
     records = []
-    pipe.describe = lambda request, inputs, index, watch: records.append(watch)
+    pipe.describe = lambda run, index, watch: records.append(watch)
     call(pipe, num_steps=STEPS, guidance_interval=(0.1, 0.9), output_type="pt")
     assert records[0].skipped_evaluations > 0
     return [records[0].evaluations, records[0].skipped_evaluations]
@@ -266,7 +266,7 @@ def resumed(team: DistributedTeam | None, folder: Path) -> Tensor:
     assert {key.split(".")[0] for key in run.residuals} == {"cond", "uncond"}
     pipe = pipeline("t2v", team, make_cache=MAGCACHE)
     watches = []
-    pipe.describe = lambda request, names, index, watch: watches.append(watch)
+    pipe.describe = lambda run, index, watch: watches.append(watch)
     pipe.decode_and_write = lambda latents, *_: latents
     latents = pipe.resume(run, folder / f"{name}.mp4")
     counts = torch.tensor([float(watches[0].evaluations), watches[0].skipped_evaluations])
