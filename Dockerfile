@@ -1,13 +1,13 @@
-# The server (docs/serving.md). CPU by default; for GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# The server and its page (docs/serving.md). CPU by default; for GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
 FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 WORKDIR /app
-COPY requirements.txt requirements-serve.txt ./
+COPY requirements.txt requirements-serve.txt requirements-ui.txt ./
 # torch first and from its own index, so that the rest finds it there.
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements.txt)" \
-    && pip install --no-cache-dir -r requirements-serve.txt
+    && pip install --no-cache-dir -r requirements-ui.txt
 COPY . .
 
 RUN useradd --create-home kandinsky && mkdir /data && chown kandinsky /data

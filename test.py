@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for flag in ("prompts_file", "resume_from"):
         if args.plan and getattr(args, flag) is not None:
             parser.error(f"--plan is for one request, or for --decode_latents: leave --{flag} out")
+    for flag in ("memory_gb", "host_memory_gb"):
+        if getattr(args, flag) is not None and not args.plan:
+            parser.error(f"--{flag} says for which machine --plan is made: give --plan, or leave it out")
     work = finish if args.decode_latents is not None else resume if args.resume_from is not None else run
     if work is not run:
         given = [flag for flag in FIXED_BY_A_FILE if getattr(args, flag) is not None]

@@ -320,7 +320,9 @@ def size_text(size: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """python -m kandinsky.checkpoints PATH ...: prints the reports; 1 where something is wrong."""
     show_every_character()
-    parser = argparse.ArgumentParser(description="Say what weights are and what is wrong with them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kandinsky.checkpoints", description="Say what weights are and what is wrong with them."
+    )
     parser.add_argument("path", nargs="+", type=Path, help="a .safetensors or .gguf file, or a folder")
     reports = [inspect(path) for path in parser.parse_args(arguments).path]
     sys.stdout.write("".join(f"{report}\n" for report in reports))

@@ -39,4 +39,6 @@ def report(plan: Plan) -> str:
     ]
     if quantized:
         lines.append(f"as asked for, and changes results: {' '.join(f'runtime.{word}' for word in quantized)}")
+    if runtime.qwen_quantization or runtime.dit_quantization == "nf4":
+        lines.append("nf4 needs a package: pip install bitsandbytes")
     return "\n".join(lines)

@@ -102,6 +102,20 @@ def test_a_prompt_is_needed_for_all_but_a_plan(cli: ModuleType, capsys: pytest.C
     assert "the following arguments are required: --prompt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--memory_gb", "--host_memory_gb"])
+def test_sizes_of_machines_are_for_plans(flag: str, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*TINY, "--prompt", "a red circle", flag, "8"])
+    assert f"{flag} says for which machine --plan is made: give --plan, or leave it out" in capsys.readouterr().err
+
+
+def test_what_nf4_needs_is_said(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--memory_gb", "24", "--host_memory_gb", "64")
+    for flags, is_said in (((), False), (("--qwen_quantization",), True), (("--dit_quantization", "nf4"), True)):
+        assert cli.main(words("5s_sft", *sizes, *flags)) == 0
+        assert ("pip install bitsandbytes" in capsys.readouterr().out) == is_said
+
+
 def test_a_run_with_a_preset(tiny: Path, cli: ModuleType, tmp_path: Path) -> None:
     """A preset's settings and those that were decided are in the facts beside the picture."""
     output = tmp_path / "a.png"
