@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     parser.add_argument("--keep_seconds", type=float, default=300, metavar="S", help="keep a job so often")
     parser.add_argument("--no_previews", action="store_true", help="show no pictures of what is being made")
     parser.add_argument("--no_page", action="store_true", help="the API alone, without the page at /")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu; default: a CUDA device where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--attention_engine", help="as in test.py")
     parser.add_argument("--device_preset", metavar="NAME", help="as in test.py")

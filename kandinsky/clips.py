@@ -8,6 +8,7 @@ any rate, varying ones too, to one by leaving out and repeating. Knows no sizes 
 
 from __future__ import annotations
 
+import re
 import subprocess
 import threading
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif,avi,mpegts,mpeg"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 40_000_000  # of a frame: 8K has 33
 MOST_SECONDS = 300.0  # that reading may take; a minute of 4K takes 30 on two cores
-ADVICE = "give an MP4, WebM, MOV, GIF or AVI file, or a folder of pictures"
+ADVICE = "give an MP4, WebM, MOV, GIF, AVI or MPEG file, or a folder of pictures"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,11 @@ def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
         raise ValueError(f"reading the video {path} took more than {MOST_SECONDS:g} s: cut out the part that you need")
     if not data:
         lines = said[0].decode("utf-8", "replace").strip().splitlines() or ["there is no picture in it"]
-        reason = shortened(lines[-1].replace(f"file:{path}", "").strip(": ")) or shown(lines[-1])
+        # Without the names of ffmpeg's own parts, as in "[out#0/image2pipe @ 0x55d0] Nothing was written into ...".
+        said_last = re.sub(r"^\[[^]]*\] ", "", lines[-1]).replace(f"file:{path}", "").strip(":. ")
+        if said_last.startswith("Nothing was written"):
+            said_last = "it ends before its first picture does"
+        reason = shortened(said_last) or shown(lines[-1])
         raise ValueError(f"can't read the video {path}: {reason}; {ADVICE}")
     return data
 

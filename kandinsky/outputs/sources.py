@@ -42,7 +42,10 @@ def read_mask(request: Request, path: str | Path) -> np.ndarray:
     path, size = Path(path), (request.width, request.height)
     if path.suffix.lower() in MASK_PICTURES and not path.is_dir():
         return np.array(fit_image(load_image(path), *size).convert("L"))[None]
-    clip = open_clip(path, FPS, request.num_frames)
+    try:
+        clip = open_clip(path, FPS, request.num_frames)
+    except ValueError as error:
+        raise ValueError(f"the mask: {error}, or one picture ({', '.join(MASK_PICTURES)})") from None
     if clip.frames + 3 < request.num_frames:
         raise ValueError(
             f"the mask {path} has {clip.frames} frames at {FPS} a second, and the video {request.num_frames}: give one "

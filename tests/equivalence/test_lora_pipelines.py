@@ -18,7 +18,8 @@ from kandinsky.loading.assemble import load_pipeline
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.runtime import lora
 from kandinsky.runtime.block_swap import BlockSwap
-from kandinsky.runtime.quantization import QuantizedLinear
+from kandinsky.runtime.quantization import BlockLinear, QuantizedLinear
+from tests.gguf_files import write_gguf
 from tests.lora_files import linear_layers, write_lora
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -266,3 +267,20 @@ def test_the_same_on_a_gpu(quantization: str | None, loras: dict[str, Path], wid
         expected = expected or seen
         assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True)), name
     assert torch.equal(expected[0], expected[4]) and differ(expected[0], expected[1])
+
+
+def test_on_a_gguf(loras: dict[str, Path], tmp_path: Path) -> None:
+    """Adapters out of files on layers that stay in GGUF's blocks: the same wherever the weights are."""
+    path = tmp_path / "dit.gguf"
+    write_gguf(path, load_file(REPOSITORY / load_config(CONFIG_T2V).model.checkpoint_path), "q8_0")
+    seen = {}
+    for place, overrides in PLACES.items():
+        pipe = load(f"model.checkpoint_path={path}", *overrides)
+        assert any(isinstance(module, BlockLinear) for module in pipe.dit.modules())
+        without = latents_of(pipe)
+        pipe.load_adapter(None, loras["all"], "all")
+        seen[place] = without, latents_of(pipe)
+        assert differ(*seen[place])
+    for place, latents in seen.items():
+        for found, expected in zip(latents, seen["plain"], strict=True):
+            assert torch.equal(found, expected), place

@@ -6,6 +6,7 @@ import json
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imageio_ffmpeg
@@ -17,6 +18,7 @@ from PIL import Image
 from kandinsky.clips import open_clip, read_clip
 from kandinsky.outputs.media import write_video
 from kandinsky.outputs.resume import Stopped, load_run
+from kandinsky.outputs.sources import read_mask
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import FPS, resolve_request
@@ -212,3 +214,7 @@ def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"there (is|are) no|can't read the video") as refused:
             open_clip(tmp_path / name, FPS, 5)
         assert "\n" not in str(refused.value) and name in str(refused.value)
+        assert " @ 0x" not in str(refused.value)
+    (tmp_path / "mask.txt").write_text("no mask")
+    with pytest.raises(ValueError, match=r"the mask: can't read the video .*, or one picture \(\.png, "):
+        read_mask(SimpleNamespace(width=64, height=64, num_frames=5), tmp_path / "mask.txt")
