@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from kandinsky.serving.engine import Engine
 from kandinsky.serving.gate import Gate, Keys
 from kandinsky.serving.lanes import Outcome, Report, Task
 from kandinsky.serving.limits import Limits
+from kandinsky.serving.server import wants_page
 from kandinsky.serving.variants import Catalogue, Variant
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -476,3 +478,17 @@ def test_adapters_are_those_of_the_folder(make_site: Callable[..., Site], tmp_pa
         refused = site.post("/v1/videos", prompt="a", loras=[name])
         assert refused.status_code == 400 and "this server has dolly" in message(refused)
     assert site.post("/v1/videos", prompt="a", loras=["dolly:0.5"]).status_code == 400  # it is damaged
+
+
+def test_without_a_page_the_root_leads_to_the_documentation(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = site.ask("GET", "/")
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert wants_page(SimpleNamespace(no_page=False))  # type: ignore[arg-type]
+    assert not wants_page(SimpleNamespace(no_page=True))  # type: ignore[arg-type]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level("INFO"):
+        assert not wants_page(SimpleNamespace(no_page=False))  # type: ignore[arg-type]
+    assert "pip install gradio" in caplog.text
