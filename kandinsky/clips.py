@@ -115,7 +115,7 @@ def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
             too_long = not alarm.is_alive()
             alarm.cancel()
             process.kill()
-    listener.join()
+        listener.join()  # before leaving closes what it reads from
     if too_long:
         raise ValueError(f"reading the video {path} took more than {MOST_SECONDS:g} s: cut out the part that you need")
     if not data:

@@ -279,7 +279,7 @@ def test_fuzz_latents(waiting: dict[str, Path], tmp_path: Path) -> None:
             decoded.append(task)
 
     fuzz(case)
-    assert len(decoded) > 5 or "FUZZ_CASE" in os.environ
+    assert len(decoded) > 3 or "FUZZ_CASE" in os.environ
 
 
 LATENT_CHANGES: dict[str, tuple[str, Change]] = {
