@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kandinsky.clips import Clip, open_clip, read_clip
+from kandinsky.clips import PICTURES, Clip, open_clip, read_clip
 from kandinsky.config.schema import Config
 from kandinsky.outputs.media import fit_image
 from kandinsky.pictures import load_image
@@ -19,8 +19,6 @@ from kandinsky.request import FPS, Request, wanted_frames
 
 if TYPE_CHECKING:
     from PIL import Image
-
-MASK_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_source(
@@ -40,12 +38,12 @@ def read_source(request: Request, clip: Clip | None, pictures: Sequence[Image.Im
 def read_mask(request: Request, path: str | Path) -> np.ndarray:
     """uint8 (1 or frames, height, width), white where something may change: of a picture, of a video or of a folder."""
     path, size = Path(path), (request.width, request.height)
-    if path.suffix.lower() in MASK_PICTURES and not path.is_dir():
+    if path.suffix.lower() in PICTURES and not path.is_dir():
         return np.array(fit_image(load_image(path), *size).convert("L"))[None]
     try:
         clip = open_clip(path, FPS, request.num_frames)
     except ValueError as error:
-        raise ValueError(f"the mask: {error}, or one picture ({', '.join(MASK_PICTURES)})") from None
+        raise ValueError(f"the mask: {error}, or one picture ({', '.join(PICTURES)})") from None
     if clip.frames + 3 < request.num_frames:
         raise ValueError(
             f"the mask {path} has {clip.frames} frames at {FPS} a second, and the video {request.num_frames}: give one "
