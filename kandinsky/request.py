@@ -15,13 +15,14 @@ from typing import Any
 
 from kandinsky.common.given import as_number, as_whole, shown
 from kandinsky.common.limits import MAX_PATCHES, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS
-from kandinsky.config.schema import MAX_SECONDS, Config
+from kandinsky.config.schema import Config
+from kandinsky.frames import FPS as FPS
+from kandinsky.frames import FRAMES_PER_LATENT as FRAMES_PER_LATENT
+from kandinsky.frames import checked_frames, frames_of_clip, wanted_frames
 from kandinsky.sizes import check_picture, size_for_image, size_for_video
 
 logger = logging.getLogger(__name__)
 
-FPS = 24
-FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 MAX_SEED = 2**32 - 1
 MAX_OUTPUTS = 10_000  # of one prompt in a call
@@ -134,12 +135,14 @@ def resolve_request(
         width, height = (size_for_image if image_task else size_for_video)(clip[:2], config)
     width, height = _size(config, width, height, image_sizes, len(texts), starts)
     if clip is not None:
-        num_frames, time_length = _frames_of(clip[2], _frames(config, time_length, num_frames), time_length, num_frames)
+        num_frames, time_length = frames_of_clip(
+            clip[2], wanted_frames(config, time_length, num_frames), time_length, num_frames
+        )
     request = Request(
         samples=samples,
         width=width,
         height=height,
-        num_frames=_frames(config, time_length, num_frames),
+        num_frames=wanted_frames(config, time_length, num_frames),
         num_steps=_checked_steps(config.model.num_steps if num_steps is None else num_steps),
         guidance_weight=_checked_number(
             "guidance_weight",
@@ -181,7 +184,7 @@ def recorded_request(values: Mapping[str, Any], config: Config) -> Request:
         samples=tuple(map(_recorded_sample, samples)),
         width=_checked_side("width", values["width"], multiple),
         height=_checked_side("height", values["height"], multiple),
-        num_frames=_checked_frames(values["num_frames"]),
+        num_frames=checked_frames(values["num_frames"]),
         num_steps=_checked_steps(values["num_steps"]),
         guidance_weight=_checked_number("guidance_weight", values["guidance_weight"], lowest=0.0),
         scheduler_scale=_checked_number("scheduler_scale", values["scheduler_scale"], lowest=0.01),
@@ -373,53 +376,6 @@ def _source(
     if clip is None and not starts:
         return 1.0, False
     return checked_strength(DEFAULT_STRENGTH if strength is None else strength), starts
-
-
-def _frames_of(found: int, wanted: int, seconds: float | None, num_frames: int | None) -> tuple[int, None]:
-    """How many frames are made of a clip: all, at most what the config says, or what is asked for if there are as many
-    (its last frame may stand for those that are missing of a latent frame)."""
-    longest = -(-(found - 1) // FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1
-    if found < 2 and wanted > 1:
-        raise ValueError("the video has one frame: a t2i config takes it as a picture, --image FILE --strength 0.6")
-    if wanted > longest and (seconds is not None or num_frames is not None):
-        raise ValueError(
-            f"the video has {found / FPS:.2f} s and {wanted / FPS:.2f} s are asked for: leave the duration out, or ask "
-            f"for at most {(longest - 1) / FPS:.2f}"
-        )
-    return min(wanted, longest), None
-
-
-def wanted_frames(config: Config, time_length: float | None = None, num_frames: int | None = None) -> int:
-    """How many frames are asked for where no clip is shorter, 4n + 1. Raises ValueError as `resolve_request` does."""
-    return _frames(config, time_length, num_frames)
-
-
-def _frames(config: Config, seconds: float | None, num_frames: int | None) -> int:
-    if config.task in ("t2i", "i2i"):
-        if (seconds is not None and as_number(seconds) != 0) or (num_frames is not None and as_whole(num_frames) != 1):
-            raise ValueError(f"{config.source} makes images: leave the duration out")
-        return 1
-    if num_frames is not None:
-        if seconds is not None:
-            raise ValueError("both time_length and num_frames are given: leave one of them out")
-        return _checked_frames(num_frames)
-    seconds = config.generation.time_length if seconds is None else seconds
-    length = as_number(seconds)
-    if not 0 <= length <= MAX_SECONDS:
-        given = shown(seconds).strip("'")
-        raise ValueError(f"the duration is {given} s; it must be from 0 (an image) to {MAX_SECONDS} s")
-    return int(length * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
-
-
-def _checked_frames(num_frames: int) -> int:
-    longest = (MAX_PATCHES - 1) * FRAMES_PER_LATENT + 1
-    frames = as_whole(num_frames)
-    if frames is None:
-        raise ValueError(f"num_frames is {shown(num_frames)}; it must be a whole number, 4n + 1 up to {longest}")
-    if not 1 <= frames <= longest or frames % FRAMES_PER_LATENT != 1:
-        nearest = round((min(max(frames, 1), longest) - 1) / FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1
-        raise ValueError(f"num_frames is {shown(frames)}; it must be 4n + 1 up to {longest}: the nearest is {nearest}")
-    return frames
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import numpy as np
 
 from kandinsky.clips import PICTURES, Clip, open_clip, read_clip
 from kandinsky.config.schema import Config
+from kandinsky.frames import FPS, wanted_frames
 from kandinsky.outputs.media import fit_image
 from kandinsky.pictures import load_image
-from kandinsky.request import FPS, Request, wanted_frames
+from kandinsky.request import Request
 
 if TYPE_CHECKING:
     from PIL import Image
