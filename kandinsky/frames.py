@@ -23,8 +23,8 @@ def wanted_frames(config: Config, seconds: float | None = None, num_frames: int 
     seconds = config.generation.time_length if seconds is None else seconds
     length = as_number(seconds)
     if not 0 <= length <= MAX_SECONDS:
-        given = shown(seconds).strip("'")
-        raise ValueError(f"the duration is {given} s; it must be from 0 (an image) to {MAX_SECONDS} s")
+        given = shown(seconds) if isinstance(seconds, str) else f"{shown(seconds)} s"
+        raise ValueError(f"the duration is {given}; it must be a number from 0 (an image) to {MAX_SECONDS} s")
     return int(length * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
 

@@ -54,6 +54,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Sequen
     """
     path = our_config(Path(path))
     try:
+        if path.parent.absolute() == DEVICE_PRESETS:
+            raise ValueError(f"it has a machine's settings alone: name a model's file, and --device_preset {path.stem}")
         return _from_raw(read_yaml(path, overrides, [Path(preset) for preset in presets]), path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

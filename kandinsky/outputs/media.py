@@ -79,9 +79,7 @@ def check_writable(path: str | Path, suffix: str | None = None) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"can't write {path}: {reason}; name a file in a folder that you may write to") from error
     if is_folder:
-        raise ValueError(
-            f"can't write {path}: it is a folder; name a file in it, like {path / ('video' + VIDEO_SUFFIX)}"
-        )
+        raise _is_a_folder(path, suffix or VIDEO_SUFFIX)
     if is_foreign(record := sidecar_path(path)):
         raise ValueError(f"can't write {path}: its record would replace {record}, which is none; take another name")
 
@@ -173,7 +171,13 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
+def _is_a_folder(path: Path, suffix: str) -> ValueError:
+    return ValueError(f"can't write {path}: it is a folder; name a file in it, like {path / ('output' + suffix)}")
+
+
 def _check_suffix(path: Path, suffix: str) -> None:
+    if not path.suffix and os.path.isdir(path):
+        raise _is_a_folder(path, suffix)
     if path.suffix.lower() != suffix:
         given = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
         what = "a video" if suffix == VIDEO_SUFFIX else "an image"

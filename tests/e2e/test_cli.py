@@ -354,6 +354,10 @@ MISTAKES = {
     "unknown key in file": Mistake(("--config", "{tmp}/typo.yaml"), "typo.yaml: unknown key .*did you mean"),
     "no such config": Mistake(("--config", f"{CONFIG.parent}/config_tiny_t2w.yaml"), "mean config_tiny_t2v.yaml"),
     "config is a folder": Mistake(("--config", "{tmp}"), "no such config file"),
+    "config is a preset": Mistake(
+        ("--config", f"{CONFIG.parent}/devices/8gb.yaml"),
+        "settings alone: name a model's file, and --device_preset 8gb",
+    ),
     "config is no YAML": Mistake(("--config", "{tmp}/broken.yaml"), "broken.yaml: not readable as YAML"),
     "config is a video": Mistake(("--config", "{tmp}/binary.yaml"), "binary.yaml: not readable as YAML"),
     "override without value": Mistake(("model.num_steps",), "not of the form key.key=value"),
@@ -387,6 +391,7 @@ MISTAKES = {
     "no suffix": Mistake(("--output_filename", "{tmp}/out/a"), r"has no ending; .* call it .*a\.mp4"),
     "picture as video": Mistake(("--video_duration", "0"), r"ends in '.mp4'; an image is written as .png"),
     "folder is a file": Mistake(("--output_filename", "{tmp}/typo.yaml/a.mp4"), "can't write .*typo.yaml/a.mp4: "),
+    "folder as output": Mistake(("--output_filename", "{tmp}"), "it is a folder; name a file in it, like .*output.mp4"),
     "output is a folder": Mistake(("--output_filename", "{tmp}/folder.mp4"), "it is a folder; name a file in it"),
     "name too long": Mistake(("--output_filename", "{tmp}/out/" + 300 * "x" + ".mp4"), "can't write .*name too long"),
     # the flags

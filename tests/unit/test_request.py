@@ -175,7 +175,7 @@ BAD = [
     ({"height": "512"}, ["height", "512", "multiple of 16"]),
     ({"time_length": -1}, ["-1 s", "from 0", "21 s"]),
     ({"time_length": 22}, ["22 s", "21 s"]),
-    ({"time_length": "5"}, ["5 s", "21 s"]),
+    ({"time_length": "5"}, ["'5';", "a number", "21 s"]),
     ({"time_length": float("nan")}, ["nan", "21 s"]),
     ({"time_length": True}, ["True", "21 s"]),
     ({"seed": -1}, ["seed", "-1", "from 0 to 4294967295"]),

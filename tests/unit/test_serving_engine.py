@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused(start: Callable[..., Engine]) -> None:
         ({"size": "12x"}, "the size is '12x'; it must be WIDTHxHEIGHT"),
         ({"size": "100x100"}, "width is 100; it must be a multiple of 16 pixels"),
         ({"size": "128x128", "width": 128}, "both size and width or height are given"),
-        ({"seconds": 22}, "the duration is 22 s; it must be from 0"),
+        ({"seconds": 22}, "the duration is 22 s; it must be a number from 0"),
         ({"prompt": "x" * 9000}, "the prompt has 9,000 characters"),
         ({"n": 11}, "n is 11; it must be a whole number from 1 to 10"),
         ({"model": "tiny_i2v"}, "is a config for i2v, which needs a picture"),
