@@ -2,7 +2,8 @@
 #   make demo    all four tasks on the tiny checkpoints           make check   formatting, linters, types, tests
 #   make test    the tests; ARGS="-k media" passes words on       make bench   the measurements in benchmarks/
 #   make test-avx2   of the tests, what depends on the processor, as on an older one
-#   make rehearse    whole requests of every variant, as if on a GPU; a table of memory and operations
+#   make rehearse    whole requests of every variant, as if on a GPU; tables of memory,
+#                    operations, and of the bytes that decoding moves
 #   make gpu     the first hour on a GPU: what the code assumes, measured; DRY=1 without one
 #   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each)
 # Another Python, environment or package source: make demo PYTHON=python3.12 VENV=/tmp/venv PIP_ARGS="--index-url ..."
@@ -25,7 +26,7 @@ export GOMP_SPINCOUNT ?= 3000
 .PHONY: help demo test test-avx2 rehearse gpu fuzz lint check bench clean
 
 help:
-	@sed -n '2,8s/^# *//p' Makefile
+	@sed -n '2,9s/^# *//p' Makefile
 
 # Each set of packages has a stamp that is older than its list when there is something to install.
 $(VENV)/.runtime-installed: requirements.txt
@@ -62,6 +63,7 @@ test-avx2: $(VENV)/.dev-installed
 # Whole requests of all variants, at their sizes, on a GPU that is not there; ARGS="5s_sft" for some.
 rehearse: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.requests $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.decoding $(ARGS)
 
 # The first hour on a GPU; DRY=1, or no GPU: every step with tiny sizes on the CPU.
 gpu: $(VENV)/.dev-installed

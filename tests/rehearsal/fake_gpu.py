@@ -2,8 +2,8 @@
 
 PyTorch's FakeTensorMode knows shapes, dtypes and devices of results, and refuses to mix the host's and the device's
 tensors. To that this adds what a CPU build of PyTorch lacks for such tensors; stand-ins for torch.cuda, with streams
-and events whose order is checked by vector clocks; an allocator that only counts; and a count of operations. What is
-found wrong is in `FakeGPU.faults`, a sentence each.
+and events whose order is checked by vector clocks; an allocator that only counts; and counts of
+operations and of the bytes that they move. What is found wrong is in `FakeGPU.faults`, a sentence each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from tests.rehearsal.traffic import bytes_moved
 
 aten = torch.ops.aten
 ALLOCATED_IN = 512  # bytes, of which CUDA's allocator gives out multiples
@@ -99,6 +101,8 @@ class FakeGPU:
         self.faults: list[str] = []
         self.flops: Counter[str] = Counter()  # by the dtype of the operands
         self.kernels: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()  # bytes read and written on the device, by operation
+        self.calls: Counter[str] = Counter()  # of the same operations
         self.syncs: list[str] = []  # what the host waited for, with the label of that moment
         self.label = ""
         self.live = self.peak = self.out_of_memory = 0
@@ -272,7 +276,11 @@ class FakeGPU:
                 if any(x.device.type == "cpu" for x in (*written, *results)):
                     self.syncs.append(f"copy to the host in {self.label}")
         if on_device:
-            self.kernels[str(func).split(".")[1]] += 1
+            name = str(func).split(".")[1]
+            self.kernels[name] += 1
+            if not crosses and (moved := bytes_moved(func, args, kwargs, out)):
+                self.moved[name] += moved
+                self.calls[name] += 1
             count = flop_registry.get(func._overloadpacket)
             if count is not None:
                 dtype = next(x.dtype for x in tensors if x.is_floating_point())
