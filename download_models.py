@@ -8,7 +8,7 @@
 A model's name is that of its config (configs/config_5s_sft.yaml is 5s_sft) or of its repository on the hub. Besides
 its own file every model needs a VAE and the two text encoders (about 19 GB), which are shared and downloaded once; so
 is the one file of a Pro model and its _hd. What is there already is not downloaded again, and what was interrupted goes
-on where it stopped.
+on where it stopped. taehv and taef1 are no models but tiny decoders, for quick previews (docs/weights.md).
 
 The image models' VAE is part of FLUX.1-dev, which asks for a licence to be accepted and for a token.
 """
@@ -49,25 +49,36 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     from kandinsky.checkpoints import hub
     from kandinsky.checkpoints.dit_layout import expected_dit_shapes
+    from kandinsky.checkpoints.files import TINY_DECODERS
+    from kandinsky.checkpoints.tiny_decoder import KINDS, parameters
 
     try:
         known = hub.known_models()
         if args.models == "list":
             for name, config in known.items():
-                parameters = sum(prod(shape) for shape in expected_dit_shapes(config.model.dit_params).values())
+                size = sum(prod(shape) for shape in expected_dit_shapes(config.model.dit_params).values())
                 there = "" if hub.sources(config, args.cache_dir, only_missing=True) else "  (downloaded)"
-                steps = f"{config.model.num_steps} steps  {parameters / 1e9:4.1f} B parameters"
+                steps = f"{config.model.num_steps} steps  {size / 1e9:4.1f} B parameters"
                 print(f"{name:16} {config.task}  {steps}  {config.model.hub_repo}{there}")
+            for vae, name in TINY_DECODERS.items():
+                (source,) = hub.tiny_sources([name], args.cache_dir)
+                there = "  (downloaded)" if all((source.target / file).is_file() for file in source.names) else ""
+                words = f"tiny decoder for previews and --vae tiny, {parameters(KINDS[vae]) / 1e6:.1f} M parameters"
+                print(f"{name:16} {words}  {source.repo}{there}")
             return 0
-        chosen = hub.choose(args.models, known)
+        words = [word.strip() for word in args.models.split(",")]
+        tiny = list(dict.fromkeys(word.lower() for word in words if word.lower() in TINY_DECODERS.values()))
+        models = [word for word in words if word.lower() not in tiny]
+        chosen = hub.choose(",".join(models), known) if any(models) or not tiny else []
         wanted = [source for name in chosen for source in hub.sources(known[name], args.cache_dir)]
+        wanted += hub.tiny_sources(tiny, args.cache_dir)
         hub.download(wanted, args.cache_dir, args.hf_token, verify=args.verify, dry_run=args.dry_run, say=say)
     except KeyboardInterrupt:
         return 130
     except (ValueError, hub.DownloadError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, hub.DownloadError) else 2
-    if not args.dry_run:
+    if chosen and not args.dry_run:
         words = " --image picture.png" if known[chosen[0]].task in ("i2v", "i2i") else ""
         if args.cache_dir != DEFAULT_FOLDER:
             words += f" --cache_dir {shlex.quote(str(args.cache_dir))}"

@@ -34,6 +34,7 @@ from tools import train_tiny_image, train_tiny_video
 STAGES = {
     "video": {
         "vae": train_tiny_video.stage_vae,
+        "decoder": train_tiny_video.stage_decoder,
         "text": train_tiny_video.stage_text,
         "latents": train_tiny_video.stage_latents,
         "dit": train_tiny_video.stage_dit,
@@ -71,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     video.add_argument("--image_steps", type=int, default=480, help="vae: on single frames")
     video.add_argument("--clip_steps", type=int, default=930, help="vae: mostly on 17-frame windows")
     video.add_argument("--decoder_steps", type=int, default=600, help="vae: of the decoder alone")
+    video.add_argument("--decoder_lr", type=float, default=2e-4, help="decoder: Muon's (default: %(default)s)")
     video.add_argument("--size", type=int, default=64, help="latents: of clips of this many pixels a side")
     video.add_argument("--first_shard", type=int, default=0, help="latents: number of the first file")
     video.add_argument("--shards", type=int, default=2, help="latents: how many files")

@@ -138,6 +138,92 @@ def stage_vae(args: argparse.Namespace) -> None:
         train(name, args.state, vae, optimizers_for(vae, rate, rate), loss, steps, 0.99, evaluate=report)
 
 
+class DecoderSamples:
+    """Unscaled latents of whole training clips as the pipeline's windows make them, in pieces as it decodes them."""
+
+    LATENTS = 5  # a window of 17 frames
+    STARTS = (0, 2, 0, 2, 1)  # the published windows of 25 frames begin at the latents 0 and 2, other lengths' anywhere
+
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self.encoder = load_vae(args.out / "vae", args.device, torch.bfloat16)
+        self.device, self.rng = args.device, np.random.default_rng(seed)
+        self.clips: dict[int, tuple[Tensor, Tensor]] = {}  # of each size the last clips, of which two windows are taken
+
+    def draw(self, size: int, count: int) -> tuple[Tensor, Tensor]:
+        """Latents (count, 16, 7, s, s) and pixels (count, 3, 25, S, S) in [-1, 1]: all are handed out twice."""
+        if size in self.clips:
+            return self.clips.pop(size)
+        combinations = tiny_world.train_combinations()
+        chosen = self.rng.integers(0, len(combinations), count)
+        pixels = to_float(draw_clips([tiny_world.scene_for(combinations[i], self.rng) for i in chosen], size))
+        if self.rng.random() < 0.5:
+            pixels = pixels.flip(2)
+        with torch.no_grad():
+            latents = self.encoder.encode(pixels.to(self.device).bfloat16(), VAETiling()).mode().float()
+        self.clips[size] = latents, pixels.to(self.device)
+        return self.clips[size]
+
+    def window(self, size: int, count: int) -> tuple[Tensor, Tensor, int]:
+        """Latents of a window, the pixels that its decode should give, and how many of its first frames to drop."""
+        latents, pixels = self.draw(size, count)
+        start = int(self.rng.choice(self.STARTS))
+        frames = pixels[:, :, 4 * start : 4 * (start + self.LATENTS - 1) + 1]
+        dropped = min(start, 1)  # a later window's first frame has no history and is another window's
+        return latents[:, :, start : start + self.LATENTS], frames[:, :, dropped:], dropped
+
+    def pictures(self, size: int, count: int) -> tuple[Tensor, Tensor, int]:
+        """The same of single frames."""
+        combinations = tiny_world.train_combinations()
+        chosen = self.rng.integers(0, len(combinations), count)
+        scenes = [tiny_world.scene_for(combinations[i], self.rng) for i in chosen]
+        drawn = torch.stack([torch.from_numpy(tiny_world.render_picture(scene, size)) for scene in scenes])
+        pixels = to_float(drawn.permute(0, 3, 1, 2)[:, :, None].to(self.device))
+        with torch.no_grad():
+            latents = self.encoder.encode(pixels.bfloat16()).mode().float()
+        return latents, pixels, 0
+
+
+def motion_weight(x: Tensor, around: int = 4) -> Tensor:
+    """1 where a clip (B, 3, T, H, W) stands still, 3 where something moves within `around` frames: where ghosts are."""
+    if x.shape[2] == 1:
+        return torch.ones_like(x[:, :1])
+    moving = ((x[:, :, 1:] - x[:, :, :-1]).abs().amax(1, keepdim=True) > 0.1).float()
+    moving = F.max_pool3d(F.pad(moving, (0, 0, 0, 0, 1, 0)), (2 * around + 1, 5, 5), 1, (around, 2, 2))
+    return 1 + 2 * moving
+
+
+def stage_decoder(args: argparse.Namespace) -> None:
+    """The exported VAE's decoder goes on alone, on what it is given to decode: every DiT's latents stay as they are."""
+    samples = DecoderSamples(args, seed=int(time.time()))
+    rng = np.random.default_rng(1)
+    held_out = draw_clips(tiny_world.sample_scene(rng, "test") for _ in range(6))
+    vae = new_vae(args.device)
+    vae.load_state_dict({k: v.float() for k, v in samples.encoder.state_dict().items()})
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+    def loss(step: int) -> Tensor:
+        is_small = step < 0.8 * args.decoder_steps
+        if step % 20 == 7:
+            latents, x, dropped = samples.pictures(SIZE, 4)
+        else:
+            latents, x, dropped = samples.window(SIZE // 2, 2) if is_small else samples.window(SIZE, 1)
+        # Less than the noise that the encoder was trained for, but some: what a DiT makes is not exact.
+        latents = latents + 0.5 * LATENT_NOISE * float(torch.rand(())) * torch.randn_like(latents)
+        latents = latents.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out = vae.decode(latents)[:, :, dropped:]
+        weight = motion_weight(x)
+        error = (out.float() - x) * (weight / weight.mean()).sqrt()
+        return error.square().mean() + 0.03 * error.abs().mean()
+
+    def report(model: nn.Module) -> str:
+        return f"held out {reconstruction_psnr(model, held_out):.2f} dB"
+
+    optimizers = optimizers_for(vae, args.decoder_lr, args.decoder_lr / 2)
+    train("vae_windows", args.state, vae, optimizers, loss, args.decoder_steps, 0.99, evaluate=report)
+
+
 # --- text encoders ---------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +294,10 @@ def stage_text(args: argparse.Namespace) -> None:
 
 def trained_vae(args: argparse.Namespace) -> AutoencoderKLHunyuanVideo:
     """The VAE of the `vae` stage or, where there is no state of it, the exported one."""
-    path = next((args.state / name for name in ("vae_decoder.pt", "vae.pt") if (args.state / name).exists()), None)
+    path = next(
+        (args.state / name for name in ("vae_windows.pt", "vae_decoder.pt", "vae.pt") if (args.state / name).exists()),
+        None,
+    )
     if path is None:
         log.info("no VAE in %s: taking the one in %s", args.state, args.out)
         vae = load_vae(args.out / "vae", args.device, torch.float32)

@@ -7,13 +7,14 @@ know torch and opens no weights.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kandinsky.checkpoints.gguf_file import is_gguf
 from kandinsky.checkpoints.headers import BITS as BITS
-from kandinsky.checkpoints.headers import refuse_pickle, why_absent
+from kandinsky.checkpoints.headers import PICKLE_SUFFIXES, refuse_pickle, why_absent
 from kandinsky.common.given import MISSING, why_no_file
 from kandinsky.common.untrusted import home_path, is_plain_name, read_json
 from kandinsky.config.schema import Config
@@ -29,6 +30,9 @@ FOLDERS = {
 }
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 _INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")  # diffusers puts a variant's infix behind "index"
+
+# The published tiny decoders, as download_models.py calls them, by the name of the VAE that they stand for.
+TINY_DECODERS = {"hunyuan": "taehv", "flux": "taef1"}
 
 TINY_COMMAND = "python test.py --config configs/config_tiny_t2v.yaml"
 
@@ -123,6 +127,31 @@ def resolve_path(path: str | Path, config: Config | None = None, cache_dir: str 
     if config is not None and config.source is not None:
         roots.insert(0, config.source.resolve().parent.parent)  # configs/x.yaml -> the folder that holds configs/
     return next((root / path for root in roots if (root / path).exists()), path)
+
+
+def tiny_decoder_path(config: Config, cache_dir: str | Path = "./weights/") -> Path | None:
+    """The file of the tiny decoder that a run with this config uses; None where it uses none.
+
+    It decodes the result where the config says so, whether or not its file is there, and makes the previews where
+    there are previews and its file is there. Raises ValueError where the config names none, and for a pickle.
+    """
+    vae = config.model.vae
+    decodes = vae.decoder == "tiny"
+    if vae.tiny_path is None:
+        if decodes:
+            raise ValueError("model.vae.decoder is tiny, and the config has no model.vae.tiny_path: name a file there")
+        return None
+    path = resolve_path(vae.tiny_path, config, cache_dir)
+    if not decodes and (config.runtime.preview is None or not path.is_file()):
+        return None
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        code = "import sys, torch, safetensors.torch as s; s.save_file(torch.load(sys.argv[1]), sys.argv[2])"
+        words = shlex.join([str(path), str(path.with_suffix(".safetensors"))])
+        raise ValueError(
+            f"{path}: safetensors only; a {path.suffix} file is a pickle. Convert it, and name the result in "
+            f"model.vae.tiny_path: python -c '{code}' {words}"
+        )
+    return path
 
 
 def missing_weights_message(path: str | Path, config: Config) -> str:

@@ -47,6 +47,11 @@ VAES = {
     "hunyuan": ("hunyuanvideo-community/HunyuanVideo", "vae", VAE_FILES),
     "flux": ("black-forest-labs/FLUX.1-dev", "vae", VAE_FILES),
 }
+# The tiny decoders of their latents, by the names in checkpoints/files.py. One of them is on GitHub: its file is named
+# here to the byte, as https://github.com/madebyollin/taehv has it at that commit.
+TAEHV_COMMIT = "011dfc2112197741c540e0bdd5b7b67bcc930771"
+TAEHV_URL = f"https://raw.githubusercontent.com/madebyollin/taehv/{TAEHV_COMMIT}/safetensors/taehv.safetensors"
+TAEHV_SIZE, TAEHV_SHA256 = 22_642_902, "032ad4ddc689513287ce02fcc099b5278592526ed1eac0324a7fab94bb690ed9"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 QWEN_FILES = ("model-*.safetensors", "model.safetensors.index.json", "generation_config.json")
 QWEN = (
@@ -70,6 +75,17 @@ class Source:
     folder: str  # "" is the repository itself
     names: tuple[str, ...]  # in that folder; * stands for anything, and each name must be there
     target: Path
+    elsewhere: Elsewhere | None = None  # the one file, where it is not on the hub
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A file that is not on the hub, and all that the hub would say of it."""
+
+    url: str
+    commit: str
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class File:
     checksum: str  # 64 digits: the sha256 of a large file; 40 digits: the sha1 of a small one as a git blob
     gated: bool  # whether its repository is handed out to those only who accepted its licence
     target: Path
+    url: str | None = None  # None: where the hub has it
 
     @property
     def partial(self) -> Path:
@@ -173,6 +190,17 @@ def sources(config: Config, cache_dir: str | Path = "./weights/", *, only_missin
     return found
 
 
+def tiny_sources(names: Sequence[str], cache_dir: str | Path = "./weights/") -> list[Source]:
+    """Where tiny decoders come from, of those names: "taehv" for videos, "taef1" for pictures."""
+    folders = {name: home_path(cache_dir) / name for name in names}
+    taehv = Elsewhere(TAEHV_URL, TAEHV_COMMIT, TAEHV_SIZE, TAEHV_SHA256)
+    known = {
+        "taehv": lambda to: Source("github.com/madebyollin/taehv", "safetensors", ("taehv.safetensors",), to, taehv),
+        "taef1": lambda to: Source("madebyollin/taef1", "", VAE_FILES, to),
+    }
+    return [known[name](folder) for name, folder in folders.items()]
+
+
 def _dit_files(repo: str | None, path: PurePosixPath) -> tuple[str, tuple[str, ...]]:
     """The folder of a repository that has the DiT, and which of its files: by its name, in diffusers' layout or not."""
     if repo is not None and repo.endswith("-Diffusers"):
@@ -197,6 +225,10 @@ def _has_weights(path: Path) -> bool:
 
 def list_files(source: Source, token: str | None = None) -> list[File]:
     """A source's files as the hub lists them now, small ones first. Raises DownloadError, also where one is missing."""
+    if (one := source.elsewhere) is not None:
+        name, target = source.names[0], source.target / source.names[0]
+        path = f"{source.folder}/{name}"
+        return [File(source.repo, one.commit, path, one.size, one.sha256, False, target, one.url)]
     info, listed = _listing(source.repo, token)
     begin = f"{source.folder}/" if source.folder else ""
     # Files of the folder itself, by their names in it: what leads elsewhere is none of them.
@@ -300,9 +332,9 @@ def fetch(file: File, token: str | None = None) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, tqdm
 
-    url = hf_hub_url(file.repo, file.path, revision=file.commit)
+    url = file.url or hf_hub_url(file.repo, file.path, revision=file.commit)
     # As it is, not compressed on the way: only then are ranges those of the file.
-    headers = {**build_hf_headers(token=token), "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(token=False if file.url else token), "Accept-Encoding": "identity"}
     with explained(file.repo):
         file.target.parent.mkdir(parents=True, exist_ok=True)
         _remove_older_parts(file)

@@ -33,6 +33,7 @@ from kandinsky.checkpoints.gguf_file import BLOCKS, is_gguf
 from kandinsky.checkpoints.headers import BITS as BITS
 from kandinsky.checkpoints.headers import Header, read_header
 from kandinsky.checkpoints.lora_tensors import describe_lora
+from kandinsky.checkpoints.tiny_decoder import Kind, tiny_layout
 from kandinsky.common.command_line import show_every_character
 from kandinsky.common.given import shortened
 from kandinsky.common.untrusted import home_path, read_json
@@ -45,6 +46,7 @@ KINDS = {
     "DiT": rf"^({re.escape(COMFY_PREFIX)})?visual_transformer_blocks\.",
     "video VAE": r"^decoder\.conv_in\.conv\.weight$",
     "image VAE": r"^decoder\.conv_in\.weight$",
+    "tiny decoder": r"^(decoder\.(layers\.)?)?\d+\.conv\.\d\.weight$",
     "CLIP": r"(^|\.)embeddings\.token_embedding\.weight$",
     "Qwen2.5-VL": r"(^|\.)embed_tokens\.weight$",
 }
@@ -139,6 +141,8 @@ def _inspect_weights(path: Path) -> Report:
             facts = _inspect_dit(path, header)
         elif kind == "LoRA":
             facts = {"variant": describe_lora(header)}
+        elif kind == "tiny decoder":
+            facts = _inspect_tiny(path, header)
         elif kind != "unknown":
             facts = _inspect_vae(path, kind, header) if "VAE" in kind else _inspect_encoder(path, kind, plain)
             if "VAE" in kind:  # which is read as it is in the file, see loading/vae.py
@@ -257,6 +261,15 @@ def _inspect_vae(path: Path, kind: str, header: Header) -> dict[str, Any]:
         problems.append(f"{path}: {len(header)} tensors; the published one has {VAE_TENSORS[kind]}")
     name = "HunyuanVideo" if kind == "video VAE" else "FLUX.1"
     return {"variant": name if width[0] == 128 else "a small one", "format": "diffusers", "problems": problems}
+
+
+def _inspect_tiny(path: Path, header: Header) -> dict[str, Any]:
+    """Of videos if one of its blocks sees two frames, as only a video's do."""
+    first = next((header[name][1] for name in header if re.search(r"\b3\.conv\.0\.weight$", name)), ())
+    kind: Kind = "video" if len(first) == 4 and first[1] == 2 * first[0] else "image"
+    layout = tiny_layout(header, kind, path)
+    task = "t2v or i2v" if kind == "video" else "t2i or i2i"
+    return {"variant": f"{kind}, {layout.parameters / 1e6:.1f} M parameters", "task": task}
 
 
 def _inspect_encoder(path: Path, kind: str, header: Header) -> dict[str, Any]:

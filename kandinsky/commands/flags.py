@@ -28,6 +28,7 @@ SETTINGS = {
     "qwen_quantization": ("runtime.qwen_quantization", "keep Qwen's weights in 4 bits (NF4)"),
     "expand_prompt": ("generation.expand_prompts", "have Qwen write a short prompt out first; default: where it can"),
     "preview": ("runtime.preview", "write a small preview beside the output after every N-th step"),
+    "vae": ("model.vae.decoder", "what decodes the result: full, or tiny for a quick look; default: full"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
     "cfg_parallel": ("runtime.cfg_parallel", "of several processes, one half evaluates the negative prompt"),
     "shard_weights": ("runtime.shard_weights", "of several processes, each keeps a part of the DiT's weights"),
@@ -43,6 +44,7 @@ CHOICES = {
     "expand_prompt": ("on", "off"),
     "stream_encoders": ("auto", "on", "off"),
     "dit_quantization": ("int8", "fp8", "nf4"),
+    "vae": ("full", "tiny"),
 }
 
 

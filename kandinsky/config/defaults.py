@@ -19,6 +19,12 @@ VIDEO_NEGATIVE_CAPTION = (
 SD_SIZES = ((512, 512), (768, 512), (512, 768))
 HD_SIZES = ((1024, 1024), (1408, 640), (640, 1408), (1280, 768), (768, 1280), (1152, 896), (896, 1152))
 
+# Where download_models.py puts the tiny decoders of the VAEs' latents.
+TINY_PATHS = {
+    "hunyuan": "./weights/taehv/taehv.safetensors",
+    "flux": "./weights/taef1/diffusion_pytorch_model.safetensors",
+}
+
 
 def fill_defaults(values: dict[str, Any]) -> None:
     """Derive what an old YAML file does not say. What a file says is never changed."""
@@ -50,6 +56,9 @@ def fill_defaults(values: dict[str, Any]) -> None:
     without_cfg = "distil" in name or "nocfg" in name
     model.setdefault("guidance_weight", 1.0 if without_cfg else 3.5 if is_image else 5.0)
 
+    if "vae" in model:
+        name = model["vae"].get("name", "hunyuan")
+        model["vae"].setdefault("tiny_path", TINY_PATHS.get(name) if isinstance(name, str) else None)
     if model.get("vae", {}).get("name") == "flux":
         model["vae"].setdefault("spatial_tile", max(max(size) for size in HD_SIZES))  # published without tiles
 

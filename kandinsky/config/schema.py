@@ -113,6 +113,8 @@ class AttentionConfig:
 class VAEConfig:
     checkpoint_path: Name
     name: Literal["hunyuan", "flux"] = "hunyuan"
+    tiny_path: str | None = None  # a tiny decoder of the same latents, which previews use where its file is there
+    decoder: Literal["full", "tiny"] = "full"  # what the result is decoded with; tiny: the file at tiny_path
     spatial_tile: Annotated[int, TILE] = 768  # pixels
     spatial_overlap: int = 64  # pixels, at least
     # For decoding: tiles shrink until it is enough.

@@ -18,9 +18,17 @@ import torch
 from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.engines import resolve_engine
 from kandinsky.checkpoints.diffusers_layout import tell_shift
-from kandinsky.checkpoints.files import missing_weights_message, part_folder, resolve_path
+from kandinsky.checkpoints.files import (
+    TINY_DECODERS,
+    missing_weights_message,
+    part_folder,
+    resolve_path,
+    tiny_decoder_path,
+)
 from kandinsky.checkpoints.gguf_file import is_gguf, require_gguf
+from kandinsky.checkpoints.headers import read_header, why_absent
 from kandinsky.checkpoints.lora_file import LoraFile, configured_loras
+from kandinsky.checkpoints.tiny_decoder import KINDS, tiny_layout
 from kandinsky.config.reading import with_settings
 from kandinsky.config.rules import check_processes
 from kandinsky.config.schema import Config
@@ -28,11 +36,12 @@ from kandinsky.loading.device_map import DeviceMap, parse_device_map
 from kandinsky.loading.devices import dtype_name, machine_memory, resolve_dtype
 from kandinsky.loading.dit import dit_parts, load_dit, load_dit_on_host, load_sharded_dit, reread, scheme_of
 from kandinsky.loading.text import load_prompt_side, no_text_encoders
-from kandinsky.loading.vae import load_vae
+from kandinsky.loading.vae import load_tiny_decoder, load_vae
 from kandinsky.loading.weights import host_weights
 from kandinsky.models.dit import DiffusionTransformer3D, Execution, HandOut, unchanged
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiny import TinyDecoder
 from kandinsky.outputs.preview import load_latent_rgb
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
@@ -129,6 +138,7 @@ def load_pipeline(
         make_cache=functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None,
         team=team,
         latent_rgb=load_latent_rgb(settled.paths["vae"], config.model.vae.name) if config.runtime.preview else None,
+        tiny_decoder=load_tiny(config, settled.paths.get("tiny"), devices["vae"], settled.dtype),
         expander=expander,
         adapters=adapters,
     )
@@ -151,7 +161,7 @@ class Settled:
     config: Config  # of `runtime` nothing is open that makes a difference
     devices: dict[str, torch.device]
     dtype: torch.dtype
-    paths: dict[str, Path]  # of "dit", "vae", "qwen" and "clip"
+    paths: dict[str, Path]  # of "dit", "vae", "qwen" and "clip", and of "tiny" where there is a tiny decoder
     loras: Mapping[str, tuple[LoraFile, float]]  # files and scales
     compiled: bool
 
@@ -204,6 +214,8 @@ def settle(
             ("clip", "text_encoder2", encoders.clip.checkpoint_path),
         )
     }
+    if (tiny := checked_tiny_path(config, cache_dir)) is not None:
+        paths["tiny"] = tiny
     tell_shift(paths["dit"], config)
     # Of one output: what a row of a file of prompts comes to does not depend on how many rows there are.
     evaluations = model_evaluations(model) if request is None else num_evaluations(request)
@@ -220,6 +232,25 @@ def settle(
     if processes is None and len(set(devices.values())) == 1:
         config = resolve_runtime(config, request, machine_memory(devices["dit"]), paths, dtype_name(resolved_dtype))
     return Settled(config, devices, resolved_dtype, paths, loras, compiled)
+
+
+def checked_tiny_path(config: Config, cache_dir: str | Path) -> Path | None:
+    """`tiny_decoder_path`, its file's header looked at. Raises ValueError for a file that is missing, or is none."""
+    path, name = tiny_decoder_path(config, cache_dir), config.model.vae.name
+    if path is None:
+        return None
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: {why_absent(path, 'file')}, and the tiny decoder is to decode. Get it with: python "
+            f"download_models.py --models {TINY_DECODERS[name]}, or leave out --vae tiny"
+        )
+    tiny_layout(read_header(path), KINDS[name], path)
+    return path
+
+
+def load_tiny(config: Config, path: Path | None, device: torch.device, dtype: torch.dtype) -> TinyDecoder | None:
+    """The tiny decoder at `path`. It stays on its device: it is small, and previews want it between two steps."""
+    return None if path is None else load_tiny_decoder(path, device, dtype, config.model.vae.name)
 
 
 def chosen_attention(settled: Settled, name: str | None) -> Execution:
@@ -295,10 +326,12 @@ def load_for_decoding(
     vae_path = locate_weights("vae", vae_path, config.model.vae.checkpoint_path, config, cache_dir)
     with torch.device("meta"):
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params))
-    vae = load_vae(vae_path, devices["vae"], resolve_dtype(dtype, devices["vae"]), config.model.vae.name)
+    resolved_dtype = resolve_dtype(dtype, devices["vae"])
+    tiny = load_tiny(config, checked_tiny_path(config, cache_dir), devices["vae"], resolved_dtype)
+    vae = load_vae(vae_path, devices["vae"], resolved_dtype, config.model.vae.name)
     encoders, placement = TextEncodersOnDemand(no_text_encoders), FixedPlacement(devices)
     team = connect(processes, with_settings(config, runtime={"cfg_parallel": 1}), devices["vae"]) if processes else None
-    return PIPELINES[config.task](config, dit, encoders, vae, placement, team=team)
+    return PIPELINES[config.task](config, dit, encoders, vae, placement, team=team, tiny_decoder=tiny)
 
 
 def locate_weights(

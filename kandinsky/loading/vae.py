@@ -12,11 +12,14 @@ import torch
 from kandinsky.checkpoints.dit_layout import check_floats
 from kandinsky.checkpoints.files import find_weights, folder_of
 from kandinsky.checkpoints.headers import read_header
+from kandinsky.checkpoints.tiny_decoder import KINDS, tiny_layout
 from kandinsky.common.untrusted import read_json
 from kandinsky.loading.devices import convolves_in_float32
-from kandinsky.loading.weights import load_weights
+from kandinsky.loading.weights import load_weights, read_tensors
+from kandinsky.models.numerics import aligned
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiny import TinyDecoder
 
 
 def load_vae(
@@ -45,6 +48,25 @@ def load_vae(
         vae.convolve_by_frame()  # CPUs have fast kernels for 2-D convolutions only, GPUs for both
     vae.convolve_in_float32(convolves_in_float32(dtype, torch.device(device)))
     return vae
+
+
+def load_tiny_decoder(path: Path, device: torch.device, dtype: torch.dtype, name: str = "hunyuan") -> TinyDecoder:
+    """A tiny decoder of the latents of the VAE of that name, "hunyuan" or "flux", from its file.
+
+    On a CPU without arithmetic in `dtype` in float32: it is small. Raises ValueError as `tiny_layout` does.
+    """
+    layout = tiny_layout(read_header(path), KINDS[name], path)
+    dtype = torch.float32 if convolves_in_float32(dtype, device) else dtype
+    with torch.device("meta"):
+        decoder = TinyDecoder(layout.kind, layout.widths)
+    state = {
+        layout.names[name]: aligned(tensor.to(device=device, dtype=dtype))
+        for name, tensor in read_tensors([path])
+        if name in layout.names
+    }
+    decoder.load_state_dict(state, strict=True, assign=True)
+    decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return decoder.eval().requires_grad_(False)
 
 
 def known_arguments(model: Callable[..., Any], config_file: Path) -> dict[str, Any]:

@@ -272,7 +272,8 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         path: str | Path | None,
         watch: Stopwatch,
     ) -> Tensor:
-        """`decode`, and where there is a path `write`."""
+        """`decode`, and where there is a path `write`, with what decoded them."""
+        records = [{**record, "decoder": self.config.model.vae.decoder} for record in records]
         with watch.stage("decode"):
             pixels = self.decode(latents, finish)
         logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))

@@ -33,7 +33,11 @@ class DecodeStage(Parts):
         runs out all the same, in smaller ones: that changes pixels a little, and the log says so. Raises
         OutOfMemoryError where the smallest are too large as well. Several processes go on with smaller ones together,
         whichever of them ran out of memory.
+
+        With the tiny decoder, where the config says so, frame by frame instead, each process all of them.
         """
+        if self.config.model.vae.decoder == "tiny":
+            return torch.cat([self._decode_tiny(sample, finish or to_uint8) for sample in latents.split(1)])
         config, device = self.config.model.vae, self.placement.device("vae")
         videos: list[Tensor] = []
         with self.placement.use("vae"):
@@ -53,6 +57,17 @@ class DecodeStage(Parts):
                     tile = next_tile(decoding, tile, failure)
                     torch.cuda.empty_cache()
         return torch.cat(videos)
+
+    def _decode_tiny(self, sample: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+        """Scaled latents (1, T, H, W, C) -> finished pixels (1, 3, frames, height, width) on the CPU."""
+        decoder = self.tiny_decoder
+        assert decoder is not None, "loading sees to it"
+        weight = next(decoder.parameters())
+        frames = []
+        for frame in decoder.frames(sample.permute(0, 4, 1, 2, 3).to(weight.device, weight.dtype)):
+            require_finite("the tiny decoder", frame, decoder.named_parameters)
+            frames.append(finish(frame[:, :, None]).cpu())
+        return torch.cat(frames, dim=2)
 
     def _try_to_decode(self, z: Tensor, tile: int, finish: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, str]:
         """Finished pixels, or None and why memory ran out in any process. The error itself, which would hold what the

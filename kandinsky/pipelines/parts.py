@@ -20,6 +20,7 @@ from kandinsky.models.dit import DiffusionTransformer3D, Execution, RunBlocks
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import MapTiles
+from kandinsky.models.vae_tiny import TinyDecoder
 from kandinsky.outputs.preview import LatentRGB
 from kandinsky.sampling.sampler import Branch, Guidance, Velocity
 from kandinsky.text.embeddings import PromptEncoder
@@ -154,13 +155,15 @@ class Parts:
         make_cache: MakeCache | None = None,
         team: Team | None = None,
         latent_rgb: LatentRGB | None = None,
+        tiny_decoder: TinyDecoder | None = None,
         expander: PromptExpander | None = None,
         adapters: Adapters | None = None,
     ) -> None:
         """execution: how the DiT is run; None: in plain PyTorch. make_cache: makes each request a cache of its own;
         None: every evaluation runs all blocks. team: the processes that this one works with; None: it works alone.
-        latent_rgb: what previews are made with; None: there are none. expander: writes prompts out; None: this model,
-        or this process, can't. adapters: the DiT's; None: it can have none."""
+        latent_rgb: what small previews are made with; None: there are none. tiny_decoder: what makes those beside an
+        output where there is one, and the output where the config says so. expander: writes prompts out; None: this
+        model, or this process, can't. adapters: the DiT's; None: it can have none."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
@@ -170,6 +173,7 @@ class Parts:
         self.make_cache = make_cache
         self.team: Team = team or Alone()
         self.latent_rgb = latent_rgb
+        self.tiny_decoder = tiny_decoder
         self.expander = expander
         self.adapters = adapters
         self.interrupt = self._is_stopping = False

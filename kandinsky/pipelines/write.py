@@ -13,7 +13,7 @@ from torch import Tensor
 from kandinsky.common.writing import write_somewhere
 from kandinsky.config.reading import config_to_dict
 from kandinsky.outputs import media
-from kandinsky.outputs.preview import Previews
+from kandinsky.outputs.preview import Decoded, Previews
 from kandinsky.outputs.resume import Stopped, save_run, stopped_path
 from kandinsky.pipelines.inputs import one_each
 from kandinsky.pipelines.parts import Parts
@@ -79,9 +79,10 @@ class WriteStage(Parts):
 
     def _previews(self, request: Request, save_path: str | Path | None) -> Previews | None:
         every = self.config.runtime.preview
-        if every is None or self.latent_rgb is None or save_path is None:
+        to_pictures = self.latent_rgb if self.tiny_decoder is None else Decoded(self.tiny_decoder)
+        if every is None or to_pictures is None or save_path is None:
             return None
-        return Previews(every, self.latent_rgb, media.output_paths(save_path, len(request.samples)))
+        return Previews(every, to_pictures, media.output_paths(save_path, len(request.samples)))
 
 
 def write_outputs(pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from math import prod
 
+from kandinsky.checkpoints.tiny_decoder import BLOCKS, TIMES, TinyLayout
 from kandinsky.common.limits import BLOCK_TOKENS, MAP_ENTRIES_AT_ONCE
 from kandinsky.config.schema import DiTConfig
 
@@ -111,6 +112,21 @@ def text_activations(
     middle = tokens * intermediate * element_size
     weight = 0 if quantization is None else dequantized_bytes(quantization, width * intermediate, element_size)
     return int(6 * tokens * width * element_size + 2 * middle + max(2 * middle, weight))
+
+
+def tiny_bytes(tiny: TinyLayout, width: int, height: int, element_size: int) -> int:
+    """A tiny decoder's peak, whatever the length: of each level what its blocks remember and what grows out of it, and
+    of the last level a frame that is enlarged and what its convolution makes of it."""
+    pixels = width * height
+    if tiny.kind == "image":
+        inner, outer = tiny.widths[-2:]
+        # A frame that is enlarged and convolved; or a block's input, two in the middle of it, and the result.
+        return int(max(inner + outer, 4 * outer) * pixels * element_size)
+    held = sum(
+        (BLOCKS + 1 + times) * channels / 4 ** (len(TIMES) - level)
+        for level, (channels, times) in enumerate(zip(tiny.widths, TIMES, strict=False))
+    )
+    return int((tiny.widths[-2] + tiny.widths[-1] + held) * pixels * element_size)
 
 
 def encode_bytes(channels: tuple[int, ...], width: int, height: int, element_size: int, work: int) -> int:

@@ -70,6 +70,8 @@ def forward_flops(config: Config, request: Request) -> float:
 
 def tiles_of(config: Config, request: Request, models: Models) -> str:
     """The VAE's tiles in words, and how much work their overlaps add."""
+    if config.model.vae.decoder == "tiny":
+        return "frame by frame, with the tiny decoder"
     tile = tile_size(config, request, models)
     work = decoding_of(config, request, models).work(tile)
     return "in one piece" if work == 1 else f"in tiles of {tile} pixels, {work:.2f} times the work of one piece"

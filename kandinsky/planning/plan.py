@@ -20,7 +20,7 @@ from math import floor, prod
 from pathlib import Path
 from typing import Any
 
-from kandinsky.checkpoints.files import part_folder, resolve_path
+from kandinsky.checkpoints.files import part_folder, resolve_path, tiny_decoder_path
 from kandinsky.common.limits import STREAM_BUFFERS
 from kandinsky.config.reading import with_settings
 from kandinsky.config.schema import Config
@@ -66,7 +66,7 @@ class Plan:
 
 
 def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[str, Path]:
-    """Where the files of "dit", "vae", "qwen" and "clip" would be."""
+    """Where the files of "dit", "vae", "qwen" and "clip" would be, and of "tiny" where a tiny decoder is used."""
     model = config.model
     paths = {
         "dit": ("dit", model.checkpoint_path),
@@ -74,7 +74,9 @@ def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[s
         "qwen": ("text_encoder", model.text_embedder.qwen.checkpoint_path),
         "clip": ("text_encoder2", model.text_embedder.clip.checkpoint_path),
     }
-    return {name: part_folder(resolve_path(path, config, cache_dir), part) for name, (part, path) in paths.items()}
+    found = {name: part_folder(resolve_path(path, config, cache_dir), part) for name, (part, path) in paths.items()}
+    tiny = tiny_decoder_path(config, cache_dir)
+    return found if tiny is None else {**found, "tiny": tiny}
 
 
 def default_request(config: Config) -> Request:
@@ -119,7 +121,7 @@ def plan_decoding(config: Config, request: Request, machine: Machine, files: Map
     """The plan for finishing a request whose latents are there: only the VAE is loaded. Errors are `make_plan`'s."""
     runtime = dataclasses.replace(type(config.runtime)(), offload="off")
     settled, none = dataclasses.replace(config, runtime=runtime), Weights(0, 0, 0)
-    models = models_in(dtype, settled, {"vae": files["vae"]}, machine)
+    models = models_in(dtype, settled, {name: files[name] for name in ("vae", "tiny") if name in files}, machine)
     models = dataclasses.replace(models, qwen=none, writer=None, clip=none, dit=none, dit_block=0)
     planned = _with_vae_budget(settled, request, machine, models)
     stages = tuple(s for s in estimate(planned, request, machine, models) if s.name in ("decode", "write"))
@@ -263,6 +265,8 @@ def nearest(config: Config, request: Request, machine: Machine, files: Mapping[s
 def _with_vae_budget(config: Config, request: Request, machine: Machine, models: Models) -> Config:
     """With tiles of the VAE for which decoding fits, where it does not and there are such."""
     decode = next(stage for stage in estimate(config, request, machine, models) if stage.name == "decode")
+    if config.model.vae.decoder == "tiny":  # which has no tiles
+        return config
     if excess(decode, machine) <= 1:
         return config
     pixels = decoding_of(config, request, models).peak_bytes(tile_size(config, request, models))

@@ -18,6 +18,7 @@ from kandinsky.planning.activations import (
     encode_bytes,
     magcache_bytes,
     text_activations,
+    tiny_bytes,
 )
 from kandinsky.planning.machine import CUDA_CONTEXT, GPU_SLACK, HOST_OF_CPU_RUN, HOST_OF_GPU_RUN, Machine
 from kandinsky.planning.weights import Models
@@ -61,6 +62,7 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     if runtime.stream_encoders == "on":
         text_weights = models.qwen_streamed + models.clip.size
     everything = text_weights + models.vae.size + dit_weights
+    tiny = models.tiny_size  # which stays on its device
 
     # What lies on the host all the time, and what of the files stays mapped without being needed.
     waiting, mapped = streamed_bytes, 0
@@ -76,7 +78,7 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     stages: list[Stage] = []
 
     def add(name: str, weights: int, activations: int, on_host: int = 0, files: int = 0) -> None:
-        weights = weights if is_offloaded else everything
+        weights = tiny + (weights if is_offloaded else everything)
         gpu = CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations) if on_gpu else 0
         host = HOST_OF_GPU_RUN if on_gpu else HOST_OF_CPU_RUN + weights + activations
         stages.append(Stage(name, weights, activations, gpu, waiting + host + on_host, mapped + files))
@@ -95,9 +97,12 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         picture = encode_bytes(models.vae_channels, request.width, request.height, models.element_size, work)
         add("encode image", models.vae.size, picture)
     add("denoise", dit_weights, _denoising(config, request, models, machine))
-    pixels = decoding_of(config, request, models).peak_bytes(tile_size(config, request, models))
     latents = denoising_state(dit, num_tokens(config, request), samples)
-    add("decode", models.vae.size, pixels + latents, output)
+    if config.model.vae.decoder == "tiny":
+        add("decode", 0, _tiny_decoding(request, models) + latents, output)
+    else:
+        pixels = decoding_of(config, request, models).peak_bytes(tile_size(config, request, models))
+        add("decode", models.vae.size, pixels + latents, output)
     add("write", 0, 0, output)
     return tuple(stages)
 
@@ -124,6 +129,12 @@ def tile_size(config: Config, request: Request, models: Models) -> int:
             f"({tile} pixels): raise it, or ask for something smaller or shorter"
         )
     return tile
+
+
+def _tiny_decoding(request: Request, models: Models) -> int:
+    if models.tiny is None:
+        return 0
+    return tiny_bytes(models.tiny, request.width, request.height, models.tiny_element_size)
 
 
 def _encoding(config: Config, request: Request, models: Models) -> int:
@@ -164,6 +175,8 @@ def _denoising(config: Config, request: Request, models: Models, machine: Machin
         chunk_tokens=runtime.chunk_tokens,
         quantization=models.dit_quantization,
     )
+    if runtime.preview is not None:  # between two steps
+        activations = max(activations, _tiny_decoding(request, models))
     activations += denoising_state(dit, tokens, samples)
     if config.magcache.enabled:
         branches = 1 + (request.guidance_weight != 1)

@@ -27,7 +27,8 @@ from kandinsky.checkpoints.encoder_config import QWEN, encoder_config
 from kandinsky.checkpoints.files import find_weights, folder_of, has_tied_head
 from kandinsky.checkpoints.formats import read_weights_header
 from kandinsky.checkpoints.gguf_file import BLOCKS
-from kandinsky.checkpoints.headers import BITS, Header
+from kandinsky.checkpoints.headers import BITS, Header, read_header
+from kandinsky.checkpoints.tiny_decoder import KINDS, PUBLISHED, TinyLayout, tiny_layout
 from kandinsky.common.untrusted import read_json
 from kandinsky.config.schema import Config, DiTConfig
 from kandinsky.planning.activations import FLOAT32
@@ -85,6 +86,16 @@ class Models:
     qwen_streamed: int  # bytes of it where its layers come one after the other, its table of embeddings staying mapped
     element_size: int  # bytes of a number in the dtype that is computed with
     float32_convolutions: bool = False  # of the VAE, on a CPU that has no arithmetic in that dtype
+    tiny: TinyLayout | None = None  # of the tiny decoder, where there is one
+
+    @property
+    def tiny_size(self) -> int:
+        """Bytes of the tiny decoder's weights."""
+        return 0 if self.tiny is None else self.tiny.parameters * self.tiny_element_size
+
+    @property
+    def tiny_element_size(self) -> int:
+        return FLOAT32 if self.float32_convolutions else self.element_size
 
     @property
     def text(self) -> Weights:
@@ -103,7 +114,8 @@ class Models:
 def models(config: Config, files: Mapping[str, Path], element_size: int) -> Models:
     """The models of a config in a dtype of `element_size` bytes, quantised as config.runtime says, or as the file is.
 
-    files: where "dit", "vae", "qwen" and "clip" are. One that does not exist is taken to be the published one.
+    files: where "dit", "vae", "qwen" and "clip" are, and "tiny" where a tiny decoder is used. One that does not exist
+        is taken to be the published one.
     Raises ValueError for a file that exists and is damaged, or a DiT's of another variant.
     """
     dit, block, scheme = _dit(config, files.get("dit"), element_size)
@@ -122,7 +134,15 @@ def models(config: Config, files: Mapping[str, Path], element_size: int) -> Mode
         qwen_quantization=qwen_scheme,
         qwen_streamed=_qwen_streamed(config, files.get("qwen"), element_size),
         element_size=element_size,
+        tiny=_tiny(config, files.get("tiny")),
     )
+
+
+def _tiny(config: Config, path: Path | None) -> TinyLayout | None:
+    if path is None:
+        return None
+    kind = KINDS[config.model.vae.name]
+    return tiny_layout(read_header(path), kind, path) if path.exists() else TinyLayout(kind, PUBLISHED[kind], {})
 
 
 def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int, str | None]:

@@ -179,6 +179,7 @@ OTHER_FLAGS = {
     "strength": "test_directed_cli",
     "mask": "test_directed_cli",
     "stream_encoders": "test_directed_cli",
+    "vae": "test_tiny_decoder_cli",
     "resume_from": "test_stop",
     "output_dir": "test_many_prompts",
     "prompts_file": "test_many_prompts",

@@ -1,0 +1,132 @@
+"""Trains the tiny decoders of the tiny checkpoints' latents, and writes them beside the VAEs that they stand for.
+
+    python tools/train_tiny_decoders.py --task video    # assets/tiny/t2v/vae/tiny_decoder.safetensors, two minutes
+    python tools/train_tiny_decoders.py --task image    # assets/tiny/image/vae/tiny_decoder.safetensors
+
+The layers are TAEHV's and TAESD's (kandinsky/models/vae_tiny.py), with so few channels that decoding takes less than a
+twentieth of the VAE's operations. They learn from drawn clips and pictures, sent through the exported VAE's encoder, of
+combinations that are not held out. Each ends with how near it comes to the VAE's own decoder on ones that are: PSNR in
+dB. State is kept in `.train` (ignored by git), and a second start goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kandinsky.loading.vae import load_vae
+from kandinsky.models.vae_flux import AutoencoderKL
+from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
+from kandinsky.models.vae_tiling import VAETiling
+from kandinsky.models.vae_tiny import TinyDecoder
+from tools import tiny_world
+from tools.tiny_training import optimizers_for, psnr, to_float, train, write_safetensors
+
+log = logging.getLogger("train_tiny")
+WIDTHS = {"video": (48, 24, 8, 8), "image": (24, 10, 5, 4)}
+FOLDERS = {"video": Path("assets/tiny/t2v/vae"), "image": Path("assets/tiny/image/vae")}
+FILE = "tiny_decoder.safetensors"
+LATENT_NOISE = 0.05  # std: what a DiT makes is not exact
+NUM_FRAMES = 25
+SIZE = 128
+
+VAE = AutoencoderKLHunyuanVideo | AutoencoderKL
+
+
+def draw(task: str, count: int, size: int, rng: np.random.Generator, split: str = "train") -> Tensor:
+    """uint8 pixels (count, 3, frames, size, size); of pictures one frame."""
+    if task == "image":
+        drawn = [tiny_world.render_picture(tiny_world.sample_picture(rng, split), size)[None] for _ in range(count)]
+    else:
+        drawn = [tiny_world.render(tiny_world.sample_scene(rng, split), NUM_FRAMES, size) for _ in range(count)]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 4, 1, 2, 3)
+
+
+@torch.no_grad()
+def encode(vae: VAE, pixels: Tensor) -> Tensor:
+    """uint8 (N, 3, T, H, W) -> scaled latents (N, C, T', h, w), of videos in the windows of the published pipeline."""
+    parts = []
+    for one in pixels.split(1):
+        x = to_float(one).to(next(vae.parameters()))
+        is_video = isinstance(vae, AutoencoderKLHunyuanVideo)
+        posterior = vae.encode(x, VAETiling()) if is_video else vae.encode(x[:, :, 0])
+        mean = posterior.mode() if is_video else posterior.mode()[:, :, None]
+        parts.append(mean.float() * vae.scaling_factor)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(vae: VAE, latents: Tensor) -> Tensor:
+    """Scaled latents (1, C, T', h, w) -> pixels (1, 3, T, H, W) in [-1, 1], by the VAE's own decoder."""
+    z = (latents / vae.scaling_factor).to(next(vae.parameters()))
+    if isinstance(vae, AutoencoderKLHunyuanVideo):
+        return vae.decode(z, VAETiling()).float().clamp(-1, 1)
+    return vae.decode(z[:, :, 0])[:, :, None].float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def agreement(tiny: TinyDecoder, vae: VAE, latents: Tensor) -> list[float]:
+    """PSNR in dB of each output of `tiny` against the VAE's own decoder."""
+    return [psnr(tiny.decode(z).clamp(-1, 1), decode(vae, z)) for z in latents.split(1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--task", choices=tuple(WIDTHS), required=True)
+    parser.add_argument("--steps", type=int, help="default: 900 for video, 3000 for images")
+    parser.add_argument("--clips", type=int, help="how many to learn from; default: 64 videos, 1024 pictures")
+    parser.add_argument("--batch", type=int, help="default: 2 videos, 32 pictures")
+    parser.add_argument("--lr", type=float, default=3e-3, help="Muon's (default: %(default)s)")
+    parser.add_argument("--state", type=Path, default=Path(".train/tiny_decoders"))
+    parser.add_argument("--held_out", type=int, default=8, help="outputs to measure with (default: %(default)s)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    args.state.mkdir(parents=True, exist_ok=True)
+    is_video = args.task == "video"
+    steps, clips, batch = (
+        given or default
+        for given, default in zip(
+            (args.steps, args.clips, args.batch), (900, 64, 2) if is_video else (3000, 1024, 32), strict=True
+        )
+    )
+
+    vae = load_vae(FOLDERS[args.task], "cpu", torch.bfloat16, "hunyuan" if is_video else "flux")
+    rng = np.random.default_rng(3)
+    log.info("encoding %d", clips)
+    # Videos of half the size too: as many objects for a quarter of the work.
+    sizes = (SIZE // 2, SIZE) if is_video else (SIZE,)
+    pixels = {size: draw(args.task, clips, size, rng) for size in sizes}
+    latents = {size: encode(vae, drawn) for size, drawn in pixels.items()}
+    unseen = encode(vae, draw(args.task, args.held_out, SIZE, np.random.default_rng(0), "test"))
+
+    torch.manual_seed(0)
+    tiny = TinyDecoder("video" if is_video else "image", WIDTHS[args.task])
+    tiny.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def loss(step: int) -> Tensor:
+        size = sizes[0] if step < 0.6 * steps else sizes[-1]
+        chosen = torch.from_numpy(rng.integers(0, clips, batch))
+        z, x = latents[size][chosen], to_float(pixels[size][chosen])
+        out = tiny.decode(z + LATENT_NOISE * float(torch.rand(())) * torch.randn_like(z))
+        # The object is a tenth of the picture and most of what matters in it.
+        weight = 1 + ((x - x[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
+        return ((out - x).square() * weight).mean() / weight.mean()
+
+    train(f"tiny_{args.task}", args.state, tiny, optimizers_for(tiny, args.lr, args.lr), loss, steps, 0.98)
+    values = agreement(tiny, vae, unseen)
+    log.info("against the VAE's own decoder, held out: mean %.2f dB, worst %.2f dB", np.mean(values), min(values))
+    file = FOLDERS[args.task] / FILE
+    write_safetensors(tiny.state_dict(), file)
+    log.info("wrote %s, %.0f kB", file, file.stat().st_size / 1e3)
+
+
+if __name__ == "__main__":
+    main()
