@@ -294,10 +294,8 @@ def stage_text(args: argparse.Namespace) -> None:
 
 def trained_vae(args: argparse.Namespace) -> AutoencoderKLHunyuanVideo:
     """The VAE of the `vae` stage or, where there is no state of it, the exported one."""
-    path = next(
-        (args.state / name for name in ("vae_windows.pt", "vae_decoder.pt", "vae.pt") if (args.state / name).exists()),
-        None,
-    )
+    states = [args.state / f"{name}.pt" for name in ("vae_windows", "vae_decoder", "vae")]
+    path = next((path for path in states if path.exists()), None)
     if path is None:
         log.info("no VAE in %s: taking the one in %s", args.state, args.out)
         vae = load_vae(args.out / "vae", args.device, torch.float32)

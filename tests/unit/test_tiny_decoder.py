@@ -1,4 +1,4 @@
-"""Tiny decoders: frame by frame in bounded memory, in a twentieth of the operations, near the VAE; and what is refused."""
+"""Tiny decoders: frame by frame in bounded memory, in a twentieth of the operations, near the VAE; what is refused."""
 
 from __future__ import annotations
 
