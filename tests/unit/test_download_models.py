@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import hashlib
 import os
 import pty
 import re
@@ -28,6 +29,7 @@ from tests.hub_stand_in import (
     TOKEN,
     Fault,
     HubStandIn,
+    Repo,
     client_environment,
     point_client_at,
     published_repositories,
@@ -209,12 +211,38 @@ def test_the_list_asks_nobody_and_knows_what_is_there(stand_in, run):
         return {line.split()[0]: line for line in run("--models", "list").out.splitlines()}
 
     before = listed()
-    assert sorted(before) == NAMES
+    assert sorted(before) == sorted([*NAMES, "taehv", "taef1"])
     assert "2.0 B" in before["5s_sft"] and "19.3 B" in before["5s_i2v_pro_hd"] and "6.0 B" in before["t2i"]
     assert not stand_in.requests and not any("downloaded" in line for line in before.values())
     run("--models", "5s_t2v_pro")
     after = [name for name, line in listed().items() if "downloaded" in line]
     assert after == ["5s_t2v_pro", "5s_t2v_pro_hd"]
+
+
+def test_tiny_decoders_come_from_where_they_are(stand_in, run, folder, monkeypatch):
+    """One from another host, by its sha256 and without the hub's token; one from the hub."""
+    content = safetensors("taehv")
+    stand_in.repos = {
+        **stand_in.repos,
+        "madebyollin/taef1": Repo({name: b"{}" for name in hub.VAE_FILES}),
+        "else/where": Repo({"taehv.safetensors": content}),
+    }
+    commit = stand_in.repos["else/where"].commit
+    monkeypatch.setattr(hub, "TAEHV_URL", f"{stand_in.cdn_url}/else/where/resolve/{commit}/taehv.safetensors")
+    monkeypatch.setattr(hub, "TAEHV_SIZE", len(content))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    wrong = run("--models", "taehv")
+    assert wrong.code == 1 and "checksum" in wrong.error and not (folder / "taehv" / "taehv.safetensors").exists()
+    monkeypatch.setattr(hub, "TAEHV_SHA256", hashlib.sha256(content).hexdigest())
+    stand_in.requests.clear()
+    done = run("--models", "TAEHV,taef1")
+    assert done.code == 0 and "Try:" not in done.out and "github.com/madebyollin/taehv" in done.out
+    assert (folder / "taehv" / "taehv.safetensors").read_bytes() == content
+    assert files_in(folder) == {"taehv/taehv.safetensors", *(f"taef1/{name}" for name in hub.VAE_FILES)}
+    assert [request.token for request in stand_in.requests if request.repo == "else/where"] == [None]
+    lines = {line.split()[0]: line for line in run("--models", "list").out.splitlines()}
+    assert "(downloaded)" in lines["taehv"] and "(downloaded)" in lines["taef1"]
+    assert "9.8 M parameters" in lines["taehv"] and "1.2 M parameters" in lines["taef1"]
 
 
 def test_sizes_are_told_and_a_dry_run_fetches_nothing(stand_in, run, folder):
