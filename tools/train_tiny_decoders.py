@@ -81,9 +81,9 @@ def agreement(tiny: TinyDecoder, vae: VAE, latents: Tensor) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--task", choices=tuple(WIDTHS), required=True)
-    parser.add_argument("--steps", type=int, help="default: 900 for video, 3000 for images")
-    parser.add_argument("--clips", type=int, help="how many to learn from; default: 64 videos, 1024 pictures")
-    parser.add_argument("--batch", type=int, help="default: 2 videos, 32 pictures")
+    parser.add_argument("--steps", type=int, help="default: 600 for video, 2000 for images")
+    parser.add_argument("--clips", type=int, help="of each size to learn from; default: 48 videos, 512 pictures")
+    parser.add_argument("--batch", type=int, help="default: 1 video, 8 pictures")
     parser.add_argument("--lr", type=float, default=3e-3, help="Muon's (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".train/tiny_decoders"))
     parser.add_argument("--held_out", type=int, default=8, help="outputs to measure with (default: %(default)s)")
@@ -94,15 +94,14 @@ def main() -> None:
     steps, clips, batch = (
         given or default
         for given, default in zip(
-            (args.steps, args.clips, args.batch), (900, 64, 2) if is_video else (3000, 1024, 32), strict=True
+            (args.steps, args.clips, args.batch), (600, 48, 1) if is_video else (2000, 512, 8), strict=True
         )
     )
 
     vae = load_vae(FOLDERS[args.task], "cpu", torch.bfloat16, "hunyuan" if is_video else "flux")
     rng = np.random.default_rng(3)
     log.info("encoding %d", clips)
-    # Videos of half the size too: as many objects for a quarter of the work.
-    sizes = (SIZE // 2, SIZE) if is_video else (SIZE,)
+    sizes = SIZE // 2, SIZE  # first half the size: as many objects for a quarter of the work
     pixels = {size: draw(args.task, clips, size, rng) for size in sizes}
     latents = {size: encode(vae, drawn) for size, drawn in pixels.items()}
     unseen = encode(vae, draw(args.task, args.held_out, SIZE, np.random.default_rng(0), "test"))
@@ -112,7 +111,7 @@ def main() -> None:
     tiny.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:
-        size = sizes[0] if step < 0.6 * steps else sizes[-1]
+        size = sizes[0] if step < 0.8 * steps else sizes[1]
         chosen = torch.from_numpy(rng.integers(0, clips, batch))
         z, x = latents[size][chosen], to_float(pixels[size][chosen])
         out = tiny.decode(z + LATENT_NOISE * float(torch.rand(())) * torch.randn_like(z))

@@ -42,7 +42,7 @@ class Block(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.conv(x) + x)
+        return self.conv(x).add_(x).relu_()
 
 
 class MemoryBlock(Block):
@@ -53,7 +53,7 @@ class MemoryBlock(Block):
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         past = torch.zeros_like(x) if past is None else past
-        return torch.relu(self.conv(torch.cat((x, past), dim=1)) + x)
+        return self.conv(torch.cat((x, past), dim=1)).add_(x).relu_()
 
 
 class Grow(nn.Module):
@@ -118,17 +118,18 @@ def conv(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
 
 
 def through(layer: nn.Module, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Frames as they come out of a layer; what it remembers is local to this."""
+    """Frames as they come out of a layer; what it remembers is local to this.
+
+    While others work on what came of a frame, nothing here holds it, nor the frame, but for a memory's sake.
+    """
     past: Tensor | None = None
     for frame in frames:
-        if isinstance(layer, Grow):
-            yield from layer(frame)
-        elif isinstance(layer, MemoryBlock):
-            out = layer(frame, past)
+        given = [frame]
+        if isinstance(layer, MemoryBlock):
+            given += [] if past is None else [past]
             past = frame
-            del frame
-            yield out
+        del frame
+        if isinstance(layer, Grow):
+            yield from layer(given.pop())
         else:
-            out = layer(frame)
-            del frame  # while others work on what came of it
-            yield out
+            yield layer(*[given.pop(0) for _ in range(len(given))])

@@ -120,8 +120,8 @@ def tiny_bytes(tiny: TinyLayout, width: int, height: int, element_size: int) -> 
     pixels = width * height
     if tiny.kind == "image":
         inner, outer = tiny.widths[-2:]
-        # A frame that is enlarged and convolved; or a block's input, two in the middle of it, and the result.
-        return int(max(inner + outer, 4 * outer) * pixels * element_size)
+        # What is enlarged, and what is made of it; or a block's input, a convolution's input and its result.
+        return int(max(inner + outer, 3 * outer) * pixels * element_size)
     held = sum(
         (BLOCKS + 1 + times) * channels / 4 ** (len(TIMES) - level)
         for level, (channels, times) in enumerate(zip(tiny.widths, TIMES, strict=False))
