@@ -31,7 +31,7 @@ from tools import tiny_world
 from tools.tiny_training import optimizers_for, psnr, to_float, train, write_safetensors
 
 log = logging.getLogger("train_tiny")
-WIDTHS = {"video": (48, 24, 8, 8), "image": (24, 10, 5, 4)}
+WIDTHS = {"video": (48, 24, 8, 8), "image": (20, 8, 5, 4)}
 FOLDERS = {"video": Path("assets/tiny/t2v/vae"), "image": Path("assets/tiny/image/vae")}
 FILE = "tiny_decoder.safetensors"
 LATENT_NOISE = 0.05  # std: what a DiT makes is not exact
@@ -78,12 +78,27 @@ def agreement(tiny: TinyDecoder, vae: VAE, latents: Tensor) -> list[float]:
     return [psnr(tiny.decode(z).clamp(-1, 1), decode(vae, z)) for z in latents.split(1)]
 
 
+@torch.no_grad()
+def start_loud(tiny: TinyDecoder) -> None:
+    """Weights at which what goes in keeps its size, blocks aside: PyTorch's own would take hundreds of steps to grow."""
+    for name, weight in tiny.named_parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+            if name.endswith("conv.4.weight"):  # the last of a block
+                weight.mul_(0.2)
+        else:
+            weight.zero_()
+    assert isinstance(last := tiny.decoder[-1], torch.nn.Conv2d) and last.bias is not None
+    last.weight.mul_(0.1)
+    last.bias.fill_(0.5)  # grey
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--task", choices=tuple(WIDTHS), required=True)
     parser.add_argument("--steps", type=int, help="default: 600 for video, 2000 for images")
     parser.add_argument("--clips", type=int, help="of each size to learn from; default: 48 videos, 512 pictures")
-    parser.add_argument("--batch", type=int, help="default: 1 video, 8 pictures")
+    parser.add_argument("--batch", type=int, help="default: 2 videos, 8 pictures")
     parser.add_argument("--lr", type=float, default=3e-3, help="Muon's (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".train/tiny_decoders"))
     parser.add_argument("--held_out", type=int, default=8, help="outputs to measure with (default: %(default)s)")
@@ -94,7 +109,7 @@ def main() -> None:
     steps, clips, batch = (
         given or default
         for given, default in zip(
-            (args.steps, args.clips, args.batch), (600, 48, 1) if is_video else (2000, 512, 8), strict=True
+            (args.steps, args.clips, args.batch), (500, 40, 2) if is_video else (2000, 512, 8), strict=True
         )
     )
 
@@ -108,6 +123,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     tiny = TinyDecoder("video" if is_video else "image", WIDTHS[args.task])
+    start_loud(tiny)
     tiny.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:
