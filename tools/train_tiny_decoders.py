@@ -127,7 +127,7 @@ def main() -> None:
     tiny.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:
-        size = sizes[0] if step < 0.8 * steps else sizes[1]
+        size = sizes[0] if step < 0.9 * steps else sizes[1]
         chosen = torch.from_numpy(rng.integers(0, clips, batch))
         z, x = latents[size][chosen], to_float(pixels[size][chosen])
         out = tiny.decode(z + LATENT_NOISE * float(torch.rand(())) * torch.randn_like(z))
