@@ -80,7 +80,7 @@ def agreement(tiny: TinyDecoder, vae: VAE, latents: Tensor) -> list[float]:
 
 @torch.no_grad()
 def start_loud(tiny: TinyDecoder) -> None:
-    """Weights at which what goes in keeps its size, blocks aside: PyTorch's own would take hundreds of steps to grow."""
+    """Weights at which what goes in keeps its size, blocks aside: with PyTorch's own it takes hundreds of steps."""
     for name, weight in tiny.named_parameters():
         if weight.dim() == 4:
             torch.nn.init.kaiming_normal_(weight)
@@ -88,7 +88,8 @@ def start_loud(tiny: TinyDecoder) -> None:
                 weight.mul_(0.2)
         else:
             weight.zero_()
-    assert isinstance(last := tiny.decoder[-1], torch.nn.Conv2d) and last.bias is not None
+    last = tiny.decoder[-1]
+    assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
     last.weight.mul_(0.1)
     last.bias.fill_(0.5)  # grey
 
