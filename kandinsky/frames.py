@@ -19,13 +19,19 @@ def wanted_frames(config: Config, seconds: float | None = None, num_frames: int 
     if num_frames is not None:
         if seconds is not None:
             raise ValueError("both time_length and num_frames are given: leave one of them out")
-        return checked_frames(num_frames)
+        return _with_rate(config, checked_frames(num_frames))
     seconds = config.generation.time_length if seconds is None else seconds
     length = as_number(seconds)
     if not 0 <= length <= MAX_SECONDS:
         given = shown(seconds) if isinstance(seconds, str) else f"{shown(seconds)} s"
         raise ValueError(f"the duration is {given}; it must be a number from 0 (an image) to {MAX_SECONDS} s")
-    return int(length * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+    return _with_rate(config, int(length * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1)
+
+
+def _with_rate(config: Config, frames: int) -> int:
+    if frames == 1 and config.runtime.fps is not None:
+        raise ValueError(f"runtime.fps is {config.runtime.fps}, and a picture has no frames a second: leave it out")
+    return frames
 
 
 def frames_of_clip(found: int, wanted: int, seconds: float | None, num_frames: int | None) -> tuple[int, None]:

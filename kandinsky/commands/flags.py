@@ -30,6 +30,9 @@ SETTINGS = {
     "preview": ("runtime.preview", "write a small preview beside the output after every N-th step"),
     "vae": ("model.vae.decoder", "what decodes the result: full, or tiny for a quick look; default: full"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
+    "fps": ("runtime.fps", "frames a second of the file, computed between the 24 that are made"),
+    "upscale": ("runtime.upscale", "write it 2 or 4 times as large"),
+    "upscaler": ("runtime.upscaler", "a Real-ESRGAN network's file to do that with; default: Lanczos' filter"),
     "cfg_parallel": ("runtime.cfg_parallel", "of several processes, one half evaluates the negative prompt"),
     "shard_weights": ("runtime.shard_weights", "of several processes, each keeps a part of the DiT's weights"),
 }
@@ -158,8 +161,10 @@ def build_parser() -> Parser:
         )
         if flag == "expand_prompt":  # which the original has with numbers
             options["type"] = lambda word: {"0": "off", "1": "on"}.get(word, word)
-        if flag in ("blocks_on_gpu", "cfg_parallel", "preview"):
+        if flag in ("blocks_on_gpu", "cfg_parallel", "preview", "fps", "upscale"):
             options = {"type": int, "metavar": "N"}
+        if flag == "upscaler":
+            options = {"metavar": "FILE"}
         parser.add_argument(f"--{flag}", help=words[1], **options)
     parser.add_argument(
         "--device_preset", metavar="NAME", help="settings for 8gb, 12gb, 16gb, 24gb, 48gb, 80gb or a cpu"
@@ -191,7 +196,12 @@ def config_for(args: argparse.Namespace) -> Config:
     from kandinsky.config.reading import load_config, preset_file
 
     presets = [] if args.device_preset is None else [preset_file(args.device_preset)]
-    return load_config(args.config, overrides_of(args), presets)
+    config = load_config(args.config, overrides_of(args), presets)
+    if config.runtime.upscaler is not None:
+        from kandinsky.outputs.post import check_upscaler
+
+        check_upscaler(config.runtime.upscaler)
+    return config
 
 
 def wishes_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def not_allowed(key: str, value: Any, allowed: str) -> ValueError:
 
 def check_config(config: Config) -> None:
     _check_ranges(config)
-    for rule in (_check_model, _check_magcache, _check_streaming, _check_shards, _check_task, _check_sizes):
+    rules = (_check_model, _check_magcache, _check_streaming, _check_shards, _check_task, _check_files, _check_sizes)
+    for rule in rules:
         rule(config)
 
 
@@ -161,6 +162,14 @@ def _check_task(config: Config) -> None:
     if task == "i2i":
         key, channel = "model.dit_params.instruct_type", dit.instruct_type
         _require(channel == "channel", key, channel, "channel for task i2i")
+
+
+def _check_files(config: Config) -> None:
+    runtime, makes_pictures = config.runtime, config.task in ("t2i", "i2i")
+    allowed = f"left out for task {config.task}: pictures have no frames a second"
+    _require(runtime.fps is None or not makes_pictures, "runtime.fps", runtime.fps, allowed)
+    allowed = "left out, or with runtime.upscale = 2 or 4"
+    _require(runtime.upscaler is None or runtime.upscale > 1, "runtime.upscaler", runtime.upscaler, allowed)
 
 
 def _check_sizes(config: Config) -> None:

@@ -173,7 +173,7 @@ class MagCacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """What makes a run fast or small and changes nothing else, or little and in known ways."""
+    """What makes a run fast or small and changes nothing else, or little and in known ways; and its files."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's: how long it searches
@@ -190,6 +190,10 @@ class RuntimeConfig:
     # Write a small preview beside the output after every n-th step.
     preview: Annotated[int | None, at_least(1, "at least 1 step, or left out")] = None
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
+    # Outputs that are processed further: frames a second, pixels a side, and a network's file in place of Lanczos'.
+    fps: Annotated[int | None, between(25, 240, "25 to 240, or left out: 24 frames a second are made")] = None
+    upscale: Literal[1, 2, 4] = 1
+    upscaler: str | None = None
     # 2: of several processes, one half evaluates the prompt, the other the negative prompt.
     cfg_parallel: Annotated[int, between(1, 2, "1 or 2")] = 1
     shard_weights: bool = False  # each process keeps a part of the DiT's weights, and gathers a block when it runs

@@ -42,6 +42,7 @@ from kandinsky.models.dit import DiffusionTransformer3D, Execution, HandOut, unc
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiny import TinyDecoder
+from kandinsky.outputs.post import check_upscaler
 from kandinsky.outputs.preview import load_latent_rgb
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
@@ -228,6 +229,7 @@ def settle(
     if compiled:
         keep_compiled_code()
     loras = configured_loras(config, cache_dir)
+    check_upscaler(config.runtime.upscaler)
     # Whoever spreads the models over devices or processes has a plan.
     if processes is None and len(set(devices.values())) == 1:
         config = resolve_runtime(config, request, machine_memory(devices["dit"]), paths, dtype_name(resolved_dtype))

@@ -12,7 +12,6 @@ within 0.6 dB of lossless 4:2:0, in a ninth of the bytes; what error there is co
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib.metadata
 import itertools
@@ -23,7 +22,7 @@ import platform
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -203,6 +202,28 @@ def write_video(
     Raises ValueError for frames of another shape or type, for odd sizes (4:2:0 chroma halves both sides), and for a
     path that isn't an .mp4; WriteError where encoding fails.
     """
+    path = Path(path)
+    _check_suffix(path, VIDEO_SUFFIX)
+    video = _to_array(frames, "frames", "(3, T, H, W)", "(T, H, W, 3)")
+    write_frames(video, *_frame_sizes(video), path, fps, write_record, crf)
+
+
+def _frame_sizes(video: np.ndarray) -> tuple[int, int, int]:
+    num_frames, height, width, _ = video.shape
+    return num_frames, width, height
+
+
+def write_frames(
+    frames: Iterable[np.ndarray],
+    num_frames: int,
+    width: int,
+    height: int,
+    path: str | Path,
+    fps: float = 24,
+    write_record: Callable[[], object] = nothing,
+    crf: int = CRF,
+) -> None:
+    """`write_video` of uint8 frames (height, width, 3) that come one after the other, `num_frames` of them."""
     import imageio.v2 as imageio  # with the function that needs it: half of this module's import time
     import imageio_ffmpeg
 
@@ -210,8 +231,6 @@ def write_video(
     _check_suffix(path, VIDEO_SUFFIX)
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps is {fps}; it must be more than 0")
-    video = _to_array(frames, "frames", "(3, T, H, W)", "(T, H, W, 3)")
-    num_frames, height, width, _ = video.shape
     if height % 2 or width % 2:
         raise ValueError(f"the frames are {width}x{height} pixels; a video needs an even width and height")
 
@@ -228,9 +247,12 @@ def write_video(
             ffmpeg_log_level="error",
             output_params=["-crf", str(crf), "-movflags", "+faststart", *_COLOUR],
         )
-        with writer, contextlib.suppress(OSError):  # ffmpeg ended early and has said why; imageio would say very much
-            for frame in video:
-                writer.append_data(frame)
+        with writer:
+            for frame in frames:
+                try:
+                    writer.append_data(frame)
+                except OSError:  # ffmpeg ended early and has said why; imageio would say very much
+                    break
         # imageio doesn't look at how ffmpeg ended: a full disk would pass for success.
         try:
             written, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))

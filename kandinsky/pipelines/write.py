@@ -13,6 +13,7 @@ from torch import Tensor
 from kandinsky.common.writing import write_somewhere
 from kandinsky.config.reading import config_to_dict
 from kandinsky.outputs import media
+from kandinsky.outputs.post import Frames, Post, processed
 from kandinsky.outputs.preview import Decoded, Previews
 from kandinsky.outputs.resume import Stopped, save_run, stopped_path
 from kandinsky.pipelines.inputs import one_each
@@ -29,7 +30,7 @@ class WriteStage(Parts):
 
     def write(self, pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:
         """`write_outputs`."""
-        return write_outputs(pixels, records, path, watch)
+        return write_outputs(pixels, records, path, watch, self.placement.device("vae"))
 
     def describe(self, run: RunState, index: int, watch: Stopwatch) -> dict[str, Any]:
         """What is needed to make an output again, and how long it took. Names are the command line's."""
@@ -85,28 +86,38 @@ class WriteStage(Parts):
         return Previews(every, to_pictures, media.output_paths(save_path, len(request.samples)))
 
 
-def write_outputs(pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch) -> list[Path]:
+def write_outputs(
+    pixels: Tensor, records: Sequence[dict[str, Any]], path: Path, watch: Stopwatch, device: torch.device | str = "cpu"
+) -> list[Path]:
     """The videos or pictures, each with its record as JSON beside it; returns their paths.
+
+    Larger and with more frames where the record's settings say so; an upscaling network runs on `device`.
 
     Where a record can't be written its output is all the same; the WriteError comes after it.
     """
     if pixels.is_floating_point():
         pixels = (pixels * 255).round().to(torch.uint8)
     paths = media.output_paths(path, len(pixels))
+    post = Post.of(records[0]["config"]["runtime"])
     for output, record, target in zip(pixels, records, paths, strict=True):
+        count, height, width = output.shape[1:]
+        frames = Frames(output.permute(1, 2, 3, 0).numpy(), count, width, height, FPS)  # (T, H, W, 3)
+        frames = frames if post.does_nothing else processed(frames, post, device)
+        made = {} if post.does_nothing else {"post": post.facts(frames.count, frames.width, frames.height)}
         failures: list[OSError] = []
 
-        def write_record(target: Path = target, facts: dict[str, Any] = record) -> None:
+        def write_record(target: Path = target, facts: dict[str, Any] = record, made: dict[str, Any] = made) -> None:
             try:
-                media.write_sidecar(target, {**facts, "seconds": watch.so_far()})
+                media.write_sidecar(target, {**facts, **made, "seconds": watch.so_far()})
             except OSError as error:
                 failures.append(error)  # noqa: B023  (it is called below)
 
         with watch.stage("write"):
             if record["num_frames"] == 1:
-                media.write_image(output[:, 0], target, write_record)
+                media.write_image(next(iter(frames.frames)), target, write_record)
             else:
-                media.write_video(output, target, FPS, write_record)
+                sizes = frames.count, frames.width, frames.height
+                media.write_frames(frames.frames, *sizes, target, frames.fps, write_record)
         media.remove_preview(target)
         if failures:
             raise failures[0]

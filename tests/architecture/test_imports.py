@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     *("__init__", "config", "sizes", "frames", "pictures", "request", "clips"),
     *("common", "checkpoints", "planning", "serving", "commands"),
     *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "outputs.sources", "text.prompts"),
+    "outputs.post",
 )
 # Front doors with what they alone know, and what is only there for tests.
 FOREIGN = ("test", "tests", "tools", "benchmarks", "diffusers", "comfyui", "comfy", "folder_paths")

@@ -157,6 +157,7 @@ SETTINGS = {
     "qwen_quantization": Flag(("--qwen_quantization",), "runtime.qwen_quantization", True),
     "expand_prompt": Flag(("--expand_prompt", "off"), "generation.expand_prompts", False),
     "preview": Flag(("--preview", "2"), "runtime.preview", 2),
+    "upscale": Flag(("--upscale", "2"), "runtime.upscale", 2),
     "save_latents": Flag(("--save_latents",), "runtime.save_latents", True),
 }
 # These have tests of their own, below or in the file of that name.
@@ -178,6 +179,8 @@ OTHER_FLAGS = {
     "video": "test_directed_cli",
     "strength": "test_directed_cli",
     "mask": "test_directed_cli",
+    "fps": "test_directed_cli",
+    "upscaler": "test_directed_cli",
     "stream_encoders": "test_directed_cli",
     "vae": "test_tiny_decoder_cli",
     "resume_from": "test_stop",

@@ -10,6 +10,9 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
+
+from kandinsky.models.upscaler import CompactUpscaler
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "config_tiny_t2v.yaml"
 
@@ -51,3 +54,19 @@ def test_an_encoder_that_streams(cli: ModuleType, tiny: Path, tmp_path: Path, mo
         made.append(run(cli, tmp_path / f"{how}.mp4", "--stream_encoders", how))
         assert json.loads((tmp_path / f"{how}.json").read_text())["config"]["runtime"]["stream_encoders"] == how
     assert np.array_equal(*made)
+
+
+def test_processed_further(cli: ModuleType, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file has more and larger frames and lasts as long; an upscaler that is none is told before anything loads."""
+    network = CompactUpscaler(channels=4, convolutions=1, scale=2)
+    save_file(network.state_dict(), tmp_path / "small.safetensors")
+    words = ["--fps", 48, "--upscale", 2, "--upscaler", tmp_path / "small.safetensors"]
+    assert run(cli, tmp_path / "a.mp4", *words).shape == (2 * 9, 128, 128, 3)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["post"]["upscaled_by"] == str(tmp_path / "small.safetensors") and record["post"]["frames"] == 18
+    (tmp_path / "small.safetensors").write_bytes(b"none")
+    capsys.readouterr()
+    wrong = ["--config", CONFIG, "--prompt", "a", "--output_filename", tmp_path / "b.mp4", *words]
+    assert cli.main([str(word) for word in wrong]) == 2
+    said = capsys.readouterr().err
+    assert f"the upscaler {tmp_path / 'small.safetensors'}" in said and said.count("\n") == 1, said
