@@ -22,26 +22,13 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     from kandinsky.checkpoints import lora_file
     from kandinsky.config.rules import check_processes
     from kandinsky.outputs import latents_file, media
-    from kandinsky.outputs.sources import open_source, read_mask, read_source
-    from kandinsky.request import resolve_request
+    from kandinsky.outputs.sources import resolve_media
 
     # From cheap to expensive: config, request and output path are known to be good before torch is imported.
     config = config_for(args)
     check_processes(config, launch.size)
-    images = [] if args.image is None else [media.load_image(args.image)]
-    sizes = [image.size for image in images]
-    wishes = wishes_of(args)
-    clip = None if args.video is None else open_source(config, args.video, wishes["time_length"])
-    request = resolve_request(
-        config,
-        args.prompt,
-        image_sizes=sizes,
-        clip=None if clip is None else (*clip.size, clip.frames),
-        mask=args.mask is not None,
-        **wishes,
-    )
-    source = read_source(request, clip, images if config.task == "t2i" else [])
-    mask = None if args.mask is None else read_mask(request, args.mask)
+    images = [] if args.image is None else [args.image]
+    request, found = resolve_media(config, args.prompt, images, args.video, args.mask, **wishes_of(args))
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
     seed, folder = request.samples[0].seed, args.output_dir or "outputs"
     name: AbstractContextManager[Path | None] = nullcontext(args.output_filename if launch.is_first else None)
@@ -70,8 +57,5 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
             processes=launch.processes,
             request=request,
         )
-        name_of_source = str(args.video or args.image) if source is not None else ""
-        names = [str(args.image)] if images else []
-        inputs = Inputs(images if source is None else [], names, source=source, source_name=name_of_source, mask=mask)
-        pipeline.generate(request, inputs, save_path=output, keep_stopped=True)
+        pipeline.generate(request, Inputs(**vars(found)), save_path=output, keep_stopped=True)
         return output

@@ -6,8 +6,9 @@ Knows requests, clips and pictures; knows no models and no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -16,10 +17,59 @@ from kandinsky.config.schema import Config
 from kandinsky.frames import FPS, wanted_frames
 from kandinsky.outputs.media import fit_image
 from kandinsky.pictures import load_image
-from kandinsky.request import Request
+from kandinsky.request import Request, resolve_request
 
 if TYPE_CHECKING:
     from PIL import Image
+
+ImageSource: TypeAlias = "str | Path | Image.Image | np.ndarray"
+
+
+@dataclass(frozen=True)
+class Media:
+    """The pictures and frames of a call, read; fields of `Inputs` (pipelines/inputs.py), which has more."""
+
+    images: Sequence[Image.Image] = ()  # RGB
+    image_names: Sequence[str] = ()  # for the record
+    source: np.ndarray | None = None  # uint8 (frames, height, width, 3) at the request's size, to start from
+    source_name: str = ""
+    mask: np.ndarray | None = None  # uint8 (1 or frames, height, width), 255 where something may change
+
+
+def resolve_media(
+    config: Config,
+    text: str | Sequence[str] | None,
+    images: Sequence[ImageSource] = (),
+    video: str | Path | None = None,
+    mask: str | Path | None = None,
+    **wishes: Any,
+) -> tuple[Request, Media]:
+    """`resolve_request` of what is asked for, with what its files are; `wishes` are its further arguments.
+
+    Raises ValueError for files that can't be read, and for what doesn't go together.
+    """
+    pictures, names = [load_image(image) for image in images], [name_of(image) for image in images]
+    clip = None
+    if video is not None:
+        clip = open_source(config, video, wishes.get("time_length"), wishes.get("num_frames"))
+    request = resolve_request(
+        config,
+        text,
+        image_sizes=[picture.size for picture in pictures],
+        clip=None if clip is None else (*clip.size, clip.frames),
+        mask=mask is not None,
+        **wishes,
+    )
+    source = read_source(request, clip, pictures if config.task == "t2i" else [])
+    if source is None:
+        return request, Media(pictures, names)
+    name = names[0] if clip is None else str(video)
+    return request, Media((), names, source, name, None if mask is None else read_mask(request, mask))
+
+
+def name_of(image: ImageSource) -> str:
+    """What the record says about a picture: its path, or that it came without one."""
+    return str(image) if isinstance(image, str | Path) else "given without a file name"
 
 
 def open_source(

@@ -26,18 +26,18 @@ from kandinsky.outputs import media
 from kandinsky.outputs.latents_file import SavedLatents
 from kandinsky.outputs.latents_file import on_disk as latents_on_disk
 from kandinsky.outputs.records import check_outputs
-from kandinsky.outputs.sources import open_source, read_mask, read_source
+from kandinsky.outputs.sources import resolve_media
 from kandinsky.pipelines.adapting import AdapterCalls
 from kandinsky.pipelines.calls import check_callback, one_at_a_time
 from kandinsky.pipelines.culprits import require_finite_input
 from kandinsky.pipelines.decode import DecodeStage, to_uint8, to_unit
 from kandinsky.pipelines.denoise import DenoiseStage
 from kandinsky.pipelines.encode import EncodeStage
-from kandinsky.pipelines.inputs import NO_INPUTS, CheckedInputs, ImageSource, Inputs, name_of
+from kandinsky.pipelines.inputs import NO_INPUTS, CheckedInputs, ImageSource, Inputs
 from kandinsky.pipelines.parts import StepCallback
 from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.pipelines.write import WriteStage, convert
-from kandinsky.request import Request, resolve_request, warn_about_size
+from kandinsky.request import Request, warn_about_size
 from kandinsky.run_state import RunState
 from kandinsky.sampling.sampler import SamplerState, flow_timesteps
 from kandinsky.text.embeddings import TextEmbeddings
@@ -67,7 +67,6 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         *,
         images: Sequence[ImageSource] = (),
         video: str | Path | None = None,
-        strength: float | None = None,
         mask: str | Path | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -83,35 +82,24 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         """What every task's call does with its arguments; `wishes` are those of `resolve_request`."""
         if generator is not None and seed is not None:
             raise ValueError("both seed and generator are given: leave one of them out")
-        pictures = [media.load_image(image) for image in images]
-        clip = None
-        if video is not None:
-            clip = open_source(self.config, video, wishes.get("time_length"), wishes.get("num_frames"))
+        request, found = resolve_media(
+            self.config,
+            text,
+            images,
+            video,
+            mask,
+            num_prompts=None if prompt_embeds is None else self._checked_embeds("prompt_embeds", prompt_embeds),
+            seed=seed,
+            seeded=generator is None,
+            **wishes,
+        )
         inputs = Inputs(
-            images=pictures,
-            image_names=[name_of(image) for image in images],
+            **vars(found),
             generators=() if generator is None else generator if isinstance(generator, list | tuple) else (generator,),
             latents=latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
-        request = resolve_request(
-            self.config,
-            text,
-            image_sizes=[picture.size for picture in pictures],
-            num_prompts=None if prompt_embeds is None else self._checked_embeds("prompt_embeds", prompt_embeds),
-            seed=seed,
-            seeded=generator is None,
-            strength=strength,
-            clip=None if clip is None else (*clip.size, clip.frames),
-            mask=mask is not None,
-            **wishes,
-        )
-        source = read_source(request, clip, pictures if self.config.task == "t2i" else [])
-        if source is not None:
-            name = str(video) if clip is not None else inputs.image_names[0]
-            kept = None if mask is None else read_mask(request, mask)
-            inputs = dataclasses.replace(inputs, images=(), source=source, source_name=name, mask=kept)
         return self.generate(request, inputs, save_path, progress, output_type, callback_on_step_end)
 
     @one_at_a_time

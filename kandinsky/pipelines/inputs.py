@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kandinsky.outputs import media
+from kandinsky.outputs.sources import ImageSource as ImageSource
+from kandinsky.outputs.sources import Media
 from kandinsky.pipelines.calls import check_latents, check_save_path
 from kandinsky.pipelines.culprits import require_finite_input
 from kandinsky.pipelines.parts import Parts, Value
@@ -22,33 +22,23 @@ from kandinsky.request import Request
 from kandinsky.sampling.conditioning import Conditioning
 from kandinsky.text.embeddings import TextEmbeddings
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-
-ImageSource: TypeAlias = "str | Path | Image.Image | np.ndarray"
 OUTPUT_TYPES = ("uint8", "pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(Media):
     """What a call brings besides words and numbers.
 
-    images: RGB pictures, none, one for all prompts, or one a prompt; image_names are for the record. generators: none
-    (seeds are used), one that all samples draw from in turn, or one a sample. latents: (samples, T, H, W, C), in place
-    of the noise. conditioning: in place of noise, latents and pictures, all of them on the DiT's device.
+    images: none, one for all prompts, or one a prompt. generators: none (seeds are used), one that all samples draw
+    from in turn, or one a sample. latents: (samples, T, H, W, C), in place of the noise. conditioning: in place of
+    noise, latents and pictures, all of them on the DiT's device.
     """
 
-    images: Sequence[Image.Image] = ()
-    image_names: Sequence[str] = ()
     generators: Sequence[torch.Generator] = ()
     latents: Tensor | None = None
     prompt_embeds: TextEmbeddings | None = None
     negative_prompt_embeds: TextEmbeddings | None = None
     conditioning: Conditioning | None = None
-    source: np.ndarray | None = None  # uint8 (frames, height, width, 3) at the request's size, to start from
-    source_name: str = ""
-    mask: np.ndarray | None = None  # uint8 (1 or frames, height, width), 255 where something may change
 
 
 NO_INPUTS = Inputs()
@@ -111,8 +101,3 @@ def as_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSo
 def one_each(values: Sequence[Value], count: int) -> list[Value]:
     """A value for each of `count` prompts, where one may stand for all."""
     return list(values) * count if len(values) == 1 else list(values)
-
-
-def name_of(image: ImageSource) -> str:
-    """What the record says about a picture: its path, or that it came without one."""
-    return str(image) if isinstance(image, str | Path) else "given without a file name"
