@@ -21,6 +21,7 @@ from pathlib import Path
 from shlex import join
 
 from kandinsky.commands.decode import finish
+from kandinsky.commands.extend import extend
 from kandinsky.commands.flags import FIXED_BY_A_FILE, build_parser, check_strays
 from kandinsky.commands.generate import run
 from kandinsky.commands.launch import Launch
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_strays(parser, args, words)
     if not own and "LOCAL_RANK" in os.environ:  # the original's example of a launch names nothing at all
         args.prompt = PROMPT_OF_A_BARE_LAUNCH
-    starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from)
+    starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from, args.segments)
     if all(given is None for given in starts) and not args.plan:
         parser.error("the following arguments are required: --prompt")
     for flag in ("prompts_file", "resume_from"):
@@ -58,9 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given:
             flag = "decode_latents" if work is finish else "resume_from"
             parser.error(f"--{flag} goes on from a file that settles this: leave out --{', --'.join(given)}")
+    # Longer by nothing is the plain run, unless it is a clip that is to be longer.
+    is_long = args.segments is not None or bool(args.extend) or (args.extend is not None and args.video is not None)
+    for flag in ("prompt", "extend"):
+        if args.segments is not None and getattr(args, flag) is not None:
+            parser.error(f"--segments has its own prompts and seconds: leave --{flag} out")
+    for flag in ("extend", "segments", "save_last_frame"):
+        for other in ("prompts_file", "plan"):
+            if getattr(args, flag) is not None and getattr(args, other):
+                parser.error(f"--{flag} is for one video that is made: leave --{flag} or --{other} out")
+    for flag in ("overlap", "no_colour_match"):
+        if getattr(args, flag) is not None and args.extend is None and args.segments is None:
+            parser.error(f"--{flag} is about segments: give --extend SECONDS or --segments FILE")
     for flag in ("resume", "data_parallel", "ray_address", "ray_actors", "ray_gpus"):
-        if getattr(args, flag) and args.prompts_file is None:
+        if getattr(args, flag) and args.prompts_file is None and not (flag == "resume" and is_long):
             parser.error(f"--{flag} is for many prompts: give --prompts_file")
+    work = extend if is_long and work is run else work
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -124,7 +138,12 @@ def interrupted(stop: KeyboardInterrupt, args: argparse.Namespace, words: Sequen
     from kandinsky.outputs.resume import Stopped
 
     file = args.decode_latents or args.resume_from
-    if isinstance(stop, Kept) and args.prompts_file is None:
+    is_long = args.extend is not None or args.segments is not None
+    if is_long and args.output_filename is not None:
+        more = [] if args.resume else ["--resume"]
+        more += [] if "--output_filename" in words else ["--output_filename", str(args.output_filename)]
+        how = f"finished segments are kept; go on with: python test.py {join([*words, *more])}"
+    elif isinstance(stop, Kept) and args.prompts_file is None:
         launcher = "python" if launch.size == 1 else f"torchrun --nproc-per-node {launch.size}"
         how = f"{stop}; go on with: {launcher} test.py {stop.flags}"
     elif args.prompts_file is not None:

@@ -61,22 +61,34 @@ def open_clip(path: str | Path, fps: float, at_most: int) -> Clip:
 def read_clip(clip: Clip, frames: int, width: int, height: int) -> np.ndarray:
     """uint8 (frames, height, width, 3), transparency on white; what stands out is cut off evenly. A clip that is too
     short keeps its last frame."""
+    found = np.empty((frames, height, width, 3), np.uint8)
+    count = 0
+    for frame in iterate_clip(clip, frames, width, height):
+        found[count] = frame
+        count += 1
+    found[count:] = found[count - 1]
+    return found
+
+
+def iterate_clip(clip: Clip, frames: int, width: int, height: int) -> Iterator[np.ndarray]:
+    """The same frames, at most so many, one after the other, (height, width, 3)."""
     if clip.path.is_dir():
-        fitted = [_covering(load_image(file), width, height) for file in _pictures_in(clip.path)[:frames]]
-        found = np.stack([np.asarray(image) for image in fitted])
-    else:
-        cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area+accurate_rnd"
-        steps = f"fps={clip.fps},{SQUARE},{cover},crop={width}:{height},format=rgba"
-        size = 4 * width * height
-        data = _ffmpeg(clip.path, ["-vf", steps, "-frames:v", str(frames), "-f", "rawvideo"], frames * size)
-        rgba = np.frombuffer(data[: len(data) // size * size], np.uint8).reshape(-1, height, width, 4)
-        found = np.empty((*rgba.shape[:3], 3), np.uint8)
-        for frame, out in zip(rgba, found, strict=True):
-            alpha = frame[..., 3:].astype(np.uint16)
-            out[:] = (frame[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-    if not len(found):
+        for file in _pictures_in(clip.path)[:frames]:
+            yield np.asarray(_covering(load_image(file), width, height))
+        return
+    cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area+accurate_rnd"
+    steps = f"fps={clip.fps},{SQUARE},{cover},crop={width}:{height},format=rgba"
+    output = ["-vf", steps, "-frames:v", str(frames), "-f", "rawvideo"]
+    count, size = 0, 4 * width * height
+    for data in _pieces(clip.path, output, size, frames):
+        if len(data) < size:
+            break
+        rgba = np.frombuffer(data, np.uint8).reshape(height, width, 4)
+        alpha = rgba[..., 3:].astype(np.uint16)
+        count += 1
+        yield ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    if not count:
         raise ValueError(f"can't read the video {clip.path}: there is no picture in it; {ADVICE}")
-    return np.concatenate((found, np.repeat(found[-1:], frames - len(found), axis=0)))
 
 
 def stream_clip(clip: Clip) -> Iterator[np.ndarray]:
@@ -156,6 +168,12 @@ def _reading(path: Path, says: str = "error") -> list[str]:
 
 def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
     """At most `limit` bytes of what ffmpeg makes of a file. Raises ValueError where it makes nothing."""
+    return next(_pieces(path, output, limit, 1))
+
+
+def _pieces(path: Path, output: list[str], size: int, count: int) -> Iterator[bytes]:
+    """What ffmpeg makes of a file, at most `count` times `size` bytes; the last piece may be shorter. Raises ValueError
+    where it makes nothing."""
     command = [*_reading(path), "-map", "0:v:0", *output, "pipe:1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -165,8 +183,11 @@ def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
         listener.start()
         alarm = threading.Timer(MOST_SECONDS, process.kill)
         alarm.start()
+        made = False
         try:
-            data = process.stdout.read(limit)
+            while count and (data := process.stdout.read(size)):
+                made, count = True, count - 1
+                yield data
         finally:
             too_long = not alarm.is_alive()
             alarm.cancel()
@@ -174,7 +195,7 @@ def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
         listener.join()  # before leaving closes what it reads from
     if too_long:
         raise ValueError(f"reading the video {path} took more than {MOST_SECONDS:g} s: cut out the part that you need")
-    if not data:
+    if not made:
         lines = said[0].decode("utf-8", "replace").strip().splitlines() or ["there is no picture in it"]
         # Without the names of ffmpeg's own parts, as in "[out#0/image2pipe @ 0x55d0] Nothing was written into ...".
         said_last = re.sub(r"^\[[^]]*\] ", "", lines[-1]).replace(f"file:{path}", "").strip(":. ")
@@ -182,7 +203,6 @@ def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
             said_last = "it ends before its first picture does"
         reason = shortened(said_last) or shown(lines[-1])
         raise ValueError(f"can't read the video {path}: {reason}; {ADVICE}")
-    return data
 
 
 def _some_of(stream: object, most: int = 20_000) -> bytes:

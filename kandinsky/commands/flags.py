@@ -38,7 +38,7 @@ SETTINGS = {
 }
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
-    *("prompt", "prompts_file", "image", "video", "strength", "mask"),
+    *("prompt", "prompts_file", "image", "video", "strength", "mask", "extend", "segments"),
     *("negative_prompt", "width", "height", "video_duration"),
     *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
 )
@@ -90,6 +90,32 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="white where --video or t2i's --image may change: a picture, or for a video one a frame",
     )
+    parser.add_argument(
+        "--extend",
+        type=float,
+        metavar="SECONDS",
+        help="so much longer, segment by segment: --video, or what is made first; i2v configs begin each segment with "
+        "the last frame, t2v configs hold the latents of the last frames",
+    )
+    parser.add_argument(
+        "--segments",
+        type=Path,
+        metavar="FILE",
+        help="in place of --prompt and --extend: a .yaml list, or a prompts file, with prompt and, as needed, seconds, "
+        "seed, negative_prompt of each segment",
+    )
+    parser.add_argument(
+        "--overlap", type=int, metavar="FRAMES", help="that a segment goes on from, 4n + 1; default: 1 for i2v, else 9"
+    )
+    parser.add_argument(
+        "--no_colour_match",
+        action="store_true",
+        default=None,
+        help="leave colour and contrast of later segments as they come, and not bring them back to the first one's",
+    )
+    parser.add_argument(
+        "--save_last_frame", action="store_true", default=None, help="write it beside the video, as NAME.last.png"
+    )
     parser.add_argument("--negative_prompt", help="what not to show; used where guidance is on")
     parser.add_argument(
         "--width", type=int, help="pixels, a multiple of 16; default: the config's, or the picture's shape"
@@ -124,7 +150,9 @@ def build_parser() -> Parser:
         help="instead of a prompt: .txt with one a line, or .csv, .tsv or .jsonl with the column prompt and, as "
         "needed, negative_prompt, seed, width, height, image, output",
     )
-    parser.add_argument("--resume", action="store_true", help="of a prompts file, leave out what is there already")
+    parser.add_argument(
+        "--resume", action="store_true", help="of a prompts file or segments, leave out what is there already"
+    )
     parser.add_argument(
         "--data_parallel", action="store_true", help="under torchrun, each process takes its share of a prompts file"
     )

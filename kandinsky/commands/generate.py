@@ -29,6 +29,8 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     check_processes(config, launch.size)
     images = [] if args.image is None else [args.image]
     request, found = resolve_media(config, args.prompt, images, args.video, args.mask, **wishes_of(args))
+    if args.save_last_frame and request.is_image:
+        raise ValueError("--save_last_frame is of a video, and this makes a picture: leave it out")
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
     seed, folder = request.samples[0].seed, args.output_dir or "outputs"
     name: AbstractContextManager[Path | None] = nullcontext(args.output_filename if launch.is_first else None)
@@ -57,5 +59,7 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
             processes=launch.processes,
             request=request,
         )
-        pipeline.generate(request, Inputs(**vars(found)), save_path=output, keep_stopped=True)
+        pixels = pipeline.generate(request, Inputs(**vars(found)), save_path=output, keep_stopped=True)
+        if args.save_last_frame and output is not None:
+            media.write_image(pixels[0][:, -1], media.last_frame_path(output))
         return output

@@ -21,6 +21,8 @@ import os
 import platform
 import re
 import stat
+import subprocess
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,6 +139,11 @@ def sidecar_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
 
+def last_frame_path(output: Path) -> Path:
+    """Where the last frame of a video goes: video.mp4 -> video.last.png."""
+    return output.with_suffix(f".last{IMAGE_SUFFIX}")
+
+
 def preview_path(output: Path) -> Path:
     """Where previews of an output are shown: video.mp4 -> video.preview.mp4."""
     return output.with_suffix(f".preview{output.suffix}")
@@ -215,7 +222,7 @@ def _frame_sizes(video: np.ndarray) -> tuple[int, int, int]:
 
 def write_frames(
     frames: Iterable[np.ndarray],
-    num_frames: int,
+    num_frames: int | None,
     width: int,
     height: int,
     path: str | Path,
@@ -223,7 +230,8 @@ def write_frames(
     write_record: Callable[[], object] = nothing,
     crf: int = CRF,
 ) -> None:
-    """`write_video` of uint8 frames (height, width, 3) that come one after the other, `num_frames` of them."""
+    """`write_video` of uint8 frames (height, width, 3) that come one after the other, `num_frames` of them; None: as
+    many as come."""
     import imageio.v2 as imageio  # with the function that needs it: half of this module's import time
     import imageio_ffmpeg
 
@@ -247,8 +255,9 @@ def write_frames(
             ffmpeg_log_level="error",
             output_params=["-crf", str(crf), "-movflags", "+faststart", *_COLOUR],
         )
+        count = 0
         with writer:
-            for frame in frames:
+            for count, frame in enumerate(frames, 1):  # noqa: B007  (of the last one)
                 try:
                     writer.append_data(frame)
                 except OSError:  # ffmpeg ended early and has said why; imageio would say very much
@@ -258,9 +267,33 @@ def write_frames(
             written, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
         except RuntimeError:  # not even a beginning of a video
             written = 0
-        if written != num_frames:
-            raise OSError(f"only {written} of {num_frames} frames could be written; is the disk full?")
+        wanted = count if num_frames is None else num_frames
+        if written != wanted:
+            raise OSError(f"only {written} of {wanted} frames could be written; is the disk full?")
         write_record()
+
+
+def join_videos(parts: Sequence[Path], path: str | Path, write_record: Callable[[], object] = nothing) -> int:
+    """One MP4 of several that `write_video` made at one size and rate, one after the other, their streams as they are:
+    nothing is encoded again. How many frames it has. Raises WriteError where that fails.
+    """
+    import imageio_ffmpeg
+
+    with tempfile.TemporaryDirectory() as folder, atomic_path(path) as temporary:
+        quoted = [str(part.absolute()).replace("'", r"'\''") for part in parts]
+        Path(folder, "parts").write_text("".join(f"file '{name}'\n" for name in quoted), encoding="utf-8")
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", "-f", "concat", "-safe", "0"]
+        command += ["-i", str(Path(folder, "parts")), "-c", "copy", "-movflags", "+faststart", str(temporary)]
+        joined = subprocess.run(command, capture_output=True, text=True)
+        wanted = sum(imageio_ffmpeg.count_frames_and_secs(str(part))[0] for part in parts)
+        try:
+            written, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
+        except RuntimeError:
+            written = 0
+        if joined.returncode or written != wanted:
+            raise OSError(f"only {written} of {wanted} frames could be joined: {joined.stderr.strip()[-200:]}")
+        write_record()
+    return int(written)
 
 
 def write_image(frame: Pixels | Image.Image, path: str | Path, write_record: Callable[[], object] = nothing) -> None:

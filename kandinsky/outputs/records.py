@@ -113,6 +113,7 @@ def check_outputs(records: Any, header: Header, what: str | Path) -> None:
         _check_adapters(record["adapters"], about)
     values = {name: first[name] for name in names} | {"samples": list(map(dataclasses.asdict, samples))}
     request = _request(values, config, about)
+    _check_items(first["conditions"], request, about)
     shape = (len(records), *request.latent_size, config.model.dit_params.in_visual_dim)
     _check_tensors({"latents": (("F32",), shape)}, {}, header, what)
 

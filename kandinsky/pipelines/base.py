@@ -30,7 +30,7 @@ from kandinsky.outputs.sources import resolve_media
 from kandinsky.pipelines.adapting import AdapterCalls
 from kandinsky.pipelines.calls import check_callback, one_at_a_time
 from kandinsky.pipelines.culprits import require_finite_input
-from kandinsky.pipelines.decode import DecodeStage, to_uint8, to_unit
+from kandinsky.pipelines.decode import DecodeStage, frames_before, to_uint8, to_unit
 from kandinsky.pipelines.denoise import DenoiseStage
 from kandinsky.pipelines.encode import EncodeStage
 from kandinsky.pipelines.inputs import NO_INPUTS, CheckedInputs, ImageSource, Inputs
@@ -260,10 +260,10 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         path: str | Path | None,
         watch: Stopwatch,
     ) -> Tensor:
-        """`decode`, and where there is a path `write`, with what decoded them."""
+        """`decode`, and where there is a path `write`, with what decoded them; without the frames that are there already."""
         records = [{**record, "decoder": self.config.model.vae.decoder} for record in records]
         with watch.stage("decode"):
-            pixels = self.decode(latents, finish)
+            pixels = self.decode(latents, finish)[:, :, frames_before(records[0]) :]
         logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))
         if path is not None:
             self.write(pixels, records, Path(path), watch)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.pipelines.calls import one_at_a_time
 from kandinsky.pipelines.parts import Parts
 from kandinsky.request import FRAMES_PER_LATENT
+from kandinsky.sampling.conditioning import OVERLAP
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +116,12 @@ def next_tile(decoding: Decoding, tile: int, error: str) -> int:
         *(tile, smaller, smaller),
     )
     return smaller
+
+
+def frames_before(record: Mapping[str, Any]) -> int:
+    """How many frames an output goes on from, by its record: they were there before, and are no part of it."""
+    ends = [item["frame"] + item["frames"] for item in record["conditions"] if item["name"] == OVERLAP]
+    return FRAMES_PER_LATENT * (max(ends) - 1) + 1 if ends else 0
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from kandinsky.sampling.conditioning import (
     from_source,
     from_text,
     latent_mask,
+    overlap_items,
     source_item,
 )
 from kandinsky.sampling.sampler import Branch, uses_guidance
@@ -173,8 +174,9 @@ class EncodeStage(Parts):
             if sample.seed is not None
         ]
         shape = (*request.latent_size, self.config.model.dit_params.in_visual_dim)
-        is_start = inputs.source is not None  # a picture to start from is no condition of the model's
-        posteriors = [] if is_start else one_each(self.encode_images(images), request.num_prompts)
+        # A picture to start from is no condition of the model's, and what goes on from a video has its last frame.
+        has_frames = inputs.source is not None or inputs.overlap is not None
+        posteriors = [] if has_frames else one_each(self.encode_images(images), request.num_prompts)
         noise, image_latents = [], []
         for i, sample in enumerate(request.samples):
             generator = generators[i % len(generators)]
@@ -189,6 +191,11 @@ class EncodeStage(Parts):
         start = self.team.agree(torch.stack([one.to(device) for one in noise]))
         if inputs.source is not None:
             return self._from_source(start, inputs.source, inputs.mask, inputs.source_name)
+        if inputs.overlap is not None:
+            held = self.encode_video(inputs.overlap).to(start).expand(len(start), -1, -1, -1, -1)
+            held, shows = self.team.agree(held.contiguous()), self.config.task == "i2v"
+            items = overlap_items(held, shows, generation.visual_cond, inputs.source_name)
+            return compose(start, self.dit.in_channels, items)
         if not image_latents:
             return from_text(start, self.dit.in_channels)
         pictures = self.team.agree(torch.stack([one.to(device) for one in image_latents]))

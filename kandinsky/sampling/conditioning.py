@@ -7,6 +7,7 @@ else:
 - text to video, text to image: no item; checkpoints with a visual condition get zeros (`from_text`);
 - image to video: the first latent frame is the picture's at every step, and marked in the mask (`from_first_frame`);
 - image to image: the condition channels hold the source picture's latents, the mask is one (`from_source`);
+- going on from a video: its last latent frames are held as the first of what follows (`overlap_items`);
 - from a video or a picture, wholly or in part: sampling starts between source and noise (`source_item`; SDEdit, Meng et
   al. 2021, arXiv 2108.01073), and outside of a mask the source comes back at every step, with that step's noise.
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Hold = Literal["clean", "noised", "no"]
-FIRST_FRAME, SOURCE, START = "first frame", "picture to edit", "source"
+FIRST_FRAME, SOURCE, START, OVERLAP = "first frame", "picture to edit", "source", "overlap"
 FRAMES_PER_LATENT, PIXELS_PER_LATENT = 4, 8
 
 # First-frame normalisation: which latent frames are brought close to which later ones, and how far at most.
@@ -192,6 +193,20 @@ def source_item(latents: Tensor, keep: Tensor | None = None, origin: str = "") -
     """A video or picture that sampling starts from; latents (B, T, H, W, C), scaled. keep: (1, T, H, W, 1), where it is
     kept at every step: 0 nowhere, 1 wholly."""
     return Item(START, latents, hold="no" if keep is None else "noised", region=keep, starts=True, origin=origin)
+
+
+def overlap_items(latents: Tensor, first_is_shown: bool, visual_cond: str = "zeros", origin: str = "") -> list[Item]:
+    """What a video goes on from; latents (B, t, H, W, C), scaled, are to be its first latent frames.
+
+    first_is_shown: of a model that begins with a picture, the first of them is that, held and marked as there. The
+    others, and all of them with a model that knows text alone, are held with the noise that there is at each step,
+    which is what every model saw in training. None is called a first frame: its normalisation is not for joints.
+    """
+    shown = 1 if first_is_shown else 0
+    items = [frame_item(OVERLAP, latents[:, 0], 0, visual_cond, origin)] if first_is_shown else []
+    if latents.shape[1] > shown:
+        items.append(Item(OVERLAP, latents[:, shown:], shown, hold="noised", origin=origin))
+    return items
 
 
 def from_first_frame(noise: Tensor, image_latents: Tensor, visual_cond: str = "zeros") -> Conditioning:

@@ -1,7 +1,8 @@
 """Files of prompts, as people and their spreadsheets write them, read into rows.
 
 A .txt file has a prompt a line; a .csv or .tsv file names its columns in the first line, and has commas, semicolons or
-tabs between them; a .jsonl file has an object a line. What is wrong is told row by row, and of many rows the first.
+tabs between them; a .jsonl file has an object a line; a .yaml file is a list of them. What is wrong is told row by row,
+and of many rows the first.
 Knows columns and their types; what they mean is for batch.py to say.
 """
 
@@ -22,8 +23,12 @@ from kandinsky.common.given import LONGEST_LINE, MISSING, as_number, as_whole, s
 logger = logging.getLogger(__name__)
 
 
-COLUMNS = ("prompt", "negative_prompt", "seed", "width", "height", "image", "output")
-NUMBERS = ("seed", "width", "height")
+COLUMNS = (
+    *("prompt", "negative_prompt", "seed", "width", "height", "seconds"),
+    *("image", "video", "strength", "mask", "output"),
+)
+WHOLE_NUMBERS = ("seed", "width", "height")
+NUMBERS = ("seconds", "strength")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 MOST_TOLD = 20  # of the rows that something is wrong with
 
@@ -55,13 +60,14 @@ def first_of(lines: Sequence[str]) -> list[str]:
 
 
 def read_prompts(path: str | Path) -> list[Row]:
-    """The rows of a .txt, .csv, .tsv or .jsonl file.
+    """The rows of a .txt, .csv, .tsv, .jsonl, .yaml or .yml file.
 
     Columns are those of `COLUMNS`; others are left out, and a line of the log names them. Raises ValueError for a file
     that cannot be read, and RowMistakes for rows that cannot.
     """
     path = Path(path)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl, ".tsv": _read_csv}
+    readers |= {".yaml": _read_yaml, ".yml": _read_yaml}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: a file of prompts ends in {', '.join(readers)}")
     if (reason := why_no_file(path)) not in (None, MISSING):  # which the system has its own words for
@@ -157,6 +163,34 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | s
             yield number, values if isinstance(values, dict) else 'not an object like {"prompt": "..."}'
 
 
+def _read_yaml(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    import yaml
+
+    try:
+        top, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(
+            f"{path}: not readable as YAML: {getattr(error, 'problem', error)}, line {mark.line + 1}"
+            if mark is not None
+            else f"{path}: not readable as YAML: {error}"
+        ) from None
+    except (RecursionError, ValueError) as error:  # nesting, and dates that are none
+        raise ValueError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: it must be a list, with an entry like - prompt: a cat ... for each")
+    for node, entry in zip(top.value, values, strict=True):
+        line = node.start_mark.line + 1
+        if isinstance(entry, str):
+            yield line, {"prompt": entry}
+        elif not isinstance(entry, dict):
+            yield line, "neither a prompt nor names with values, like prompt: a cat ..."
+        else:
+            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            twice = [name for name in COLUMNS if names.count(name) > 1]
+            yield line, f"{twice[0]} is there twice" if twice else {str(name): entry[name] for name in entry}
+
+
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if twice := [name for name in COLUMNS if names.count(name) > 1]:
@@ -165,10 +199,14 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers as whole numbers, also where a table wrote 7.0 or text; everything else must be text."""
+    """Numbers as numbers, whole ones also where a table wrote 7.0 or text; everything else must be text."""
     typed = dict(values)
     for name, value in values.items():
         if name in NUMBERS:
+            typed[name] = _number(value)
+            if not math.isfinite(typed[name]):
+                raise ValueError(f"{name} is {shown(value)}; it must be a number")
+        elif name in WHOLE_NUMBERS:
             number = _number(value)
             if not number.is_integer():  # nor are NaN and what is too large for a float
                 raise ValueError(f"{name} is {shown(value)}; it must be a whole number")

@@ -34,9 +34,9 @@ def what_is_left(
     output: Path,
     progress: bool = True,
     callback: StepCallback | None = None,
-) -> Callable[[], None] | None:
-    """What makes the rest of an output of one sample, where an earlier run has left latents or steps of it.
-    `callback` is for the steps that are left (see `Pipeline.resume`).
+) -> Callable[[], Any] | None:
+    """What makes the rest of an output of one sample and returns it, where an earlier run has left latents or steps of
+    it. `callback` is for the steps that are left (see `Pipeline.resume`).
 
     None where there are none, or only of other wishes or settings; such files stay where they are. Raises ValueError
     where a file is damaged.
@@ -50,16 +50,18 @@ def what_is_left(
     return None
 
 
-def _finish(pipeline: Pipeline, latents: Path, output: Path) -> None:
-    pipeline.finish(latents_file.load_latents(latents), output)
+def _finish(pipeline: Pipeline, latents: Path, output: Path) -> Any:
+    made = pipeline.finish(latents_file.load_latents(latents), output)
     if not pipeline.config.runtime.save_latents:
         discard(latents)
     discard(resume.stopped_path(output))  # of the same output, and earlier
+    return made
 
 
-def _go_on(pipeline: Pipeline, stopped: Path, output: Path, progress: bool, callback: StepCallback | None) -> None:
-    pipeline.resume(resume.load_run(stopped), output, progress, callback)
+def _go_on(pipeline: Pipeline, stopped: Path, output: Path, progress: bool, callback: StepCallback | None) -> Any:
+    made = pipeline.resume(resume.load_run(stopped), output, progress, callback)
     discard(stopped)
+    return made
 
 
 def _wanted(pipeline: Pipeline, request: Request, image: Path | None) -> dict[str, Any]:
@@ -68,20 +70,20 @@ def _wanted(pipeline: Pipeline, request: Request, image: Path | None) -> dict[st
     (sample,) = facts.pop("samples")
     facts |= {name: sample[name] for name in OF_SAMPLES}
     facts |= {"image": None if image is None else str(image), "dtype": pipeline.dtype_name}
-    facts["config"] = _without_runtime(config_to_dict(pipeline.config))
+    facts["config"] = without_runtime(config_to_dict(pipeline.config))
     found = json.loads(json.dumps(facts, default=str))
     assert isinstance(found, dict)
     return found
 
 
-def _without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run fast or small makes no difference."""
     return {name: value for name, value in config.items() if name != "runtime"}
 
 
 def _of_latents(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     found = {**record, "text": record["prompt"], "negative_caption": record["negative_prompt"]}
-    found["config"] = _without_runtime(record["config"])
+    found["config"] = without_runtime(record["config"])
     return {name: found.get(name) for name in wanted} == wanted
 
 
@@ -89,5 +91,5 @@ def _of_run(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     (sample,), names = record["request"]["samples"], record["image_names"]
     found = {**record["request"], **{name: sample[name] for name in OF_SAMPLES}, "dtype": record["dtype"]}
     found["image"] = names[0] if names else None
-    found["config"] = _without_runtime(record["config"])
+    found["config"] = without_runtime(record["config"])
     return {name: found.get(name) for name in wanted} == wanted

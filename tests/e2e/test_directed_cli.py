@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -70,3 +71,99 @@ def test_processed_further(cli: ModuleType, tiny: Path, tmp_path: Path, capsys: 
     assert cli.main([str(word) for word in wrong]) == 2
     said = capsys.readouterr().err
     assert f"the upscaler {tmp_path / 'small.safetensors'}" in said and said.count("\n") == 1, said
+
+
+def test_a_video_that_goes_on(cli: ModuleType, tiny: Path, source: Path, tmp_path: Path) -> None:
+    """Longer by nothing is the plain run, to the byte; by a file of segments, from a clip; with its last frame."""
+    run(cli, tmp_path / "plain.mp4")
+    run(cli, tmp_path / "same.mp4", "--extend", 0, "--save_last_frame")
+    assert (tmp_path / "plain.mp4").read_bytes() == (tmp_path / "same.mp4").read_bytes()
+    assert Image.open(tmp_path / "same.last.png").size == (64, 64)
+    longer = run(cli, tmp_path / "longer.mp4", "--extend", 0.34, "--overlap", 5)  # twice 4 frames
+    assert len(longer) == 9 + 8
+    (tmp_path / "segments.yaml").write_text(
+        "- {prompt: a cat, seconds: 0.2}\n- {prompt: a dog, seconds: 0.2, seed: 7}\n"
+    )
+    words = ["--config", CONFIG, "--video", source, "--segments", tmp_path / "segments.yaml", "--seed", 1]
+    words += ["--width", 64, "--height", 64, "--sample_steps", 2, "--save_last_frame", "--no_colour_match"]
+    assert cli.main([str(word) for word in (*words, "--output_filename", tmp_path / "all.mp4")]) == 0
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert record["num_frames"] == 9 + 4 + 4 and record["extended"]["from"] == str(source)
+    assert [one["seed"] for one in record["extended"]["segments"]] == [1, 7]
+    assert not any(one["corrected"] for one in record["extended"]["segments"])
+    assert Image.open(tmp_path / "all.last.png").size == (64, 64)
+
+
+VIDEO, PICTURE, ROWS = ("--video", "source.mp4"), ("--image", "picture.png"), ("--prompts_file", "rows.txt")
+# (configs of these tasks, what is given, what is said)
+APART = [
+    ("t2v", ("--strength", "0.5"), "give --video FILE"),
+    ("t2v", ("--mask", "picture.png"), "give --video FILE"),
+    ("t2v", (*VIDEO, "--strength", "2"), "must be from 0"),
+    ("t2v", (*VIDEO, "--strength", "0.5", "--extend", "1"), "--strength is about one video"),
+    ("t2v", (*VIDEO, "--mask", "picture.png", "--extend", "1"), "--mask is about one video"),
+    ("t2v", (*VIDEO, "--extend", "0"), "adds nothing"),
+    ("t2v", (*VIDEO, *PICTURE, "--extend", "1"), "--video's last frame"),
+    ("t2v i2v", (*VIDEO, "--extend", "-1"), "a number of seconds from 0"),
+    ("t2v i2v", (*VIDEO, "--extend", "0.1"), "the least that can be added"),
+    ("t2v i2v", (*VIDEO, "--extend", "1", "--overlap", "2"), "4n . 1 frames"),
+    ("t2v i2v", (*VIDEO, "--extend", "1", "--overlap", "13"), "there are 9"),
+    ("t2v i2v", (*VIDEO, "--extend", "1", "--video_duration", "0"), "makes a picture"),
+    ("t2v i2v", (*VIDEO, "--extend", "1", "--width", "64"), "give both, or neither"),
+    ("t2v i2v", (*VIDEO, "--extend", "1", "--resume"), "name it with --output_filename"),
+    ("t2v i2v", ("--video", "text.mp4", "--extend", "1"), "can't read the video"),
+    ("i2v", ("--extend", "1"), "needs a picture"),
+    ("i2v", VIDEO, "a video from a picture takes --image"),
+    ("i2v", (*PICTURE, "--strength", "0.5"), "i2v configs have none"),
+    ("i2v", (*PICTURE, "--mask", "picture.png"), "i2v configs have none"),
+    ("i2v i2i", (), "needs a picture"),
+    ("t2v", PICTURE, "takes none"),
+    ("t2i i2i", ("--extend", "1"), "makes videos longer"),
+    ("t2i i2i", ("--segments", "rows.txt"), "makes videos longer"),
+    ("t2i i2i", (*VIDEO,), "it makes pictures"),
+    ("t2i i2i", (*PICTURE, "--strength", "1", "--save_last_frame"), "makes a picture|i2i configs have none"),
+    ("t2v", ("--video_duration", "0", "--save_last_frame"), "makes a picture"),
+    ("i2i", (*PICTURE, "--mask", "picture.png"), "i2i configs have none"),
+    ("t2i", ("--mask", "picture.png"), "give --image FILE"),
+    ("t2v i2v", ("--segments", "image.csv"), "and no image"),
+    ("t2v i2v", ("--segments", "missing.txt"), "No such file"),
+    ("t2v i2v t2i i2i", ("--overlap", "5"), "give --extend SECONDS or --segments"),
+    ("t2v i2v t2i i2i", ("--no_colour_match",), "give --extend SECONDS or --segments"),
+    ("t2v i2v t2i i2i", ("--resume",), "give --prompts_file"),
+    ("t2v i2v t2i i2i", ("--segments", "rows.txt", "--extend", "1"), "leave --extend out"),
+    ("t2v i2v t2i i2i", (*ROWS, "--extend", "1"), "leave --extend or --prompts_file out"),
+    ("t2v i2v t2i i2i", (*ROWS, "--save_last_frame"), "leave --save_last_frame or --prompts_file out"),
+    ("t2v i2v t2i i2i", ("--plan", "--extend", "1"), "leave --extend or --plan out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "says"), [(task, words, says) for tasks, words, says in APART for task in tasks.split()]
+)
+def test_what_does_not_go_together_is_one_line(
+    task: str,
+    words: tuple[str, ...],
+    says: str,
+    cli: ModuleType,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything loads: nothing here has a pipeline."""
+    import kandinsky.loading.assemble as assemble
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assemble, "load_pipeline", lambda *_, **__: pytest.fail("it was loaded"))
+    Image.new("RGB", (64, 64)).save("picture.png")
+    Path("text.mp4").write_text("no video")
+    Path("rows.txt").write_text("a cat\n")
+    Path("image.csv").write_text("prompt,image\na cat,picture.png\n")
+    prompt = () if {"--prompts_file", "--segments"} & set(words) else ("--prompt", "a red circle")
+    try:
+        status = cli.main(["--config", str(CONFIG.with_name(f"config_tiny_{task}.yaml")), *prompt, *words])
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    told = capsys.readouterr().err
+    assert status == 2 and re.search(says, told), told
+    assert len(told.splitlines()) == 1 and told.startswith("error: ")

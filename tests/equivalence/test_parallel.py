@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from kandinsky.config.schema import DiTConfig, MagCacheConfig
 from kandinsky.loading.dit import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run
+from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import resolve_request
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes, SequenceParallel
@@ -120,6 +122,27 @@ def task(name: str, team: DistributedTeam | None, folder: Path) -> Tensor:
     """Two prompts, a height that gives an odd number of rows of patches where a video may have one."""
     odd = {"width": 80, "height": 48} if name.endswith("v") else {}
     return latents_of(pipeline(name, team), ["a red cat", "one dog and two birds"], **odd)
+
+
+def directed(how: str, team: DistributedTeam | None, folder: Path) -> Tensor:
+    """From frames, wholly or in part, or going on from them."""
+    pipe = pipeline("i2v" if how == "overlap, i2v" else "t2v", team)
+    frames = np.random.default_rng(1).integers(0, 256, (9, 48, 80, 3), dtype=np.uint8)
+    mask = np.zeros((1, 48, 80), np.uint8)
+    mask[..., 40:] = 255
+    sizes: dict[str, Any] = {"width": 80, "height": 48, "num_steps": 4, "seed": 1}
+    if how.startswith("overlap"):
+        pictures = [(80, 48)] if how == "overlap, i2v" else []
+        request = resolve_request(pipe.config, "a red cat", image_sizes=pictures, num_frames=17, **sizes)
+        inputs = Inputs(overlap=frames)
+    else:
+        request = resolve_request(
+            pipe.config, "a red cat", clip=(80, 48, 9), strength=0.75, mask=how == "mask", num_frames=9, **sizes
+        )
+        inputs = Inputs(source=frames, mask=mask if how == "mask" else None)
+    made = pipe.generate(request, inputs, progress=False, output_type="latent")
+    assert isinstance(made, Tensor)
+    return made
 
 
 def nabla(team: DistributedTeam | None, folder: Path) -> Tensor:
@@ -303,6 +326,7 @@ CASES: dict[str, Case] = {
     "memory": memory,  # the first, as a peak is one of all that has been
     **{f"velocity: {name}": functools.partial(velocity, name) for name in VELOCITIES},
     **{name: functools.partial(task, name) for name in TASKS},
+    **{f"directed: {how}": functools.partial(directed, how) for how in ("video", "mask", "overlap", "overlap, i2v")},
     "nabla": nabla,
     "magcache": magcache,
     **{f"sharded: {name}": functools.partial(sharded, name) for name in SHARDED},
