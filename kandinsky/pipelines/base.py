@@ -260,7 +260,7 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         path: str | Path | None,
         watch: Stopwatch,
     ) -> Tensor:
-        """`decode`, and where there is a path `write`, with what decoded them; frames that are there already are left out."""
+        """`decode`, and where there is a path `write`, with what decoded them; frames from before are left out."""
         records = [{**record, "decoder": self.config.model.vae.decoder} for record in records]
         with watch.stage("decode"):
             pixels = self.decode(latents, finish)[:, :, frames_before(records[0]) :]

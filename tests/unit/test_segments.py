@@ -67,11 +67,11 @@ def frames_of(path: Path) -> np.ndarray:
 def test_what_is_there_is_held(task: str, overlap: int, pipes: dict[str, Pipeline]) -> None:
     """To the bit, also where a config normalises first frames; the frames that are there are no part of the output."""
     pipe = pipes[task]
-    request = request_of(pipe.config, Part("a red cat", 21 - overlap + 3, 3), (32, 32), overlap)
+    request = request_of(pipe.config, Part("a red cat", 21 - overlap, 3), (32, 32), overlap)
     inputs = Inputs(overlap=FRAMES[-overlap:])
     made = pipe.generate(request, inputs, progress=False, output_type="latent")
     held = pipe.encode_video(FRAMES[-overlap:])
-    assert made.shape[1] > 5 and pipe.config.generation.first_frame_normalization == (task == "i2v")
+    assert made.shape[1] > 5 and pipe.config.generation.first_frame_normalization
     assert torch.equal(made[:, : held.shape[1]], held)
     pixels = pipe.generate(request, inputs, progress=False)
     assert torch.equal(pixels, pipe.decode(made)[:, :, overlap:])
