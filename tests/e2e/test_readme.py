@@ -39,6 +39,8 @@ ELSEWHERE = {
     "python serve.py": "tests/e2e/test_serve.py; tests/unit/test_docs.py parses each",
     "python download_models.py": "tests/unit/test_download_models.py",
     "python tools/contact_sheet.py": "tests/unit/test_contact_sheet.py; the pictures take minutes",
+    "python -m kandinsky.outputs.post": "tests/unit/test_post.py",
+    "python tools/convert_upscaler.py": "tests/unit/test_post.py",
     "torchrun": "tests/e2e/test_many_prompts.py",
     "python -m torch.distributed": "tests/equivalence/test_parallel.py",
 }
