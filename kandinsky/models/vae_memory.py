@@ -105,8 +105,11 @@ class Decoding:
         return min(fitting, key=lambda tile: (self.num_tiles(tile), self.work(tile)), default=tiles[-1])
 
     def smaller_tile(self, tile: int) -> int | None:
-        """What to try next where `tile` took too much memory, about half its area; None if it was the smallest."""
+        """What to try next where `tile` took too much memory, at most about half its area; None if it was the smallest.
+
+        Chosen as `tile_within` chooses for a budget, so that what a plan counts with is what decoding comes to.
+        """
         largest_side = -(-max(self.width, self.height) // TILE_STEP) * TILE_STEP
         cut = min(tile, largest_side)
         smaller = max(cut * 3 // 4 // TILE_STEP * TILE_STEP, SMALLEST_TILE)
-        return smaller if smaller < cut else None
+        return self.tile_within(self.peak_bytes(smaller), smaller) if smaller < cut else None

@@ -129,9 +129,15 @@ def tiny_bytes(tiny: TinyLayout, width: int, height: int, element_size: int) -> 
     return int((tiny.widths[-2] + tiny.widths[-1] + held) * pixels * element_size)
 
 
-def encode_bytes(channels: tuple[int, ...], width: int, height: int, element_size: int, work: int) -> int:
-    """The VAE's peak in encoding a picture, at most; `work` is the bytes of a number that it convolves.
+def encode_bytes(vae: str, channels: tuple[int, ...], width: int, height: int, element_size: int, work: int) -> int:
+    """The peak of a VAE ("hunyuan" or "flux") in encoding a picture; `work` is the bytes of a number that it convolves.
 
-    In its first block: input, hidden, two padded copies, result; or input, hidden, and float32 twice while normalising.
+    In its first block. Flux: input, hidden, hidden normalised, result. HunyuanVideo: input, hidden, two padded copies
+    and the result; or input, hidden, and float32 twice while normalising.
     """
-    return channels[0] * width * height * (2 * element_size + max(3 * work, 2 * FLOAT32))
+    if vae == "flux":
+        cast = work if work > element_size else 0
+        of_channel = 3 * element_size + cast + work
+    else:
+        of_channel = 2 * element_size + max(3 * work, 2 * FLOAT32)
+    return channels[0] * width * height * of_channel

@@ -94,7 +94,8 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     add("encode text", text_weights, _encoding(config, request, models), files=text_files)
     if config.task in ("i2v", "i2i"):
         work = FLOAT32 if models.float32_convolutions else models.element_size
-        picture = encode_bytes(models.vae_channels, request.width, request.height, models.element_size, work)
+        of_vae = (config.model.vae.name, models.vae_channels)
+        picture = encode_bytes(*of_vae, request.width, request.height, models.element_size, work)
         add("encode image", models.vae.size, picture)
     add("denoise", dit_weights, _denoising(config, request, models, machine))
     latents = denoising_state(dit, num_tokens(config, request), samples)

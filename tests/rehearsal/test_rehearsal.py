@@ -26,7 +26,8 @@ from kandinsky.runtime.block_swap import BlockSwap
 from tests.rehearsal import fake_gpu
 from tests.rehearsal.decoding import planned_bytes, rehearse_decoding
 from tests.rehearsal.fake_gpu import FakeGPU
-from tests.rehearsal.requests import CONFIGS, DEVICE, Rehearsed, published, rehearse
+from tests.rehearsal.requests import CONFIGS, DEVICE, Rehearsed, published, rehearse, write_hollow_lora
+from tests.rehearsal.words import rehearse_encoders
 
 SMALL = {
     "model.dit_params.model_dim": 512, "model.dit_params.ff_dim": 2048, "model.dit_params.num_text_blocks": 1,
@@ -57,8 +58,8 @@ def around_forward(before: Callable[[list[Any]], None]) -> Callable[[FakeGPU, An
     return change
 
 
-def run(folder: Path, change: Any = None, steps: int = 2, **overrides: Any) -> Rehearsed:
-    return rehearse(small(**overrides), folder, steps=steps, change=change, output_type="latent")
+def run(folder: Path, change: Any = None, steps: int = 2, scheme: str | None = None, **overrides: Any) -> Rehearsed:
+    return rehearse(small(**overrides), folder, steps=steps, change=change, output_type="latent", scheme=scheme)
 
 
 @pytest.mark.parametrize("overrides", [{}, STREAMED, {"runtime.dit_quantization": "int8"},
@@ -67,6 +68,31 @@ def run(folder: Path, change: Any = None, steps: int = 2, **overrides: Any) -> R
 def test_nothing_is_found_where_nothing_is_wrong(overrides: dict[str, Any], tmp_path: Path) -> None:
     result = run(tmp_path, **overrides)
     assert result.faults == [] and result.evaluations == 4
+
+
+def test_weights_in_blocks_stream(tmp_path: Path) -> None:
+    """As a GGUF file has them: the blocks' bytes go over, and are made into numbers on the device."""
+    result = run(tmp_path, scheme="q4_k", **STREAMED)
+    assert result.faults == [] and result.kernels["bitwise_and"] > 0
+
+
+@pytest.mark.parametrize("settings", [STREAMED, {"runtime.dit_quantization": "nf4"}], ids=["streamed", "nf4"])
+def test_an_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its products are made once where blocks stream, and in every evaluation where weights are quantised."""
+    write_hollow_lora(tmp_path / "lora.safetensors", small().model.dit_params)
+    config = small(**settings)
+    config = replace(config, model=replace(config.model, loras=(str(tmp_path / "lora.safetensors"),)))
+    result = rehearse(config, tmp_path, steps=1, output_type="latent")
+    layers = 4 * 10 + 8  # of visual blocks and of a text block
+    assert result.faults == [] and result.kernels["addmm"] >= layers
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
+def test_encoders_as_planned(stream: bool, tmp_path: Path) -> None:
+    """Qwen's published width, with two of its layers; that all 28 are as planned is in `make rehearse`'s table."""
+    peak, planned, gpu = rehearse_encoders(published("5s_sft"), tmp_path, stream, layers=2)
+    assert gpu.faults == [] and peak == pytest.approx(planned, rel=0.15)
+    assert gpu.kernels["_scaled_dot_product_flash_attention"] == 2
 
 
 def test_published_request_as_planned(tmp_path: Path) -> None:

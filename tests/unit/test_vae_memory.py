@@ -71,6 +71,18 @@ def test_tiles_of_published_sizes() -> None:
     assert [pictures.tile_within(b * GB, 1408) for b in (0.2, 0.5, 1.5)] == [384, 576, 1408]
 
 
+@pytest.mark.parametrize("size", [*SD_SIZES, *HD_SIZES])
+def test_what_is_tried_next_is_what_a_budget_for_it_gives(size: tuple[int, int]) -> None:
+    """So a plan that counts with a budget and a decoder that has run out of memory come to the same tiles."""
+    decoding = dataclasses.replace(PUBLISHED, width=size[0], height=size[1])
+    tile, tried = 768, []
+    while (smaller := decoding.smaller_tile(tile)) is not None:
+        assert smaller < tile and decoding.peak_bytes(smaller) < decoding.peak_bytes(tile)
+        assert smaller == decoding.tile_within(decoding.peak_bytes(smaller), tile)
+        tried.append(tile := smaller)
+    assert tried[-1] == 256 and 2 <= len(tried) <= 4
+
+
 @pytest.mark.parametrize("size", [(768, 512), (1280, 768), (1024, 1024)])
 @pytest.mark.parametrize("tile", [256, 448, 512, 768])
 def test_work_is_what_is_decoded(size: tuple[int, int], tile: int) -> None:
@@ -163,7 +175,7 @@ def test_out_of_memory_down_to_the_smallest_tile(caplog: pytest.LogCaptureFixtur
     memory = Memory(pipe, 100)
     with pytest.raises(torch.OutOfMemoryError, match=r"even in tiles of 256 pixels.*CUDA out of memory"):
         pipe.decode(latents(width=640, height=640))
-    assert memory.tiles == [640, 448, 320, 256]
+    assert memory.tiles == [640, 384, 256]
     assert len(caplog.records) == len(memory.tiles) - 1
 
 
