@@ -250,7 +250,7 @@ def test_damaged_files_are_told_when_loading(name: str, tmp_path: Path, monkeypa
         damaged.write_bytes((REPOSITORY / config.model.checkpoint_path).read_bytes()[:-7])
     else:
         damaged = Path(shutil.copytree(source / name, tmp_path / name))
-        (file,) = damaged.glob("*.safetensors")
+        (file,) = (file for file in damaged.glob("*.safetensors") if file.name != "tiny_decoder.safetensors")
         file.write_bytes(file.read_bytes()[:-7])
     paths = {"dit.safetensors": "dit_path", "vae": "vae_path"} | {
         "text_encoder": "text_encoder_path",

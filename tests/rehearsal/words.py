@@ -47,7 +47,8 @@ def write_encoders(folder: Path, layers: int) -> tuple[Path, Path]:
         tensors = {name: (dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
         write_hollow_file(path / "model.safetensors", tensors)
         config.save_pretrained(path)
-    Qwen2_5_VLConfig(text_config=qwen.config.to_dict()).save_pretrained(paths[0])
+    # Without a vision tower, whose tensors the file hasn't.
+    Qwen2_5_VLConfig(text_config=qwen.config.to_dict(), vision_config={"depth": 1}).save_pretrained(paths[0])
     return paths
 
 
