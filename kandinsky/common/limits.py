@@ -17,6 +17,11 @@ MAP_ENTRIES_AT_ONCE = 2**24
 # Places on the device for visual blocks that stream: one is computed with while the other is filled.
 STREAM_BUFFERS = 2
 
+# Pinned host memory that copies to a GPU go through, a buffer being filled while others are copied: at 22 GB/s a buffer
+# takes 1.5 ms. A power of two, which is what PyTorch rounds to when it pins.
+STAGING_BUFFERS = 4
+STAGING_BYTES = 2**25
+
 # Of a video VAE's layer, how much is worked on at once: elements of its input, as far as whole frames allow. With fewer
 # than two frames, copying the history costs more than the frame itself.
 ELEMENTS_AT_ONCE = 2**21

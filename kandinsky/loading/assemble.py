@@ -277,7 +277,7 @@ def load_transformer(
         return load_sharded_dit(path, params, device, settled.dtype, team), None
     if not settled.offload and settled.resident is None:
         return load_dit(path, params, device, settled.dtype, runtime.dit_quantization), None
-    return load_dit_on_host(path, params, settled.dtype, runtime.dit_quantization)
+    return load_dit_on_host(path, params, device, settled.dtype, runtime.dit_quantization)
 
 
 def load_prompts(

@@ -43,11 +43,13 @@ def load_dit(
     device: torch.device | str,
     dtype: torch.dtype,
     quantization: str | None = None,
+    quantize_on: torch.device | None = None,
 ) -> DiffusionTransformer3D:
     """The DiT from its file or folder. Raises ValueError for damaged files and for other variants' files.
 
     quantization: "int8", "fp8" or "nf4", which weights are brought to as they are read. None leaves them as they are in
         the file, which may be quantised itself; a file that is quantised otherwise, and no GGUF, is a ValueError.
+    quantize_on: where tensors are quantised, one at a time; None: where they then stay.
     """
     files = find_weights(path)
     header = {name: entry for file in files for name, entry in read_weights_header(file).items()}
@@ -55,14 +57,14 @@ def load_dit(
         check_dit_header(header, params)
         with torch.device("meta"):
             dit = DiffusionTransformer3D(**dataclasses.asdict(params))
-        convert = quantize_dit(dit, strip_prefix(header), quantization)
+        convert = quantize_dit(dit, strip_prefix(header), quantization, torch.device(device))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if any(part in name for part in KEEP_PRECISION) else dtype
 
-    load_weights(dit, files, device, dtype_of, COMFY_PREFIX, convert)
+    load_weights(dit, files, device, dtype_of, COMFY_PREFIX, convert, quantize_on)
     return dit
 
 
@@ -91,15 +93,17 @@ def load_sharded_dit(
 
 
 def load_dit_on_host(
-    path: Path, params: DiTConfig, dtype: torch.dtype, quantization: str | None
+    path: Path, params: DiTConfig, device: torch.device, dtype: torch.dtype, quantization: str | None
 ) -> tuple[DiffusionTransformer3D, dict[str, Tensor]]:
     """A DiT on the meta device, and its weights by name on the host. Arguments and errors are those of `load_dit`.
 
-    The weights stay in their files, but for those that are quantised as they are read: these lie in memory.
+    The weights stay in their files, but for those that are quantised as they are read: these lie in memory. A GPU
+    quantises them, where `device` is one.
     """
     if quantization is None and scheme_of(path) is None:
         return load_dit(path, params, "meta", dtype), host_weights(path, COMFY_PREFIX)
-    dit = load_dit(path, params, "cpu", dtype, quantization)
+    quantize_on = device if quantization is not None and device.type == "cuda" else None
+    dit = load_dit(path, params, "cpu", dtype, quantization, quantize_on)
     return dit, take_weights(dit)
 
 

@@ -49,6 +49,7 @@ from kandinsky.models.numerics import aligned
 from kandinsky.runtime.layer_stream import HostEmbedding, StreamedLayers
 from kandinsky.runtime.offload import slots_of
 from kandinsky.runtime.quantization import replace_linears
+from kandinsky.runtime.staging import on_device
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.prompts import check_prefix, get_template
 
@@ -330,18 +331,19 @@ def assign_weights(
         with open_weights(file, keep_fp8=quantize is None) as tensors_in_file:
             for key in header:
                 plain = _plain_name(key)
-                name, shape = wanted[_own_name(plain, prefixes)]
+                _, shape = wanted[_own_name(plain, prefixes)]
                 if (found := shapes[plain]) != shape:
                     raise ValueError(
                         f"{shortened(key)} in {file} has shape {found}, but config.json beside it makes it {shape}; "
                         "the two do not belong together"
                     )
-                tensor = tensors_in_file.get_tensor(key).to(device)
+            for key, tensor in on_device(((key, tensors_in_file.get_tensor(key)) for key in header), device):
+                plain = _plain_name(key)
+                name, _ = wanted[_own_name(plain, prefixes)]
                 parts = convert(name + key.removeprefix(plain), tensor) if convert else {}
                 if not parts:
                     _, scheme = packed_weight(key) or ("", "")
-                    tensor = unpacked(tensor, scheme, dtype) if scheme in BLOCKS else tensor.to(dtype)
-                    parts = {name: aligned(tensor)}
+                    parts = {name: aligned(unpacked(tensor, scheme, dtype) if scheme in BLOCKS else tensor.to(dtype))}
                 tensors |= parts
                 read.add(name)
     missing = [name for name, _ in wanted.values() if name not in read]

@@ -18,6 +18,7 @@ from kandinsky.checkpoints.gguf_file import BLOCKS
 from kandinsky.models.numerics import aligned
 from kandinsky.runtime.gguf_blocks import dequantize_blocks
 from kandinsky.runtime.quantization import ROWS, Convert
+from kandinsky.runtime.staging import on_device
 
 
 def load_weights(
@@ -27,20 +28,23 @@ def load_weights(
     dtype_of: Callable[[str, Tensor], torch.dtype],
     prefix: str = "",
     convert: Convert | None = None,
+    convert_on: torch.device | str | None = None,
 ) -> None:
     """Give a model on the meta device the tensors of `files`, one at a time; ready for inference afterwards.
 
     dtype_of(name, tensor) says what a tensor is cast to; `prefix` is dropped from names that have it; `convert` makes
-    tensors into quantised ones. Raises ValueError where names or shapes are not exactly the model's.
+    tensors into quantised ones, and works on `convert_on`, or where they shall stay. Raises ValueError where names or
+    shapes are not exactly the model's.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(files):
+    for name, tensor in on_device(read_tensors(files), convert_on or device):
         name = name.removeprefix(prefix)
         try:
-            parts = convert(name, tensor.to(device)) if convert else {}
+            parts = convert(name, tensor) if convert else {}
         except ValueError as error:
             raise ValueError(f"{files[0]}: {error}") from None
-        state |= parts or {name: aligned(tensor.to(device=device, dtype=dtype_of(name, tensor)))}
+        parts = parts or {name: aligned(tensor.to(dtype_of(name, tensor)))}
+        state |= {own_name: part.to(device) for own_name, part in parts.items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [name for name in {*expected, *state} if name not in state or expected.get(name) != state[name].shape]
     if wrong:

@@ -3,8 +3,8 @@
 Between stages an offloaded model has its weights on the host: memory-mapped files in the files' own dtypes, which the
 system drops and reads again as it likes, or whatever tensors it was given. Its own parameters are then on the meta
 device, in the dtypes and memory formats that they have on the device. So code may ask for those at any time, and
-nothing can compute with weights that are not there. A stage begins with copying and casting the weights to the device
-and ends with dropping the copies; nothing is ever copied back.
+nothing can compute with weights that are not there. A stage begins with casting and copying the weights to the device,
+a GPU by way of `Staging`, and ends with dropping the copies; nothing is ever copied back.
 
 The text encoders are not even loaded before there is a prompt to encode, and forgotten after it.
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from kandinsky.runtime.staging import Staging
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.embeddings import TextEmbeddings
 
@@ -102,10 +103,11 @@ class Offloaded:
         assert len(self._slots) == len(weights), "weights that the model does not have"
 
     def begin(self) -> None:
-        for name, slot, weight in self._slots:
-            # Across first, then cast: the device is the faster one at it.
-            tensor = torch.empty_like(slot.empty, device=self.device).copy_(weight.to(self.device))
-            slot.fill(tensor if self._adapt is None else self._adapt(name, tensor))
+        places = ((torch.empty_like(slot.empty, device=self.device), weight) for _, slot, weight in self._slots)
+        with Staging(self.device) as staging:
+            tensors = staging.bring(places) if self.device.type == "cuda" else (x.copy_(w) for x, w in places)
+            for (name, slot, _), tensor in zip(self._slots, tensors, strict=True):
+                slot.fill(tensor if self._adapt is None else self._adapt(name, tensor))
 
     def end(self) -> None:
         for _, slot, _ in self._slots:

@@ -199,21 +199,24 @@ def require_scheme(scheme: str, device: torch.device | None = None) -> None:
             ) from None
 
 
-def quantize_linears(model: nn.Module, layers: Iterable[str], scheme: str) -> Convert:
+def quantize_linears(
+    model: nn.Module, layers: Iterable[str], scheme: str, keep_on: torch.device | None = None
+) -> Convert:
     """Put quantised layers in the place of linear ones and return what turns read tensors into theirs.
 
     model: on the meta device: the new layers have no memory yet, and are to be given theirs by
         load_state_dict(assign=True).
     layers: names of nn.Linear modules.
+    keep_on: where quantised weights shall be; None: where each tensor is that is quantised.
 
     Tensors that the returned function is handed may be a layer's `weight`, which it quantises on the device that it is
     on, or parts of an already quantised one. It raises ValueError for a weight that is not finite.
     """
     require_scheme(scheme)
-    return replace_linears(model, dict.fromkeys(layers, scheme))
+    return replace_linears(model, dict.fromkeys(layers, scheme), keep_on)
 
 
-def replace_linears(model: nn.Module, schemes: Mapping[str, str]) -> Convert:
+def replace_linears(model: nn.Module, schemes: Mapping[str, str], keep_on: torch.device | None = None) -> Convert:
     """`quantize_linears` with a scheme for each layer, GGUF's included; the latter only for what comes in it."""
     parts_of: dict[str, Header] = {}
     for name, scheme in schemes.items():
@@ -243,7 +246,7 @@ def replace_linears(model: nn.Module, schemes: Mapping[str, str]) -> Convert:
         blocks = part.removeprefix("weight_") if part not in parts else ""  # GGUF's, for a layer in a scheme of ours
         if parts and (part == "weight" or blocks in BLOCKS):
             if not results:  # all in a row, before anything that is freed again and would leave holes between them
-                results.update(empty(tensor.device))
+                results.update(empty(keep_on or tensor.device))
             for start in range(0, len(tensor), ROWS):
                 rows = tensor[start : start + ROWS]
                 rows = dequantize_blocks(rows, blocks) if blocks in BLOCKS else rows.float()
@@ -271,7 +274,9 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has NaN or infinite values in it: the file is damaged, download it again")
 
 
-def quantize_dit(dit: nn.Module, header: Header, scheme: str | None) -> Convert | None:
+def quantize_dit(
+    dit: nn.Module, header: Header, scheme: str | None, keep_on: torch.device | None = None
+) -> Convert | None:
     """`quantize_linears` for a DiT and the checkpoint with this header: as that is quantised, else with `scheme`.
 
     Returns None where there is nothing to quantise. Raises ValueError where the checkpoint is quantised otherwise; a
@@ -282,7 +287,8 @@ def quantize_dit(dit: nn.Module, header: Header, scheme: str | None) -> Convert 
     if found == "gguf":
         if scheme is not None:
             require_scheme(scheme)
-        return replace_linears(dit, quantized_layers(header) | (dict.fromkeys(quantizable, scheme) if scheme else {}))
+        schemes = quantized_layers(header) | (dict.fromkeys(quantizable, scheme) if scheme else {})
+        return replace_linears(dit, schemes, keep_on)
     if found is not None:
         if scheme not in (None, found):
             raise ValueError(
@@ -292,7 +298,7 @@ def quantize_dit(dit: nn.Module, header: Header, scheme: str | None) -> Convert 
         return quantize_linears(dit, quantized_layers(header), found)
     if scheme is None:
         return None
-    return quantize_linears(dit, quantizable, scheme)
+    return quantize_linears(dit, quantizable, scheme, keep_on)
 
 
 def quantize_qwen(qwen: nn.Module) -> Convert:
