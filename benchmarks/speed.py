@@ -67,7 +67,7 @@ from kandinsky.loading.assemble import PIPELINES
 from kandinsky.loading.devices import machine_memory
 from kandinsky.loading.dit import load_dit
 from kandinsky.loading.text import load_text_encoders
-from kandinsky.loading.text_encoders import load_image_processor
+from kandinsky.loading.text_files import load_image_processor
 from kandinsky.loading.vae import load_vae
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.vae_flux import AutoencoderKL

@@ -19,12 +19,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -37,8 +40,10 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from kandinsky.models.qwen import Qwen
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.prompts import get_template, prefix_length
+from kandinsky.text.tokenizer import Tokenizer
 
 QWEN_FOLDER, CLIP_FOLDER = "text_encoder", "text_encoder2"
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -62,7 +67,7 @@ def _bpe(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + ([letter + suffix for letter in alphabet] if suffix else [])
 
-    trainer_side = Tokenizer(models.BPE(end_of_word_suffix=suffix))
+    trainer_side = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=suffix))
     trainer_side.normalizer = like.backend_tokenizer.normalizer
     trainer_side.pre_tokenizer = like.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -127,11 +132,13 @@ def make_text_encoders(captions: list[str], out_dir: Path, seed: int, *, images:
             "bos_token_id": None,
             "eos_token_id": qwen_tokenizer.eos_token_id,
             "pad_token_id": None,
+            "dtype": "bfloat16",
         },
         {**TINY_VISION, "out_hidden_size": 128, "initializer_range": 0.125} if images else None,
         qwen_tokenizer,
     )
     clip_config = CLIPTextConfig(
+        architectures=["CLIPTextModel"],
         vocab_size=len(clip_tokenizer),
         hidden_size=128,
         intermediate_size=256,
@@ -150,18 +157,12 @@ def make_text_encoders(captions: list[str], out_dir: Path, seed: int, *, images:
         clip = CLIPTextModel(clip_config)
         if images:  # 1176 numbers come into a patch, and 1 / sqrt of that keeps what comes out near 1
             torch.nn.init.normal_(qwen.visual.patch_embed.proj.weight, std=1176**-0.5)
-    embedder = TextEmbedder(
-        qwen,
-        clip,
-        qwen_tokenizer,
-        clip_tokenizer,
-        qwen_max_length=256,
-        clip_max_length=CLIP_MAX_LENGTH,
-        crop=prefix_length(qwen_tokenizer, get_template(contents[0])),
-        content=contents[0],
-        image_processor=Qwen2VLImageProcessorPil() if images else None,  # its defaults are those published
-    )
-    save_text_encoders(embedder, out_dir)
+    visual = qwen.visual if images else None
+    _write_weights(qwen.language_model if images else qwen, visual, clip, out_dir, torch.bfloat16)
+    for config, folder in ((qwen_config, QWEN_FOLDER), (clip_config, CLIP_FOLDER)):
+        config.save_pretrained(out_dir / folder)
+    if images:
+        Qwen2VLImageProcessorPil().save_pretrained(out_dir / QWEN_FOLDER)  # its defaults are those published
 
 
 def save_text_encoders(embedder: TextEmbedder, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -170,34 +171,45 @@ def save_text_encoders(embedder: TextEmbedder, out_dir: Path, dtype: torch.dtype
     What the embedder does not have, it does not write: one that was loaded without the vision tower would leave a
     folder without it.
     """
-    qwen, language_model = embedder.qwen, embedder.language_model
-    full_config = _full_config(
-        {**language_model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")},
-        qwen.config.vision_config.to_dict() if isinstance(qwen, Qwen2_5_VLModel) else None,
-        embedder.qwen_tokenizer,
-    )
-    clip_config = CLIPTextConfig.from_dict({**embedder.clip.config.to_dict(), "architectures": ["CLIPTextModel"]})
+    visual = embedder.qwen.visual if isinstance(embedder.qwen, Qwen) else None
+    _write_weights(embedder.language_model, visual, embedder.clip, out_dir, dtype)
+    text = asdict(embedder.language_model.config)
+    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
+    text |= {"rope_parameters": rope, "dtype": str(dtype).removeprefix("torch."), "bos_token_id": None}
+    text |= {"eos_token_id": embedder.qwen_tokenizer.eos_token_id}
+    vision = asdict(visual.config) if visual is not None else None
+    clip = asdict(embedder.clip.config) | {"projection_dim": embedder.clip.config.hidden_size}
+    clip |= {name: getattr(embedder.clip_tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    _full_config(text, vision, embedder.qwen_tokenizer).save_pretrained(out_dir / QWEN_FOLDER)
+    CLIPTextConfig(**clip, architectures=["CLIPTextModel"]).save_pretrained(out_dir / CLIP_FOLDER)
+    for folder, tokenizer, name in (
+        (QWEN_FOLDER, embedder.qwen_tokenizer, "Qwen2Tokenizer"),
+        (CLIP_FOLDER, embedder.clip_tokenizer, "CLIPTokenizer"),
+    ):
+        tokenizer.backend.save(str(out_dir / folder / "tokenizer.json"))
+        told = {"tokenizer_class": name, "padding_side": "right", **tokenizer.special}
+        (out_dir / folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
+    if embedder.image_processor is not None:
+        told = {"image_processor_type": "Qwen2VLImageProcessor", **asdict(embedder.image_processor)}
+        (out_dir / QWEN_FOLDER / "preprocessor_config.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _write_weights(
+    language_model: nn.Module, visual: nn.Module | None, clip: nn.Module, out_dir: Path, dtype: torch.dtype
+) -> None:
     # The published names are those of an older transformers: `model.` for the language model, `visual.` for the tower.
     tensors = {f"model.{name}": tensor for name, tensor in language_model.named_parameters()}
-    if isinstance(qwen, Qwen2_5_VLModel):
-        tensors |= {f"visual.{name}": tensor for name, tensor in qwen.visual.named_parameters()}
-    clip_tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in embedder.clip.named_parameters()}
-
-    for folder, named, config, tokenizer in (
-        (out_dir / QWEN_FOLDER, tensors, full_config, embedder.qwen_tokenizer),
-        (out_dir / CLIP_FOLDER, clip_tensors, clip_config, embedder.clip_tokenizer),
-    ):
+    if visual is not None:
+        tensors |= {f"visual.{name}": tensor for name, tensor in visual.named_parameters()}
+    clip_tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in clip.named_parameters()}
+    for folder, named in ((out_dir / QWEN_FOLDER, tensors), (out_dir / CLIP_FOLDER, clip_tensors)):
         folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
         saved = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
         _replace_safetensors(saved, folder / "model.safetensors")
-    if embedder.image_processor is not None:
-        embedder.image_processor.save_pretrained(out_dir / QWEN_FOLDER)
 
 
 def _full_config(
-    text: Mapping[str, Any], vision: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase
+    text: Mapping[str, Any], vision: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase | Tokenizer
 ) -> Qwen2_5_VLConfig:
     """The config of a whole Qwen2.5-VL from its two sections; None where there is no vision tower."""
     return Qwen2_5_VLConfig(

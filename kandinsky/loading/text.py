@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
-import transformers
 
 from kandinsky.checkpoints.files import find_weights
 from kandinsky.config.schema import Config
@@ -96,7 +96,7 @@ def encoder_identity(config: Config, qwen_path: Path, device: torch.device, dtyp
         "dtype": str(dtype),
         "quantization": config.runtime.qwen_quantization,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "versions": [torch.__version__, transformers.__version__],
+        "versions": [torch.__version__, tokenizers.__version__],
     }
 
 

@@ -1,7 +1,7 @@
 """Both text encoders out of their files: Qwen2.5-VL, CLIP, their tokenizers and Qwen's image processor.
 
-Both models come from transformers; only the parts in use are built, and only the tensors of those are read: no lm_head
-(1.1 GB), and the vision tower (1.4 GB) only where pictures are to be seen.
+Only the parts in use are built, and only the tensors of those are read: no lm_head (1.1 GB), and the vision tower (1.4
+GB) only where pictures are to be seen.
 
 Files: a folder with config.json and safetensors (one file, or shards with an index), or a file, also ComfyUI's and of
 Qwen a GGUF one, with config.json beside it or with sizes that say the same; never pickle. Keys may be `model.layers.*`
@@ -17,35 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLModel,
-    Qwen2_5_VLTextConfig,
-    Qwen2_5_VLTextModel,
-)
-from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
 from kandinsky.checkpoints.dit_layout import check_floats, packed_layers, packed_weight, unpacked_shapes
-from kandinsky.checkpoints.encoder_config import CLIP, QWEN, encoder_config
 from kandinsky.checkpoints.files import find_weights, folder_of
 from kandinsky.checkpoints.formats import open_weights, read_weights_header
 from kandinsky.checkpoints.gguf_file import BLOCKS
-from kandinsky.common.given import MISSING, shortened, why_no_file
+from kandinsky.common.given import shortened
 from kandinsky.common.untrusted import reason
+from kandinsky.loading.text_files import load_image_processor, load_tokenizer, read_config
 from kandinsky.loading.weights import unpacked
+from kandinsky.models.clip_text import ClipText, ClipTextConfig
 from kandinsky.models.numerics import aligned
+from kandinsky.models.qwen import Qwen, QwenConfig, QwenText
 from kandinsky.runtime.layer_stream import HostEmbedding, StreamedLayers
 from kandinsky.runtime.offload import slots_of
 from kandinsky.runtime.quantization import replace_linears
@@ -53,15 +40,10 @@ from kandinsky.runtime.staging import on_device
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.prompts import check_prefix, get_template
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
-
-
 # What may stand before a tensor's own name in a file; the longest match wins. Names of the vision tower keep `visual.`.
 _QWEN_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _CLIP_PREFIXES = ("text_model.",)
-AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
-AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 # A model -> (name, tensor as read) -> tensors in its place by name, none where it is to stay as it is.
 Quantize = Callable[[nn.Module], Callable[[str, Tensor], dict[str, Tensor]]]
 
@@ -102,21 +84,16 @@ def load_text_embedder(
     device = torch.device(device)
 
     # Tokenizers first: they are quick to read and quick to be found wrong.
-    qwen_tokenizer = _load_tokenizer(qwen_folder, "tokenizer")
-    clip_tokenizer = _load_tokenizer(clip_folder, "tokenizer_2")
+    qwen_tokenizer = load_tokenizer(qwen_folder, "tokenizer", "qwen")
+    clip_tokenizer = load_tokenizer(clip_folder, "tokenizer_2", "clip")
     check_prefix(qwen_tokenizer, get_template(content), crop)
     image_processor = load_image_processor(qwen_folder) if vision else None
 
     qwen = _load_qwen(qwen_path, vision, device, dtype, quantize, stream)
 
-    clip_config = read_config(CLIPTextConfig, clip_path)
-    clip_config._attn_implementation = "sdpa"
-    clip = _build(clip_path, lambda: CLIPTextModel(clip_config))
+    clip_config = read_config(ClipTextConfig, clip_path)
+    clip = _build(clip_path, lambda: ClipText(clip_config))
     assign_weights(clip, clip_path, _CLIP_PREFIXES, device, torch.float32)
-    for module in clip.modules():
-        if isinstance(module, CLIPTextEmbeddings):
-            positions = torch.arange(clip_config.max_position_embeddings, device=device)[None]
-            module.register_buffer("position_ids", positions, persistent=False)
 
     embedder = TextEmbedder(
         qwen,
@@ -149,34 +126,19 @@ def text_encoder_files(qwen_path: str | Path, clip_path: str | Path) -> list[Pat
 
 def _load_qwen(
     path: Path, vision: bool, device: torch.device, dtype: torch.dtype, quantize: Quantize | None, stream: bool
-) -> Qwen2_5_VLTextModel | Qwen2_5_VLModel:
-    config = read_config(Qwen2_5_VLConfig, path)
-    text_config, vision_config = config.text_config, config.vision_config
-    assert isinstance(text_config, Qwen2_5_VLTextConfig) and isinstance(vision_config, Qwen2_5_VLVisionConfig)
-    for section in (config, text_config, vision_config):
-        section._attn_implementation = "sdpa"
-    qwen = _build(path, lambda: Qwen2_5_VLModel(config) if vision else Qwen2_5_VLTextModel(text_config))
+) -> QwenText | Qwen:
+    config = read_config(QwenConfig, path)
+    qwen: QwenText | Qwen = _build(path, lambda: Qwen(config) if vision else QwenText(config.text_config))
     stream = stream and device.type != "meta"
     if stream and any(packed_layers(read_weights_header(file)) for file in find_weights(path)):
         raise ValueError(f"{path}: quantised layers don't stream: set runtime.stream_encoders=off, or take bfloat16")
     assign_weights(qwen, path, _QWEN_PREFIXES, torch.device("meta") if stream else device, dtype, quantize)
     if stream:
         _stream_layers(qwen, path, device, dtype)
-
-    # Rotary frequencies are no part of a checkpoint and still on meta; whatever the dtype, they are float32.
-    language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
-    rotary_emb = Qwen2_5_VLRotaryEmbedding(text_config).to(device)  # type: ignore[arg-type]
-    for module in list(language_model.modules()):
-        if hasattr(module, "rotary_emb"):  # transformers 4 has one in every layer too, which nothing uses
-            module.rotary_emb = rotary_emb
-    if isinstance(qwen, Qwen2_5_VLModel):
-        set_vision_frequencies(qwen.visual, vision_config, device)
     return qwen
 
 
-def _stream_layers(
-    qwen: Qwen2_5_VLTextModel | Qwen2_5_VLModel, path: Path, device: torch.device, dtype: torch.dtype
-) -> None:
+def _stream_layers(qwen: QwenText | Qwen, path: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Have a Qwen on the meta device run with its layers left in their file, and everything else on the device."""
     headers = {file: read_weights_header(file) for file in find_weights(path)}
     places = {_own_name(key, _QWEN_PREFIXES): (file, key) for file, header in headers.items() for key in header}
@@ -191,44 +153,16 @@ def _stream_layers(
         own_name = _own_name(name, _QWEN_PREFIXES)
         if own_name in places and not own_name.startswith(("layers.", "visual.blocks.", "embed_tokens.")):
             slot.fill(aligned(read(own_name).to(device).to(dtype)))
-    language_model = qwen.language_model if isinstance(qwen, Qwen2_5_VLModel) else qwen
+    language_model = qwen.language_model if isinstance(qwen, Qwen) else qwen
     embeddings = HostEmbedding(read("embed_tokens.weight"), device, dtype)
-    language_model.embed_tokens = embeddings
+    language_model.embed_tokens = embeddings  # type: ignore[assignment]
     language_model.layers = StreamedLayers(language_model.layers, read, "layers.", device)
-    if isinstance(qwen, Qwen2_5_VLModel):
+    if isinstance(qwen, Qwen):
         qwen.visual.blocks = StreamedLayers(qwen.visual.blocks, read, "visual.blocks.", device)
 
 
-def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
-    """A published config.json as transformers has it; of a single file without one, what its shapes say.
-
-    Raises ValueError for one that it can't be, naming the file.
-    """
-    file = folder_of(path) / "config.json"
-    _require_files(file.parent)
-    values = encoder_config(path, QWEN if kind is Qwen2_5_VLConfig else CLIP)
-    tensors = sum(len(read_weights_header(weights)) for weights in find_weights(path))
-    for section in (values, *(part for part in values.values() if isinstance(part, dict))):
-        for name in ("num_hidden_layers", "depth"):
-            if isinstance(number := section.get(name), int) and number > tensors:
-                raise ValueError(
-                    f"{file}: {name} is {shortened(str(number))}, and the weights have {tensors} tensors in all"
-                )
-    try:
-        return kind.from_pretrained(file.parent, local_files_only=True) if file.is_file() else kind(**values)
-    except Exception as error:  # wrong values show as any of a dozen types
-        raise ValueError(f"{file}: damaged, or another model's ({reason(error)}); download it again") from None
-
-
-def _require_files(folder: Path) -> None:
-    """Raise ValueError for a pipe or its like in a folder: transformers opens whatever has a name that it knows."""
-    for path in folder.iterdir():
-        if not path.is_dir() and (why := why_no_file(path)) not in (None, MISSING):
-            raise ValueError(f"{path}: {why}")
-
-
 def _build(path: Path, make: Callable[[], AnyModel]) -> AnyModel:
-    """A model of transformers without memory. Raises ValueError where its config has sizes that can't be."""
+    """A model without memory. Raises ValueError where its config has sizes that can't be."""
     try:
         with torch.device("meta"):
             return make()
@@ -236,57 +170,6 @@ def _build(path: Path, make: Callable[[], AnyModel]) -> AnyModel:
         raise ValueError(
             f"{folder_of(path) / 'config.json'}: no model can be built from it ({reason(error)}); download it again"
         ) from None
-
-
-def set_vision_frequencies(visual: nn.Module, config: Qwen2_5_VLVisionConfig, device: torch.device) -> None:
-    """Give a vision tower its rotary frequencies, which are no part of a checkpoint.
-
-    Half of a head's channels turn with the row of a patch, half with its column. No published config names the base,
-    and what the module wants to be built from depends on the transformers version: so the numbers are set.
-    """
-    channels = config.hidden_size // config.num_heads // 2
-    frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
-    rotary: Any = visual.rotary_pos_emb
-    for name, _ in list(rotary.named_buffers()):
-        rotary.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
-
-
-def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
-    """How Qwen cuts pictures into patches. Not its whole processor: that needs torchvision, for videos."""
-    for candidate in (folder, folder.parent / "tokenizer"):
-        if (candidate / "preprocessor_config.json").is_file():
-            _require_files(candidate)
-            # The one that works with PIL and numpy has another name in transformers 5.
-            name = "Qwen2VLImageProcessorPil"
-            processor: Any = getattr(transformers, name if hasattr(transformers, name) else "Qwen2VLImageProcessor")
-            try:
-                return processor.from_pretrained(candidate, local_files_only=True)
-            except Exception as error:  # as with the tokenizer
-                raise ValueError(
-                    f"preprocessor_config.json in {candidate} is damaged ({reason(error)}); download it again"
-                ) from None
-    raise ValueError(
-        f"no preprocessor_config.json for {folder}, neither in it nor in {folder.parent / 'tokenizer'}: without it "
-        "pictures cannot be shown to Qwen. Download that file of Qwen2.5-VL into one of them"
-    )
-
-
-def _load_tokenizer(folder: Path, sibling: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in the encoder's folder or, as diffusers repositories have it, in a folder beside it."""
-    for candidate in (folder, folder.parent / sibling):
-        if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
-            _require_files(candidate)
-            try:
-                # Never code from the folder: without the word False, transformers would ask at the terminal whether to.
-                return AutoTokenizer.from_pretrained(candidate, local_files_only=True, trust_remote_code=False)
-            except Exception as error:  # a damaged file shows as any of a dozen types, none of which names the file
-                raise ValueError(
-                    f"the tokenizer in {candidate} is damaged ({reason(error)}); download its files again"
-                ) from None
-    raise ValueError(
-        f"no tokenizer for {folder}: neither it nor {folder.parent / sibling} has a tokenizer.json or a vocab.json; "
-        "download the model's tokenizer files into one of them"
-    )
 
 
 def _own_name(key: str, prefixes: Sequence[str]) -> str:
@@ -311,7 +194,7 @@ def assign_weights(
     quantize: Quantize | None = None,
 ) -> None:
     """Give a model on the meta device its tensors from a folder or file, reading none that it does not have."""
-    # Whether the model's own names carry a prefix depends on the transformers version, so both sides lose it.
+    # The model's own names carry a prefix where it has two parts, so both sides lose it.
     wanted = {_own_name(name, prefixes): (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     headers = {file: read_weights_header(file, keep_fp8=quantize is None) for file in find_weights(path)}
     packed = {}  # layers of the model that the files have quantised -> their schemes

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from kandinsky.checkpoints.encoder_config import QWEN, encoder_config
 from kandinsky.checkpoints.files import find_weights, folder_of, has_tied_head
 from kandinsky.checkpoints.formats import read_weights_header
-from kandinsky.loading.text_encoders import assign_weights, load_image_processor, read_config, set_vision_frequencies
+from kandinsky.loading.text_encoders import assign_weights
+from kandinsky.loading.text_files import load_image_processor, read_config
+from kandinsky.models.qwen import Qwen, QwenConfig
+from kandinsky.models.qwen_vision import QwenVision
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.generator import TextGenerator
 
@@ -40,27 +41,25 @@ def load_text_generator(embedder: TextEmbedder, path: str | Path, *, vision: boo
         raise ValueError(f"{path} has no {HEAD}: this Qwen can read but not write, so it expands no prompts")
     language_model = embedder.language_model
     weight = language_model.norm.weight  # the embeddings may lie on the host
-    config: Any = read_config(Qwen2_5_VLConfig, path)
-    for section in (config, config.text_config, config.vision_config):
-        section._attn_implementation = "sdpa"
+    config = read_config(QwenConfig, path)
+    sizes = config.text_config
     with torch.device("meta"):
-        model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    model.model.language_model = language_model
-    if model.config.tie_word_embeddings:
+        head = nn.ModuleDict({"lm_head": nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)})
+    if config.tie_word_embeddings:
         table = language_model.embed_tokens.weight
         is_shared = isinstance(table, nn.Parameter)  # of an encoder that streams it lies on the host, in the file
-        model.lm_head.weight = table if is_shared else nn.Parameter(table.to(weight.device, weight.dtype), False)
+        shared = table if is_shared else nn.Parameter(table.to(weight.device, weight.dtype), False)
+        head["lm_head"].weight = shared
     else:
-        head = nn.ModuleDict({"lm_head": model.lm_head})
-        assign_weights(head, path, (), weight.device, weight.dtype)
-        model.lm_head = head["lm_head"]  # another one where the file has it quantised
-    own_visual = getattr(embedder.qwen, "visual", None)
-    if own_visual is not None:
-        model.model.visual = own_visual
-    elif vision:
-        assign_weights(model.model.visual, path, VISION_PREFIXES, weight.device, weight.dtype)
-        set_vision_frequencies(model.model.visual, config.vision_config, weight.device)
-    else:
-        model.model.visual = None
+        assign_weights(
+            head, path, (), weight.device, weight.dtype
+        )  # and another module where the file has it quantised
+    visual = embedder.qwen.visual if isinstance(embedder.qwen, Qwen) else None
+    if visual is None and vision:
+        with torch.device("meta"):
+            visual = QwenVision(config.vision_config)
+        assign_weights(visual, path, VISION_PREFIXES, weight.device, weight.dtype)
+        visual.eval().requires_grad_(False)
     processor = embedder.image_processor or (load_image_processor(folder_of(path)) if vision else None)
-    return TextGenerator(model.eval().requires_grad_(False), embedder.qwen_tokenizer, processor)
+    head.eval().requires_grad_(False)
+    return TextGenerator(config, language_model, head["lm_head"], visual, embedder.qwen_tokenizer, processor)

@@ -338,7 +338,7 @@ def versions() -> dict[str, str]:
     from kandinsky import __version__
 
     found = {"kandinsky": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "imageio-ffmpeg"):
+    for package in ("torch", "tokenizers", "numpy", "imageio-ffmpeg"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

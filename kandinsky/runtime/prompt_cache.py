@@ -19,8 +19,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
 import torch
-import transformers
 
 from kandinsky import __version__
 from kandinsky.common.writing import remove_leftovers
@@ -126,7 +126,7 @@ class PromptCache:
         facts = {
             **self.identity,
             "format": FORMAT,
-            "versions": [__version__, torch.__version__, transformers.__version__],
+            "versions": [__version__, torch.__version__, tokenizers.__version__],
             # How a sum is split over threads moves its last bits.
             "device": [self.device.type, torch.get_num_threads() if self.device.type == "cpu" else None],
             "template": [template.text, template.per_image, template.end, template.crop],

@@ -10,25 +10,18 @@ This module does not know files, which device there is, or what the embeddings a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextModel,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLModel,
-    Qwen2_5_VLTextModel,
-)
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from kandinsky.common.limits import MAX_TEXT_TOKENS
+from kandinsky.models.clip_text import ClipText
 from kandinsky.models.numerics import require_finite
+from kandinsky.models.qwen import Qwen, QwenConfig, QwenText
 from kandinsky.text.embeddings import TextEmbeddings
+from kandinsky.text.patches import ImageProcessor
 from kandinsky.text.prompts import (
     IMAGE_TOKEN,
     check_prefix,
@@ -37,15 +30,13 @@ from kandinsky.text.prompts import (
     prefix_length,
     tokenize_prompts,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+from kandinsky.text.tokenizer import Tokenizer
 
 
 class TextEmbedder(nn.Module):
     """Prompts (and pictures) in, `TextEmbeddings` out.
 
-    Move it with `.to(device)`, never to another dtype: Qwen's rotary frequencies and all of CLIP stay float32.
+    Move it with `.to(device)`, never to another dtype: CLIP stays float32.
 
     Args:
         qwen: Qwen2.5-VL without its head: the language model alone, or with its vision tower.
@@ -59,16 +50,16 @@ class TextEmbedder(nn.Module):
 
     def __init__(
         self,
-        qwen: Qwen2_5_VLTextModel | Qwen2_5_VLModel,
-        clip: CLIPTextModel,
-        qwen_tokenizer: PreTrainedTokenizerBase,
-        clip_tokenizer: PreTrainedTokenizerBase,
+        qwen: QwenText | Qwen,
+        clip: ClipText,
+        qwen_tokenizer: Tokenizer,
+        clip_tokenizer: Tokenizer,
         *,
         qwen_max_length: int | None,
         clip_max_length: int,
         crop: int | None = None,
         content: str = "video",
-        image_processor: Qwen2VLImageProcessorPil | None = None,
+        image_processor: ImageProcessor | None = None,
     ) -> None:
         super().__init__()
         if clip_max_length > clip.config.max_position_embeddings:
@@ -80,7 +71,7 @@ class TextEmbedder(nn.Module):
         self.clip = clip
         _check_vocabulary("Qwen", qwen_tokenizer, self.language_model)
         _check_vocabulary("CLIP", clip_tokenizer, clip)
-        if isinstance(qwen, Qwen2_5_VLModel):
+        if isinstance(qwen, Qwen):
             _check_vision(qwen.config, qwen_tokenizer, image_processor)
         template = get_template(content)
         check_prefix(qwen_tokenizer, template, crop)
@@ -94,9 +85,9 @@ class TextEmbedder(nn.Module):
         self._crops = {content: template.crop if crop is None else crop}
 
     @property
-    def language_model(self) -> Qwen2_5_VLTextModel:
+    def language_model(self) -> QwenText:
         """Qwen without its vision tower, whether it has one or not."""
-        return self.qwen.language_model if isinstance(self.qwen, Qwen2_5_VLModel) else self.qwen
+        return self.qwen.language_model if isinstance(self.qwen, Qwen) else self.qwen
 
     def crop(self, content: str) -> int:
         """How many leading hidden states are dropped with this template (checked the first time)."""
@@ -161,7 +152,7 @@ class TextEmbedder(nn.Module):
                 raise ValueError(f"the {content!r} prompt template takes no pictures; give none, or edit an image")
             tokens = tokenize_prompts(self.qwen_tokenizer, prompts, template, max_length, crop)
             qwen_ids = torch.tensor(tokens.input_ids, device=device)  # (B, prefix + L)
-            hidden_states = self.language_model(input_ids=qwen_ids, use_cache=False).last_hidden_state
+            hidden_states = self.language_model(qwen_ids)
         text_embeds = hidden_states[:, crop:]  # (B, L, in_text_dim)
         text_mask = torch.tensor(tokens.attention_mask, dtype=torch.bool)[:, crop:]  # (B, L)
 
@@ -169,7 +160,7 @@ class TextEmbedder(nn.Module):
             list(prompts), padding="max_length", truncation=True, max_length=self.clip_max_length
         )["input_ids"]
         clip_ids = torch.tensor(clip_rows, device=device)  # (B, clip_max_length)
-        pooled_embeds = self.clip(input_ids=clip_ids).pooler_output  # (B, in_text_dim2)
+        pooled_embeds = self.clip(clip_ids)[1]  # (B, in_text_dim2)
         return TextEmbeddings(text_embeds, pooled_embeds, None if text_mask.all() else text_mask.to(device))
 
     def _preprocess(
@@ -191,14 +182,11 @@ class TextEmbedder(nn.Module):
 
     def _see(self, qwen_ids: Tensor, pixels: dict[str, Tensor]) -> Tensor:
         """Hidden states (B, L, D) of text with pictures in it."""
-        assert isinstance(self.qwen, Qwen2_5_VLModel)
-        inputs = {name: tensor.to(qwen_ids.device) for name, tensor in pixels.items()}
-        if "mm_token_type_ids" in inspect.signature(self.qwen.forward).parameters:  # which transformers 4 works out
-            inputs["mm_token_type_ids"] = (qwen_ids == self.qwen.config.image_token_id).int()
-        return self.qwen(input_ids=qwen_ids, use_cache=False, **inputs).last_hidden_state
+        assert isinstance(self.qwen, Qwen)
+        return self.qwen(qwen_ids, **{name: tensor.to(qwen_ids.device) for name, tensor in pixels.items()})
 
 
-def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def _check_vocabulary(name: str, tokenizer: Tokenizer, model: QwenText | ClipText) -> None:
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the {name} tokenizer knows {len(tokenizer)} tokens, but its model only {model.config.vocab_size}; "
@@ -206,12 +194,9 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreT
         )
 
 
-def _check_vision(
-    config: Qwen2_5_VLConfig, tokenizer: PreTrainedTokenizerBase, processor: Qwen2VLImageProcessorPil | None
-) -> None:
+def _check_vision(config: QwenConfig, tokenizer: Tokenizer, processor: ImageProcessor | None) -> None:
     assert processor is not None, "a vision tower needs an image processor"
     vision = config.vision_config
-    assert isinstance(vision, Qwen2_5_VLVisionConfig)
     expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     found = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
     if found != expected:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as a writer: an answer to a message, with pictures or without. Generation itself is transformers'.
+"""Qwen2.5-VL as a writer: an answer to a message, with pictures or without, a token at a time.
 
 Knows nothing of files, nor of what is written and why.
 """
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from torch import Tensor, nn
 
+from kandinsky.models.qwen import KeysValues, QwenConfig, QwenText, with_pictures
+from kandinsky.models.qwen_vision import QwenVision
 from kandinsky.text.prompts import IMAGE_TOKEN
 
 CHAT = (
@@ -25,10 +27,26 @@ REPETITION_PENALTY = 1.05
 
 
 class TextGenerator:
-    """Writes an answer to a message, with pictures or without."""
+    """Writes an answer to a message, with pictures or without.
 
-    def __init__(self, model: Any, tokenizer: Any, image_processor: Any) -> None:
-        self.model = model
+    Args:
+        head: hidden states -> a number for each token of the vocabulary.
+        visual: the vision tower; None where it is shown no pictures.
+    """
+
+    def __init__(
+        self,
+        config: QwenConfig,
+        language_model: QwenText,
+        head: nn.Module,
+        visual: QwenVision | None,
+        tokenizer: Any,
+        image_processor: Any,
+    ) -> None:
+        self.config = config
+        self.language_model = language_model
+        self.head = head
+        self.visual = visual
         self.tokenizer = tokenizer
         self.image_processor = image_processor
 
@@ -40,36 +58,47 @@ class TextGenerator:
 
         Args:
             images: RGB pictures that the message begins with.
-            seed: of the sampling; the global generators are left as they are.
+            seed: of the sampling, which decides between tokens that are equally likely; the global generators are left
+                as they are.
         """
-        device = self.model.model.language_model.norm.weight.device
-        inputs: dict[str, Any] = {}
-        slots = ""
+        device = self.language_model.norm.weight.device
+        pixels, slots = {}, ""
         if images:
             pixels = self.image_processor(images=list(images), return_tensors="pt")
-            inputs = {name: pixels[name].to(device) for name in ("pixel_values", "image_grid_thw")}
             for grid in pixels["image_grid_thw"]:
                 tokens = int(grid.prod()) // self.image_processor.merge_size**2
                 slots += IMAGE.replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens)
         message = CHAT.format(images=slots, text=text.replace(IMAGE_TOKEN, ""))
-        input_ids = torch.tensor(self.tokenizer([message])["input_ids"], device=device)
-        inputs |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        if images:
-            inputs["mm_token_type_ids"] = (input_ids == self.model.config.image_token_id).int()
+        ids = torch.tensor(self.tokenizer([message])["input_ids"], device=device)  # (1, N)
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=TEMPERATURE,
-            repetition_penalty=REPETITION_PENALTY,
-            eos_token_id=end,
-            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-        )
         forked = (
             {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
         )
         with torch.random.fork_rng(**forked):
             torch.manual_seed(seed)
-            output = self.model.generate(**inputs, generation_config=settings)[0, input_ids.shape[1] :]
-        answer = self.tokenizer.decode(output, skip_special_tokens=True)
-        return str(answer), bool(output[-1] == end)
+            answer = self._write(ids, {name: tensor.to(device) for name, tensor in pixels.items()}, end, max_new_tokens)
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)), answer[-1] == end
+
+    def _write(self, ids: Tensor, pixels: dict[str, Tensor], end: int, max_new_tokens: int) -> list[int]:
+        """Tokens (at least one) that follow ids (1, N), up to `end`."""
+        if pixels:
+            assert self.visual is not None
+            x, positions = with_pictures(self.language_model, self.visual, self.config, ids, **pixels)
+        else:
+            x = self.language_model.embed_tokens(ids)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
+        following = positions.max() + 1
+        cache, answer = KeysValues(), []
+        for turn in range(max_new_tokens):
+            states = self.language_model.run(x, positions, cache)
+            scores = self.head(states[:, -1]).float()  # (1, vocabulary)
+            said = scores.gather(1, ids)
+            scores = scores.scatter(1, ids, torch.where(said < 0, said * REPETITION_PENALTY, said / REPETITION_PENALTY))
+            token = torch.multinomial((scores / TEMPERATURE).softmax(-1), 1)  # (1, 1)
+            answer.append(int(token))
+            if answer[-1] == end:
+                break
+            ids = torch.cat((ids, token), dim=1)
+            x = self.language_model.embed_tokens(token)
+            positions = (following + turn).expand(3, 1, 1)
+        return answer

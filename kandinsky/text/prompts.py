@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from kandinsky.text.tokenizer import Tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -86,12 +86,12 @@ def render(template: PromptTemplate, prompt: str, image_tokens: Sequence[int] = 
     return before + prompt + after + images + template.end
 
 
-def prefix_length(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> int:
+def prefix_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
     """How many tokens this tokenizer puts before the prompt."""
     return len(tokenizer([template.prefix])["input_ids"][0])
 
 
-def check_prefix(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, crop: int | None = None) -> None:
+def check_prefix(tokenizer: Tokenizer, template: PromptTemplate, crop: int | None = None) -> None:
     """Check that cutting `crop` tokens cuts what the checkpoint was trained without.
 
     With the published crop (None) the prefix must have its published length; with one from a config, exactly that one.
@@ -119,7 +119,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     template: PromptTemplate,
     max_length: int | None,

@@ -21,8 +21,9 @@ from kandinsky.common.untrusted import MAX_DEPTH, home_path, is_plain_name, pars
 from kandinsky.config.reading import load_config
 from kandinsky.config.schema import DiTConfig
 from kandinsky.loading.dit import load_dit
-from kandinsky.loading.text_encoders import read_config
+from kandinsky.loading.text_files import read_config
 from kandinsky.loading.vae import known_arguments, load_vae
+from kandinsky.models.qwen import QwenConfig
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.outputs.preview import load_latent_rgb
 from kandinsky.planning.weights import models
@@ -311,13 +312,11 @@ def test_fuzz_configs_of_models(tmp_path: Path) -> None:
     for name in ("model.safetensors",):
         (tmp_path / name).symlink_to((qwen / name).resolve())
 
-    from transformers import Qwen2_5_VLConfig
-
     def case(rng: Random) -> None:
         file.write_bytes(spoiled_json(rng, real if rng.random() < 0.3 else CONFIG))
         clearly_refused(lambda: known_arguments(AutoencoderKL, file))
         clearly_refused(lambda: models(config, {"qwen": tmp_path, "vae": tmp_path}, 2))
-        read_config(Qwen2_5_VLConfig, tmp_path)
+        read_config(QwenConfig, tmp_path)
 
     fuzz(case)
 

@@ -113,7 +113,7 @@ def test_other_software_other_threads_other_entry(tmp_path: Path, monkeypatch: p
         with monkeypatch.context() as patch:
             patch.setattr(prompt_cache, name, value)
             paths.add(cache.path("a", "video"))
-    for module in ("torch", "transformers"):
+    for module in ("torch", "tokenizers"):
         with monkeypatch.context() as patch:
             patch.setattr(f"{module}.__version__", "99")
             paths.add(cache.path("a", "video"))

@@ -95,10 +95,11 @@ def test_global_generators_are_left_alone(folder: Path, monkeypatch: pytest.Monk
 def test_weights_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     let_any_prefix_be(monkeypatch)
     encoders = embedder(folder, True)
-    model = load_text_generator(encoders, folder, vision=True).model
-    assert model.model.language_model is encoders.language_model
-    assert model.model.visual is encoders.qwen.visual
-    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    generator = load_text_generator(encoders, folder, vision=True)
+    assert generator.language_model is encoders.language_model
+    assert generator.visual is encoders.qwen.visual
+    parts = (generator.language_model, generator.visual, generator.head)
+    assert all(parameter.device.type == "cpu" for part in parts for parameter in part.parameters())
 
 
 def test_who_can_write(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,4 +113,4 @@ def test_who_can_write(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert can_generate(tied)
     encoders = embedder(tied, False)
-    assert load_text_generator(encoders, tied).model.lm_head.weight is encoders.language_model.embed_tokens.weight
+    assert load_text_generator(encoders, tied).head.weight is encoders.language_model.embed_tokens.weight
