@@ -146,6 +146,8 @@ def interrupted(stop: KeyboardInterrupt, args: argparse.Namespace, words: Sequen
     elif isinstance(stop, Kept) and args.prompts_file is None:
         launcher = "python" if launch.size == 1 else f"torchrun --nproc-per-node {launch.size}"
         how = f"{stop}; go on with: {launcher} test.py {stop.flags}"
+    elif str(args.prompts_file) == "-":
+        how = "what was made is there; the same lines with --resume go on with the others"
     elif args.prompts_file is not None:
         kept = f"{stop}; " if isinstance(stop, Kept) else ""
         same = f": python test.py {join(words if args.resume else [*words, '--resume'])}"

@@ -32,7 +32,6 @@ from kandinsky.runtime.offload import Offloaded, Part, take_weights
 from kandinsky.runtime.parallel import DistributedTeam
 from kandinsky.runtime.prompt_cache import fingerprint
 from kandinsky.runtime.quantization import quantize_dit
-from kandinsky.runtime.sharding import load_shards, shard
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,8 @@ def load_sharded_dit(
     path: str | Path, params: DiTConfig, device: torch.device, dtype: torch.dtype, team: DistributedTeam
 ) -> DiffusionTransformer3D:
     """A DiT of which each process of a sequence has a part of the weights. Errors are those of `load_dit`."""
+    from kandinsky.runtime.sharding import load_shards, shard  # FSDP takes a second to import
+
     files = find_weights(path)
     header = {name: entry for file in files for name, entry in read_weights_header(file).items()}
     try:

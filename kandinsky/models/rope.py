@@ -33,9 +33,26 @@ class RotaryTable:
         """The same as complex numbers of length 1, made once."""
         return torch.complex(self.cos, self.sin)
 
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], RotaryTable]:
+        return {}
+
     def of(self, tokens: slice) -> RotaryTable:
-        """The part of the table that belongs to some of the tokens."""
-        return RotaryTable(self.cos[tokens], self.sin[tokens])
+        """The part of the table that belongs to some of the tokens: views, made once, so that its `rotations` are too.
+
+        tokens: from one to another, like slice(0, 64); their numbers are what the part is remembered by.
+        """
+        if torch.compiler.is_compiling():  # nothing to be remembered: a graph has no state
+            return RotaryTable(self.cos[tokens], self.sin[tokens])
+        begin, end, _ = tokens.indices(len(self.cos))
+        if (begin, end) == (0, len(self.cos)):
+            return self
+        if (begin, end) not in self._parts:
+            part = RotaryTable(self.cos[tokens], self.sin[tokens])
+            if has_complex(self.cos.device):
+                vars(part)["rotations"] = self.rotations[tokens]
+            self._parts[begin, end] = part
+        return self._parts[begin, end]
 
 
 def axis_angles(length: int, dim: int, device: torch.device | str, scale: float = 1.0) -> Tensor:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+PROMPTS_AT_ONCE = 64  # are encoded before the first of them is denoised: 130 MB of embeddings
 ATTEMPTS = 3  # at a prompt on Ray whose actor dies, before it counts as failed
 FOREVER = timedelta(days=365)  # ranks finish hours apart
 
@@ -77,6 +78,7 @@ def resolve_jobs(
     *,
     image: Path | None = None,
     seed: int | None = None,
+    job_of: dict[str, Job] | None = None,
     **wishes: Any,
 ) -> list[Job]:
     """What each row comes to, all of them checked; makes the folders of the outputs.
@@ -87,6 +89,7 @@ def resolve_jobs(
         image: for the rows that name none.
         seed: of the first row that says nothing else; later rows count up from it. None: from the row's number and
             words, so that the same file gives the same outputs.
+        job_of: earlier rows by their outputs' names, of which no row may take one; these rows are added.
         wishes: of all rows, those of `resolve_request`; a row's own values stand over them.
 
     Raises RowMistakes with everything that is wrong in any row.
@@ -94,7 +97,7 @@ def resolve_jobs(
     sizes: dict[Path, tuple[int, int]] = {}
     jobs: list[Job] = []
     mistakes: dict[int, str] = {}  # by row
-    job_of: dict[str, Job] = {}
+    job_of = {} if job_of is None else job_of
     for row in rows:
         try:
             job = _plan(config, path.parent, row, folder, image, seed, wishes, sizes)
@@ -192,12 +195,28 @@ def run_in_turn(
 ) -> Iterator[Outcome]:
     """Make the outputs, and tell of each when it is there or has failed. A failure costs one output, never the others.
 
-    All prompts are encoded before the first is denoised: an offloaded text encoder is loaded once and not for each.
-    Their embeddings wait in host memory, about 2 MB a prompt. Where it is interrupted, the running output's steps are
-    kept (see `Pipeline.generate`), and `resume` goes on with them.
+    `PROMPTS_AT_ONCE` prompts are encoded before the first of them is denoised: an offloaded text encoder is loaded once
+    for all of them, and the first output of a long file doesn't wait for its end. Their embeddings wait in host memory,
+    about 2 MB a prompt. Where it is interrupted, the running output's steps are kept (see `Pipeline.generate`), and
+    `resume` goes on with them.
     """
-    encoded: dict[int, tuple[Request, Inputs]] = {}
     negatives: dict[object, TextEmbeddings] = {}
+    for first in range(0, len(jobs), PROMPTS_AT_ONCE):
+        window = jobs[first : first + PROMPTS_AT_ONCE]
+        yield from _run_window(pipeline, window, (first, len(jobs)), negatives, progress, resume)
+
+
+def _run_window(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    place: tuple[int, int],
+    negatives: dict[object, TextEmbeddings],
+    progress: bool,
+    resume: bool,
+) -> Iterator[Outcome]:
+    """Encode these jobs, then make them; `place` is how many came before and how many there are in all."""
+    encoded: dict[int, tuple[Request, Inputs]] = {}
+    before, total = place
     begun = {job.row.number: rest for job in jobs if resume and (rest := _begun(pipeline, job, progress))}
     with pipeline.placement.use("text_embedder"):
         for job in jobs:
@@ -207,10 +226,10 @@ def run_in_turn(
                 encoded[job.row.number] = _encode(pipeline, job, negatives)
             except Exception as error:
                 yield Outcome(job, _reason(error))
-    for position, job in enumerate(jobs, 1):
+    for position, job in enumerate(jobs, before + 1):
         if job.row.number not in encoded and job.row.number not in begun:
             continue
-        logger.info("%d of %d, %s: %s", position, len(jobs), job.row, job.request.samples[0].text)
+        logger.info("%d of %d, %s: %s", position, total, job.row, job.request.samples[0].text)
         try:
             if job.row.number in begun:
                 begun[job.row.number]()

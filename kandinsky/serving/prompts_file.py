@@ -2,7 +2,7 @@
 
 A .txt file has a prompt a line; a .csv or .tsv file names its columns in the first line, and has commas, semicolons or
 tabs between them; a .jsonl file has an object a line; a .yaml file is a list of them. What is wrong is told row by row,
-and of many rows the first.
+and of many rows the first. From a stream come lines of .txt and of .jsonl, each a row as soon as it is there.
 Knows columns and their types; what they mean is for batch.py to say.
 """
 
@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,28 @@ def first_of(lines: Sequence[str]) -> list[str]:
     """The first `MOST_TOLD` of many lines, and one that says how many more there are."""
     more = len(lines) - MOST_TOLD
     return [*lines[:MOST_TOLD], f"... and {more:,} more rows"] if more > 0 else list(lines)
+
+
+STREAM = Path("-")  # in place of a file: standard input
+
+
+def read_stream(lines: Iterable[bytes]) -> Iterator[Row | str]:
+    """Rows of a stream, each when its line is there, or what is wrong with it: a prompt, or an object as in a .jsonl."""
+    number = 0
+    for line, content in enumerate(lines, 1):
+        if not content.strip():
+            continue
+        number += 1
+        try:
+            text = content.decode("utf-8-sig")
+            reader = _read_jsonl if text.lstrip().startswith("{") else _read_txt
+            [(_, given)] = reader(STREAM, text.strip())
+            if isinstance(given, str):
+                raise ValueError(given)
+            filled = {name: given[name] for name in COLUMNS if given.get(name) not in (None, "")}
+            yield Row(number, line, _typed(filled))
+        except ValueError as error:  # UnicodeDecodeError is one
+            yield f"line {line}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error}"
 
 
 def read_prompts(path: str | Path) -> list[Row]:

@@ -263,6 +263,15 @@ def test_light_modules_load_no_torch(room: str) -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_loading_imports_only_what_a_request_needs() -> None:
+    """A second of start-up each: FSDP, the compiler and what both do arithmetic with, other people's models."""
+    heavy = "{'transformers', 'diffusers', 'sympy', 'torch._dynamo', 'torch.distributed.fsdp', 'pandas', 'gguf'}"
+    code = f"import sys, kandinsky.loading.assemble; print(sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+
+
 def test_public_api() -> None:
     import kandinsky
     from kandinsky.config.reading import load_config

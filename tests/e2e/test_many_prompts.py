@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +48,42 @@ def run(cli: ModuleType, tiny: Path, capsys: pytest.CaptureFixture[str], caplog:
 
 def facts_of(path: Path) -> dict:
     return json.loads(path.with_suffix(".json").read_text())
+
+
+# ----------------------------------------------------------------------------------------------------- standard input
+
+
+def test_lines_of_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is made before the next is read, by one pipeline; what can't be is told, and costs nothing else."""
+    from kandinsky.loading import assemble
+
+    loaded, seen = [], []
+    load = assemble.load_pipeline
+    monkeypatch.setattr(assemble, "load_pipeline", lambda *a, **k: loaded.append(1) or load(*a, **k))
+
+    def lines() -> Iterator[bytes]:
+        yield b"a red circle\n"
+        seen.append(sorted(path.name for path in tmp_path.glob("*.png")))
+        yield b"\n"
+        yield b'{"prompt": "a blue square", "seed": 7, "output": "square.png"}\n'
+        seen.append(sorted(path.name for path in tmp_path.glob("*.png")))
+        yield b'{"prompt": "a blue square", "output": "square.png"}\n'
+        yield b"{not json\n"
+        yield b"\xff\xfe\n"
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=lines()))
+    words = (*T2V, "--sample_steps", 1, "--output_dir", tmp_path, "--prompts_file", "-")
+    code, outputs, said = run(*words)
+    assert code == 1 and loaded == [1] and len(outputs) == 2 and outputs[1].name == "square.png"
+    assert seen == [[outputs[0].name], [outputs[0].name, "square.png"]]
+    assert "line 5: not readable as JSON" in said and "line 6: not UTF-8" in said and "3 prompts failed" in said
+    assert "of row 2 (line 3) as well" in said
+    assert facts_of(outputs[1])["seed"] == 7
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=iter([b"a red circle\n"])))
+    assert run(*words, "--resume")[:2] == (0, [])
+    code, _, said = run(*words, "--ray_address", "local")
+    assert code == 2 and "standard input" in said
 
 
 # ------------------------------------------------------------------------------------------------------------- in turn

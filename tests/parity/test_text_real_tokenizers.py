@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from kandinsky.loading.text_encoders import _QWEN_PREFIXES, _own_name, load_text_embedder
+from kandinsky.loading.text_files import load_tokenizer
 from kandinsky.text.embedder import TextEmbedder
 from kandinsky.text.prompts import check_prefix, default_negative_caption, get_template, prefix_length, tokenize_prompts
 
@@ -207,6 +208,22 @@ def test_the_published_index_has_every_tensor_and_none_besides_the_head(hub_layo
     wanted = {_own_name(name, _QWEN_PREFIXES) for name, _ in qwen.named_parameters()}
     assert {_own_name(key, _QWEN_PREFIXES) for key in index["weight_map"]} - wanted == {"lm_head.weight"}
     assert wanted <= {_own_name(key, _QWEN_PREFIXES) for key in index["weight_map"]}
+
+
+def test_ours_equal_the_published(hub_layout: Path, qwen_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Qwen's from vocab.json and merges.txt, CLIP's from tokenizer.json, as those repositories have them."""
+    clip = AutoTokenizer.from_pretrained(hub_layout / "tokenizer_2", local_files_only=True)
+    texts = [
+        get_template("video").text,
+        "don't 1234 Ünïcode — 日本 🦊 e\u0301",
+        " \n\n two  spaces\t",
+        "",
+        "<|im_end|>x",
+    ]
+    for kind, folder, theirs in (("qwen", "tokenizer", qwen_tokenizer), ("clip", "tokenizer_2", clip)):
+        ours = load_tokenizer(hub_layout / folder, "-", kind)
+        assert len(ours) == len(theirs) and ours.pad_token_id == theirs.pad_token_id
+        assert ours(texts)["input_ids"] == theirs(texts)["input_ids"]
 
 
 def test_clip_tokenizer_and_configs(hub_layout: Path, qwen_tokenizer: PreTrainedTokenizerBase) -> None:

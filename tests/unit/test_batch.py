@@ -1,16 +1,20 @@
 """Files of prompts: what is read from them, what it comes to, and what is wrong with them."""
 
+import contextlib
 import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from kandinsky.config.reading import load_config
-from kandinsky.request import MAX_SEED
+from kandinsky.pipelines.inputs import Inputs
+from kandinsky.request import MAX_SEED, Request
+from kandinsky.serving import batch
 from kandinsky.serving.batch import Job, Maker, left_to_do, resolve_jobs, seed_of
 from kandinsky.serving.prompts_file import RowMistakes, read_prompts
 
@@ -298,3 +302,28 @@ def test_an_actor_that_can_load_nothing_says_why() -> None:
 
     rows = Maker(refuse, [])({"index": [0, 1]})
     assert rows == {"index": [0, 1], "error": ["", ""], "refusal": ["no weights on this machine"] * 2}
+
+
+def test_a_long_file_is_worked_through_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first outputs are there before the last prompts are encoded, and each negative prompt is encoded once."""
+    jobs = plan(tmp_path, "prompts.txt", "a\nb\nc\nd\ne\n")
+    done: list[str] = []
+
+    class Recorder:
+        placement = SimpleNamespace(use=lambda component: contextlib.nullcontext())
+
+        def generate(self, request: Request, *rest: Any, **options: Any) -> None:
+            done.append(f"make {request.samples[0].text}")
+
+    def encode(pipeline: Any, job: Job, negatives: Any) -> tuple[Request, Inputs]:
+        done.append(f"encode {job.request.samples[0].text}")
+        return job.request, Inputs()
+
+    monkeypatch.setattr(batch, "_encode", encode)
+    monkeypatch.setattr(batch, "PROMPTS_AT_ONCE", 2)
+    outcomes = list(batch.run_in_turn(Recorder(), jobs))
+    assert [outcome.job for outcome in outcomes] == jobs and not any(outcome.error for outcome in outcomes)
+    assert done == [
+        *("encode a", "encode b", "make a", "make b", "encode c", "encode d", "make c", "make d"),
+        *("encode e", "make e"),
+    ]

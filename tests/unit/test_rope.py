@@ -99,3 +99,13 @@ def test_largest_grid(axis: int, name: str) -> None:
     grid[axis] = 129
     with pytest.raises(ValueError, match=rf"129 patches along {name}.*at most 128"):
         visual_rotary_table(tuple(grid), (16, 24, 24), (1, 2, 2), "cpu")
+
+
+def test_parts_are_made_once() -> None:
+    """Every block asks for the same parts in every step: none of them is made anew, nor its rotations."""
+    table = text_rotary_table(100, 64, "cpu")
+    assert table.of(slice(0, 100)) is table and table.of(slice(64, 128)) is table.of(slice(64, 100))
+    part = table.of(slice(64, 128))
+    assert torch.equal(part.cos, table.cos[64:]) and torch.equal(part.sin, table.sin[64:])
+    assert torch.equal(part.rotations, torch.complex(part.cos, part.sin))
+    assert part.rotations.data_ptr() == table.rotations[64:].data_ptr()
