@@ -63,7 +63,7 @@ STREAM = Path("-")  # in place of a file: standard input
 
 
 def read_stream(lines: Iterable[bytes]) -> Iterator[Row | str]:
-    """Rows of a stream, each when its line is there, or what is wrong with it: a prompt, or an object as in a .jsonl."""
+    """Rows of a stream, a prompt or an object of .jsonl a line, each when it is there; or what is wrong with it."""
     number = 0
     for line, content in enumerate(lines, 1):
         if not content.strip():

@@ -109,7 +109,7 @@ def test_qwen_with_pictures(both: tuple[Qwen, Any, torch.dtype]) -> None:
     token, start = ours.config.image_token_id, ours.config.image_token_id - 1
     counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
     rows = [[5, 6, 7], *([start, *[token] * count, 8] for count in counts), [9, 10]]
-    ids = torch.tensor([sum(rows, [])])
+    ids = torch.tensor([[one for row in rows for one in row]])
     kinds = (ids == token).int()
     expected = theirs(
         input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **pixels
