@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -108,7 +109,7 @@ def nabla_block_map(q: Tensor, k: Tensor, sta: Tensor, P: float) -> Tensor:
 
     q and k (B, heads, N, d), normalised, rotated and in block order; n = N / 64. A row's blocks are sorted by the mass
     that attention between the blocks' means gives them, and those where the sum from the smallest on reaches 1 - P are
-    kept. Means, mass and sums are in float32 whatever the dtype of q and k.
+    kept (`heaviest`). Means, mass and sums are in float32 whatever the dtype of q and k.
     """
     num_blocks = q.shape[2] // BLOCK_TOKENS
     q_means, k_means = block_means(q), block_means(k)  # (B * heads, n, d)
@@ -116,9 +117,34 @@ def nabla_block_map(q: Tensor, k: Tensor, sta: Tensor, P: float) -> Tensor:
     for part in head_chunks(len(q_means), num_blocks):
         scores = q_means[part] @ k_means[part].transpose(-2, -1)
         mass = torch.softmax(scores / math.sqrt(q.shape[-1]), dim=-1)
-        sorted_mass, columns = mass.sort(dim=-1)
-        keep[part].scatter_(-1, columns, sorted_mass.cumsum_(-1) >= 1 - P)
+        keep[part] = heaviest(mass.flatten(0, 1), P).view_as(mass)
     return keep.logical_or_(sta).view(*q.shape[:2], num_blocks, num_blocks)
+
+
+def heaviest(mass: Tensor, P: float) -> Tensor:
+    """Where mass (rows, n) is, of each row, not among the smallest that together stay below 1 - P; bool (rows, n).
+
+    The published formula (`sorted_heaviest`) sorts masses with their columns. A CPU sorts bare numbers several times
+    faster than such pairs, and the number where the sum reaches 1 - P is then one to compare with: the same map to the
+    bit. Which of equal numbers stands first, only the sort of pairs knows: it is asked where that decides.
+    """
+    if mass.device.type != "cpu" or type(mass) is not Tensor:  # a stand-in without numbers is sorted as on a GPU
+        return sorted_heaviest(mass, P)
+    ordered = torch.from_numpy(np.sort(mass.numpy(), axis=-1))
+    kept = (ordered.cumsum(-1) >= 1 - P).sum(-1, keepdim=True)  # (rows, 1): so many, the last ones in order
+    first = mass.shape[-1] - kept
+    smallest = ordered.gather(-1, first.clamp(max=mass.shape[-1] - 1)).masked_fill_(kept == 0, math.inf)
+    keep = mass >= smallest
+    tied = (keep.sum(-1) != kept[:, 0]).nonzero()[:, 0]
+    if len(tied):
+        keep[tied] = sorted_heaviest(mass[tied], P)
+    return keep
+
+
+def sorted_heaviest(mass: Tensor, P: float) -> Tensor:
+    """What `heaviest` is, as it is published."""
+    ordered, columns = mass.sort(dim=-1)
+    return torch.empty_like(mass, dtype=torch.bool).scatter_(-1, columns, ordered.cumsum_(-1) >= 1 - P)
 
 
 def block_means(x: Tensor) -> Tensor:
