@@ -62,7 +62,7 @@ test-avx2: $(VENV)/.dev-installed
 
 # Whole requests of all variants, at their sizes, on a GPU that is not there; ARGS="5s_sft" for some.
 rehearse: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.requests $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.whole_requests $(ARGS)
 	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.words
 	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.decoding $(ARGS)
 

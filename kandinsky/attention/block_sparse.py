@@ -148,11 +148,10 @@ def make_block_mask(counts: Tensor, indices: Tensor) -> Any:
     make: Callable[..., Any] = BlockMask.from_kv_blocks
     # Only the backward pass needs the lists of query blocks, and they cost a sort. Older versions always make them.
     options = {"compute_q_blocks": False} if "compute_q_blocks" in inspect.signature(make).parameters else {}
-    # The lists of partly masked blocks are empty, but have to be tensors of their own; of one column, because a kernel
-    # may read that before it sees that none counts.
-    tokens = indices.shape[-1] * BLOCK_TOKENS
-    empty = torch.zeros_like(counts), torch.zeros_like(indices[..., :1])
-    return make(*empty, counts, indices, BLOCK_SIZE=BLOCK_TOKENS, seq_lengths=(tokens, tokens), **options)
+    # The lists of partly masked blocks are empty, but have to be tensors of their own, and as wide; of one column that
+    # stands for all, as none of them counts.
+    empty = torch.zeros_like(counts), torch.zeros_like(indices[..., :1]).expand_as(indices)
+    return make(*empty, counts, indices, BLOCK_SIZE=BLOCK_TOKENS, **options)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ know torch and opens no weights.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ def find_weights(path: str | Path) -> list[Path]:
         raise ValueError(f"{path}: {why_absent(path, 'file or folder')}")
 
     for stem in ("diffusion_pytorch_model", "model"):
-        if (path / f"{stem}.safetensors").is_file():
+        if os.path.lexists(path / f"{stem}.safetensors"):  # what is wrong with a link is told by who opens it
             return [path / f"{stem}.safetensors"]
         if (path / f"{stem}.safetensors.index.json").is_file():
             return _shards(path / f"{stem}.safetensors.index.json")

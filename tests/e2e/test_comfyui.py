@@ -83,8 +83,9 @@ def by_command_line(cli: ModuleType, host: ComfyUI, graph: dict[str, Any], folde
 
 
 def facts(output: Path) -> dict[str, Any]:
+    """What a record says, but for what differs: here whoever has the latents may decode them, and none knows with what."""
     record = json.loads(output.with_suffix(".json").read_text())
-    return {name: value for name, value in record.items() if name not in ("seconds", "image")}
+    return {name: value for name, value in record.items() if name not in ("seconds", "image", "decoder")}
 
 
 # ------------------------------------------------------------------------------------------------------- what they make

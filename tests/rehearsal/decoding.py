@@ -16,7 +16,7 @@ from kandinsky.models.vae_memory import Decoding
 from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.planning.plan import default_request
 from tests.rehearsal.fake_gpu import FakeGPU
-from tests.rehearsal.requests import DEVICE, published, size_of
+from tests.rehearsal.whole_requests import DEVICE, published, size_of
 
 SHOWN = 14  # operations of a table, the rest in one line
 

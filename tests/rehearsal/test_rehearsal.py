@@ -26,7 +26,7 @@ from kandinsky.runtime.block_swap import BlockSwap
 from tests.rehearsal import fake_gpu
 from tests.rehearsal.decoding import planned_bytes, rehearse_decoding
 from tests.rehearsal.fake_gpu import FakeGPU
-from tests.rehearsal.requests import CONFIGS, DEVICE, Rehearsed, published, rehearse, write_hollow_lora
+from tests.rehearsal.whole_requests import CONFIGS, DEVICE, Rehearsed, published, rehearse, write_hollow_lora
 from tests.rehearsal.words import rehearse_encoders
 
 SMALL = {

@@ -19,11 +19,13 @@ from kandinsky.config.reading import with_settings
 from kandinsky.config.schema import Config
 from kandinsky.loading import text_encoders
 from kandinsky.loading.devices import machine_memory
+from kandinsky.loading.text_files import read_config
+from kandinsky.models.clip_text import ClipText, ClipTextConfig
 from kandinsky.planning.machine import CUDA_CONTEXT
 from kandinsky.planning.plan import default_request, make_plan
 from kandinsky.planning.stages import TEMPLATE_TOKENS, text_tokens
 from tests.rehearsal.fake_gpu import FakeGPU
-from tests.rehearsal.requests import DEVICE, WITHIN_PLAN, open_hollow, published, write_hollow_file
+from tests.rehearsal.whole_requests import DEVICE, WITHIN_PLAN, open_hollow, published, write_hollow_file
 
 QWEN: dict[str, Any] = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -67,12 +69,12 @@ def rehearse_encoders(
         stage = next(stage for stage in plan.stages if stage.name == "encode text")
         gpu.label = "loading encoders"
         qwen = text_encoders._load_qwen(qwen_path, False, DEVICE, torch.bfloat16, None, stream)
-        clip = CLIPTextModel(CLIPTextConfig(**CLIP, attn_implementation="sdpa")).to("meta")
+        clip = text_encoders._build(clip_path, lambda: ClipText(read_config(ClipTextConfig, clip_path)))
         text_encoders.assign_weights(clip, clip_path, text_encoders._CLIP_PREFIXES, DEVICE, torch.float32)
         gpu.label = "encode text"
         tokens = TEMPLATE_TOKENS + text_tokens(config, request)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=DEVICE)
-        hidden = qwen(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = qwen(ids)
         assert hidden.shape == (1, tokens, QWEN["hidden_size"]) and hidden.device == DEVICE
         peak = gpu.peak
         del qwen, clip, hidden, ids

@@ -72,7 +72,8 @@ def test_values_of_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.yaml", "prompt: x", "a.yaml: a file of prompts ends in .txt, .csv, .jsonl"),
+        ("a.json", "prompt: x", "a.json: a file of prompts ends in .txt, .csv, .jsonl"),
+        ("a.yaml", "prompt: x", "a.yaml: it must be a list, with an entry like - prompt: a cat ... for each"),
         ("a.txt", " \n\n", "a.txt has no prompts in it"),
         ("a.csv", "", "no column is called prompt; the first line names none"),
         ("a.csv", "text,seed\nx,1\n", "no column is called prompt; the first line names text, seed"),

@@ -262,7 +262,7 @@ HOW = ["truncated", "pickle", "link to itself", "integers", "fp8", "missing shar
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("how", [*HOW, "extra key"])
 def test_damage_is_told_by_loading_and_by_inspect(part: str, how: str, tiny: Path) -> None:
-    (file,) = (tiny / PARTS[part]).glob("*.safetensors")
+    (file,) = (file for file in (tiny / PARTS[part]).glob("*.safetensors") if file.name != "tiny_decoder.safetensors")
     words = damage(file, how)
     if how == "fp8" and part != "vae":  # a format, and read: see test_formats.py
         load(tiny)
@@ -312,7 +312,7 @@ PLACES = {"in memory": (), "offloaded": ("runtime.offload=on",), "streaming": ("
                                              ("dit", "streaming"), ("vae", "offloaded")])  # fmt: skip
 def test_nan_is_found_and_named_when_it_is_first_used(part: str, place: str, tiny: Path) -> None:
     name, model = NAN[part]
-    (file,) = (tiny / PARTS[part]).glob("*.safetensors")
+    (file,) = (file for file in (tiny / PARTS[part]).glob("*.safetensors") if file.name != "tiny_decoder.safetensors")
     tensors = read(file)
     tensors[name].view(-1)[3] = float("nan")
     save_file(tensors, file)
