@@ -83,7 +83,7 @@ def by_command_line(cli: ModuleType, host: ComfyUI, graph: dict[str, Any], folde
 
 
 def facts(output: Path) -> dict[str, Any]:
-    """What a record says, but for what differs: here whoever has the latents may decode them, and none knows with what."""
+    """What a record says, but for what differs; what decodes is no part of it where somebody else may."""
     record = json.loads(output.with_suffix(".json").read_text())
     return {name: value for name, value in record.items() if name not in ("seconds", "image", "decoder")}
 
