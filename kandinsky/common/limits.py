@@ -22,6 +22,9 @@ STREAM_BUFFERS = 2
 STAGING_BUFFERS = 4
 STAGING_BYTES = 2**25
 
+# Tokens at a time, where a visual block runs in parts or memory is short.
+CHUNK_TOKENS = 8192
+
 # Of a video VAE's layer, how much is worked on at once: elements of its input, as far as whole frames allow. With fewer
 # than two frames, copying the history costs more than the frame itself.
 ELEMENTS_AT_ONCE = 2**21

@@ -40,6 +40,11 @@ def check_processes(config: Config, count: int) -> None:
             f"runtime.{key} divides the work among processes, and this is the only one: leave it out, or start "
             f"several, like torchrun --nproc-per-node {possible[min(1, len(possible) - 1)]} test.py ..."
         )
+    if count > 1 and config.runtime.heads_at_once is not None:
+        raise ValueError(
+            f"runtime.heads_at_once is {config.runtime.heads_at_once}, and several processes share the heads: leave it "
+            "out, or start one process"
+        )
     if count > 1 and config.runtime.compile == "on":
         raise ValueError(
             "runtime.compile is on, and blocks whose attention goes over several processes are not compiled: "
@@ -64,8 +69,16 @@ def not_allowed(key: str, value: Any, allowed: str) -> ValueError:
 
 def check_config(config: Config) -> None:
     _check_ranges(config)
-    rules = (_check_model, _check_magcache, _check_streaming, _check_shards, _check_task, _check_files, _check_sizes)
-    for rule in rules:
+    for rule in (
+        _check_model,
+        _check_magcache,
+        _check_streaming,
+        _check_parts,
+        _check_shards,
+        _check_task,
+        _check_files,
+        _check_sizes,
+    ):
         rule(config)
 
 
@@ -137,6 +150,16 @@ def _check_streaming(config: Config) -> None:
     _require(not (is_wanted and config.runtime.qwen_quantization), "runtime.stream_encoders", "on", allowed)
 
 
+def _check_parts(config: Config) -> None:
+    runtime, heads = config.runtime, config.model.dit_params.num_heads
+    at_once, allowed = runtime.heads_at_once, f"1 to {heads}, as many heads as there are"
+    _require(at_once is None or at_once <= heads, "runtime.heads_at_once", at_once, allowed)
+    allowed = "auto or off with runtime.heads_at_once: whole blocks are what is compiled"
+    _require(at_once is None or runtime.compile != "on", "runtime.compile", "on", allowed)
+    allowed = "false without runtime.heads_at_once"
+    _require(at_once is not None or not runtime.attention_on_host, "runtime.attention_on_host", True, allowed)
+
+
 def _check_shards(config: Config) -> None:
     runtime = config.runtime
     if not runtime.shard_weights:
@@ -144,6 +167,7 @@ def _check_shards(config: Config) -> None:
     for key, is_used in (
         ("offload = on", runtime.offload == "on"),
         (f"blocks_on_gpu = {runtime.blocks_on_gpu}", runtime.blocks_on_gpu is not None),
+        (f"heads_at_once = {runtime.heads_at_once}", runtime.heads_at_once is not None),
         (f"dit_quantization = {runtime.dit_quantization}", runtime.dit_quantization is not None),
     ):
         _require(not is_used, "runtime.shard_weights", True, f"false with runtime.{key}: take one of the two")

@@ -179,14 +179,19 @@ class RuntimeConfig:
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's: how long it searches
     cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
     offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs
-    # Qwen's layers come from the file one after the other, each when it runs: less memory, the same bits. auto is off.
+    # Qwen's layers come from the file one after the other, each when it runs: less memory, the same bits.
     stream_encoders: Literal["auto", "on", "off"] = "auto"
     # Visual blocks that stay there, the others stream in; None: as many as fit.
-    blocks_on_gpu: Annotated[int | None, at_least(1, "at least 1, or left out")] = None
+    blocks_on_gpu: Annotated[int | None, at_least(0, "at least 0, or left out")] = None
+    # Where blocks come from that stream: the host's memory, or, slower, their mapped file; auto: as there is memory.
+    blocks_from: Literal["auto", "memory", "file"] = "auto"
     dit_quantization: Literal["int8", "fp8", "nf4"] | None = None  # of the DiT's linear layers, weights only
     qwen_quantization: bool = False  # NF4
     # Feed-forward and QKV run over as many tokens at a time; None: over all at once.
     chunk_tokens: Annotated[int | None, at_least(64, "at least 64, or left out")] = None
+    # Self-attention runs for as many heads at a time, and hidden states are written over; None: for all, as planned.
+    heads_at_once: Annotated[int | None, at_least(1, "at least 1, or left out")] = None
+    attention_on_host: bool = False  # with heads_at_once: what attention gives for some heads waits on the host
     # Write a small preview beside the output after every n-th step.
     preview: Annotated[int | None, at_least(1, "at least 1 step, or left out")] = None
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case

@@ -53,6 +53,7 @@ from kandinsky.pipelines.text_to_video import TextToVideoPipeline
 from kandinsky.planning.costs import num_evaluations
 from kandinsky.planning.plan import resolve_runtime
 from kandinsky.request import Request
+from kandinsky.runtime.block_parts import with_blocks_in_parts
 from kandinsky.runtime.compile import is_wanted, keep_compiled_code, model_evaluations, with_compiled_blocks
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.magcache import cache_for_request
@@ -115,14 +116,17 @@ def load_pipeline(
             adapters.add(name, file)
         transformer_parts = [adapters]
         if on_host is not None:  # last, because it may read a model of 77 GB
-            transformer_parts, hand_out = dit_parts(dit, on_host, settled.resident, devices["dit"], adapters)
+            from_file = config.runtime.blocks_from == "file"
+            transformer_parts, hand_out = dit_parts(dit, on_host, settled.resident, devices["dit"], adapters, from_file)
     execution = dataclasses.replace(
         attention,
         chunk_tokens=config.runtime.chunk_tokens,
         hand_out=hand_out,
         around=unchanged if team is None or team.sequence.size == 1 else team.sequence.around,
     )
-    if settled.compiled:
+    if (heads := config.runtime.heads_at_once) is not None:  # whole blocks are what is compiled
+        execution = with_blocks_in_parts(execution, heads, config.runtime.attention_on_host)
+    elif settled.compiled:
         required, mode = config.runtime.compile == "on", config.runtime.compile_mode
         execution = with_compiled_blocks(execution, required=required, mode=mode)
 

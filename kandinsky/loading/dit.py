@@ -28,6 +28,7 @@ from kandinsky.loading.weights import host_weights, load_weights
 from kandinsky.models.dit import DiffusionTransformer3D, HandOut
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.lora import Adapters
+from kandinsky.runtime.mapped_blocks import MappedBlocks
 from kandinsky.runtime.offload import Offloaded, Part, take_weights
 from kandinsky.runtime.parallel import DistributedTeam
 from kandinsky.runtime.prompt_cache import fingerprint
@@ -120,19 +121,23 @@ def dit_parts(
     resident: int | None,
     device: torch.device,
     adapters: Adapters,
+    from_file: bool = False,
 ) -> tuple[list[Part], HandOut]:
     """What brings a DiT on the meta device to its device, with only `resident` of its visual blocks (None: all); and
     what hands out its visual blocks.
 
-    `weights` are its tensors on the host by name. Those of blocks that stream are taken out.
+    `weights` are its tensors on the host by name. Those of blocks that stream are taken out. `from_file`: they stream
+    from where these tensors lie, without a copy in memory.
     """
     if resident is None:
         return [Offloaded(dit, weights, device, adapters.merge), adapters], iter
-    adapters.swap = swap = BlockSwap(
+    swap_of = MappedBlocks if from_file else BlockSwap
+    adapters.swap = swap = swap_of(
         dit.visual_transformer_blocks, weights, "visual_transformer_blocks.", resident, device
     )
     blocks = len(dit.visual_transformer_blocks)
-    logger.info("%d of %d visual blocks stream from %.1f GB of host memory", len(swap.streamed), blocks, swap.host_gb)
+    source = "their mapped file" if from_file else f"{swap.host_gb:.1f} GB of host memory"
+    logger.info("%d of %d visual blocks stream from %s", len(swap.streamed), blocks, source)
     return [Offloaded(dit, weights, device, adapters.merge), swap, adapters], swap
 
 

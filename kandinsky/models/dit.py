@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky.attention.block_sparse import BlockSparseAttention, sdpa_block_sparse
@@ -72,7 +71,8 @@ class Execution:
     attention, block_sparse: what computes visual self-attention, dense or under NABLA's map. run_block: calls a visual
     block with what its forward takes, compiled perhaps. hand_out: the visual blocks one after the other, each ready
     to run until the next one is asked for. chunk_tokens: queries, keys, values and feed-forwards are computed for so
-    many tokens at a time; None: for all. around: what wraps the passage through all visual blocks.
+    many tokens at a time; None: for all. around: what wraps the passage through all visual blocks. writes_over: whether
+    blocks write over the hidden states that they are given.
     """
 
     attention: Attention = sdpa
@@ -81,6 +81,7 @@ class Execution:
     hand_out: HandOut = iter
     chunk_tokens: int | None = None
     around: Callable[[RunBlocks], RunBlocks] = unchanged
+    writes_over: bool = False
 
     def within(self, wrap: Callable[[RunBlocks], RunBlocks]) -> Execution:
         """The same, with `wrap` around all that is around the blocks already."""
@@ -174,11 +175,10 @@ class DiffusionTransformer3D(nn.Module):
         text = self.text_embeddings(text_embeds)  # (B, L, D)
         for block in self.text_transformer_blocks:
             text = block(text, time_embed, tables.text_rope, mask, execution.chunk_tokens)
-        hidden = self.visual_embeddings(latents.to(text.dtype))  # (B, T', H', W', D)
-        hidden = rearrange(hidden, "b t h w d -> b (t h w) d")
+        order = None if tables.nabla is None else tables.nabla.order
+        hidden = self.visual_embeddings(latents.to(text.dtype), order)  # (B, N, D)
         attention = execution.attention
         if tables.nabla is not None:
-            hidden = hidden.index_select(1, tables.nabla.order)
             attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=execution.block_sparse)
         return hidden, BlockInputs(text, mask, time_embed, tables, attention, execution)
 
@@ -193,9 +193,8 @@ class DiffusionTransformer3D(nn.Module):
     def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """(B, N, D) -> velocity (B, T, H, W, out_visual_dim)."""
         tables = inputs.tables
-        if tables.nabla is not None:
-            hidden = hidden.index_select(1, tables.nabla.inverse)
-        return self.out_layer(hidden, inputs.time_embed, tables.grid)
+        order = None if tables.nabla is None else tables.nabla.inverse
+        return self.out_layer(hidden, inputs.time_embed, tables.grid, order, inputs.execution.chunk_tokens)
 
     def named_weights(self, hand_out: HandOut = iter) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and buffer by name, each to be looked at before the next: visual blocks may stream."""

@@ -102,10 +102,15 @@ class VisualEmbeddings(nn.Module):
         self.patch_size = patch_size
         self.in_layer = nn.Linear(math.prod(patch_size) * in_dim, model_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, W, C) -> (B, T/pt, H/ph, W/pw, D); a patch's features are ordered (pt, ph, pw, channel)."""
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        """(B, T, H, W, C) -> (B, N, D), row-major, or with the patch order[i] as token i.
+
+        A patch's features are ordered (pt, ph, pw, channel).
+        """
         pt, ph, pw = self.patch_size
-        return self.in_layer(rearrange(x, "b (t pt) (h ph) (w pw) c -> b t h w (pt ph pw c)", pt=pt, ph=ph, pw=pw))
+        patches = rearrange(x, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+        # Put into order while they are small.
+        return self.in_layer(patches if order is None else patches.index_select(1, order))
 
 
 class Modulation(nn.Module):
@@ -275,10 +280,21 @@ class OutLayer(nn.Module):
         self.modulation = Modulation(time_dim, model_dim, 2)
         self.out_layer = nn.Linear(model_dim, math.prod(patch_size) * out_dim)
 
-    def forward(self, x: Tensor, time_embed: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """x (B, N, D) on a (T', H', W') grid -> (B, T, H, W, C); here the channel is a patch's slowest index."""
+    def forward(
+        self,
+        x: Tensor,
+        time_embed: Tensor,
+        grid: tuple[int, int, int],
+        order: Tensor | None = None,
+        chunk_tokens: int | None = None,
+    ) -> Tensor:
+        """x (B, N, D) on a (T', H', W') grid -> (B, T, H, W, C); here the channel is a patch's slowest index.
+
+        order: which token is which patch of the grid, where they are not row-major.
+        """
         shift, scale = self.modulation(time_embed)
-        x = self.out_layer(modulated_norm(x, shift, scale))
+        x = by_chunks(lambda rows, _: self.out_layer(modulated_norm(rows, shift, scale)), x, chunk_tokens)
+        x = x if order is None else x.index_select(1, order)  # put into order when they are small again
         (t, h, w), (pt, ph, pw) = grid, self.patch_size
         pattern = "b (t h w) (c pt ph pw) -> b (t pt) (h ph) (w pw) c"
         return rearrange(x, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)

@@ -13,6 +13,7 @@ Knows numbers only, and no torch, so that a plan can be made before anything loa
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -93,6 +94,7 @@ class Decoding:
         """Pixels that are decoded in squares of `tile` pixels, over those that are wanted."""
         return self.num_tiles(tile) * min(tile, self.width) * min(tile, self.height) / (self.width * self.height)
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  (of small frozen values)
     def tile_within(self, budget: float, spatial_tile: int) -> int:
         """The side of the tiles for a peak of at most `budget` bytes: `spatial_tile`, or a multiple of 64 below it.
 

@@ -101,6 +101,8 @@ class EncodeStage(Parts):
         first = request.samples[0]
         if self.expander is None or request.expand_prompts is False or first.text is None or first.expanded is not None:
             return request
+        if request.expand_prompts is None and self.config.runtime.stream_encoders == "on":  # reads Qwen for every word
+            return request
         task = "t2i" if request.is_image and self.config.task == "t2v" else self.config.task
         pictures: list[Image.Image | None] = [None] * request.num_prompts
         if images:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import prod
 
 from kandinsky.checkpoints.tiny_decoder import BLOCKS, TIMES, TinyLayout
-from kandinsky.common.limits import BLOCK_TOKENS, MAP_ENTRIES_AT_ONCE
+from kandinsky.common.limits import BLOCK_TOKENS, CHUNK_TOKENS, MAP_ENTRIES_AT_ONCE
 from kandinsky.config.schema import DiTConfig
 
 FLOAT32 = 4
@@ -29,6 +29,8 @@ def dit_activations(
     on_gpu: bool = False,
     chunk_tokens: int | None = None,
     quantization: str | None = None,
+    heads_at_once: int | None = None,
+    attention_on_host: bool = False,
 ) -> int:
     """Peak of one forward of the DiT for one sample, its rotary tables included.
 
@@ -37,7 +39,13 @@ def dit_activations(
     chunk_tokens: what `runtime.chunk_tokens` says; queries, keys and values are then taken to be written into their
         places chunk by chunk, and the feed-forward's result likewise.
     quantization: of the linear layers, each of which is made into numbers again while it is used.
+    heads_at_once, attention_on_host: as `runtime` has them: blocks run in parts (models/block_in_parts.py).
     """
+    if heads_at_once is not None:
+        return _in_parts(
+            *(dit, tokens, text_tokens, element_size, nabla, flex, chunk_tokens or CHUNK_TOKENS, quantization),
+            *(heads_at_once, attention_on_host),
+        )
     hidden = tokens * dit.model_dim * element_size  # one tensor of the size of all tokens
     wide = tokens * dit.model_dim * FLOAT32
     cast = 0 if element_size == FLOAT32 else 1  # whether float32 is a copy
@@ -67,10 +75,48 @@ def dit_activations(
     return int(max(norm, qkv, attention, feed_forward, residual)) + rope + text
 
 
-def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:
-    """The map of blocks and what the kernel makes of it, besides q, k and v."""
+def _in_parts(
+    dit: DiTConfig,
+    tokens: int,
+    text_tokens: int,
+    element_size: int,
+    nabla: bool,
+    flex: bool,
+    chunk_tokens: int,
+    quantization: str | None,
+    heads: int,
+    attention_on_host: bool,
+) -> int:
+    """`dit_activations` where blocks run in parts: one tensor of all tokens, or that and attention's result."""
+    hidden, rows = tokens * dit.model_dim * element_size, min(tokens, chunk_tokens)
+    group = hidden * heads // dit.num_heads  # of a tensor of some heads, of all tokens
+    chunk, wide = rows * dit.model_dim * element_size, rows * dit.model_dim * FLOAT32
+    cast = 0 if element_size == FLOAT32 else 1
+    rope = tokens * dit.head_dim * FLOAT32  # cosines and sines; as complex numbers of a chunk alone
+    before = 0 if attention_on_host else hidden - group  # of the other heads
+    aside = 0 if attention_on_host else hidden
+    weights = 3 * heads * dit.head_dim * dit.model_dim * element_size if quantization else 0
+    made = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim**2, element_size)
+
+    # Queries, keys and values of the group in one, and of a chunk the same twice beside what is normalised.
+    share = heads / dit.num_heads
+    qkv = before + 3 * group + max((1 + cast) * wide + chunk, chunk + int(share * (6 * chunk + 2 * wide)))
+    qkv = max(qkv + weights, before + weights + made)
+    attention = before + 3 * group + max(2 * group, _nabla_bytes(dit, tokens, hidden, flex, heads) if nabla else 0)
+    middle = rows * dit.ff_dim * element_size
+    of_layer = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
+    feed_forward = aside + 2 * chunk + middle + max(chunk, of_layer)
+    residual = aside + 3 * chunk + (1 + 2 * cast) * wide
+    text = 2 * text_tokens * dit.model_dim * element_size
+    return hidden + max(qkv, attention, feed_forward, residual) + rope + text
+
+
+def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool, heads: int | None = None) -> int:
+    """The map of blocks and what the kernel makes of it, besides q, k and v, for all heads or so many of them."""
     row = tokens // BLOCK_TOKENS
-    entries = dit.num_heads * row**2
+    heads = heads or dit.num_heads
+    hidden = hidden * heads // dit.num_heads
+    entries = heads * row**2
     worked_on = min(entries, max(MAP_ENTRIES_AT_ONCE, row**2))
     if flex:
         # The map (a byte), lists of full and of partly masked blocks (int32 both), and running counts in int64.
@@ -78,7 +124,7 @@ def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool) -> int:
     # The map, and the kept blocks as int64 indices in five lists; v block by block, as q and k are already, the result
     # twice; and keys and values of one row of blocks.
     kept = int(entries * (1 + 5 * 8 * NABLA_DENSITY))
-    return kept + 3 * hidden + 2 * hidden // dit.num_heads
+    return kept + 3 * hidden + 2 * hidden // heads
 
 
 def dequantized_bytes(scheme: str, weights: int, element_size: int) -> int:

@@ -3,52 +3,150 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import ceil
 
 from kandinsky.config.schema import Config
 from kandinsky.planning.activations import NABLA_DENSITY
 from kandinsky.planning.machine import Machine
-from kandinsky.planning.stages import decoding_of, num_tokens, text_tokens, tile_size
+from kandinsky.planning.stages import decoding_of, is_expanding, num_tokens, resident_blocks, text_tokens, tile_size
 from kandinsky.planning.weights import Models
 from kandinsky.planning.words import gb_text
 from kandinsky.request import Request
 
+# Assumed, not measured.
+CHUNKS_SHARE = 0.01  # of an evaluation's time that feed-forwards in chunks of tokens cost
+PASSES = 6  # over the hidden states for each group of heads: read, normalised, three projections
+EXPANDED_TOKENS = 256  # that Qwen writes at most
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of what settings add to a request, on one machine."""
+
+    evaluations: int
+    computing: float  # of an evaluation
+    blocks: int
+    link: float  # of a block over the link, where it lies in pinned memory
+    file: float  # of a block from its mapped file
+    hidden: float  # of a passage over all hidden states on the device
+    hidden_over_link: float
+    heads: int
+    prompts: int  # that are encoded
+    qwen: float  # of reading Qwen once
+    offloading: float  # of bringing all models but Qwen to the device once
+    expansion: bool  # whether prompts are to be written out also where that takes long
+    would_expand: bool  # whether they are written out where that does not
+
+    def encoding(self, streamed: bool, offloaded: bool) -> float:
+        if not streamed:
+            return self.qwen if offloaded else 0.0
+        return (self.prompts + self.expansion * EXPANDED_TOKENS) * self.qwen
+
+    def streaming(self, blocks: int, from_file: bool) -> float:
+        """Of an evaluation: copies hide behind the computation, where they are not from a file."""
+        return blocks * self.file if from_file else max(0.0, blocks * self.link - self.computing)
+
+    def in_parts(self, chunk_tokens: int | None, heads_at_once: int | None, on_host: bool) -> float:
+        """Of an evaluation."""
+        seconds = 0.0 if chunk_tokens is None else CHUNKS_SHARE * self.computing
+        if heads_at_once is not None:
+            seconds += self.blocks * ceil(self.heads / heads_at_once) * PASSES * self.hidden
+            seconds += self.blocks * 2 * self.hidden_over_link * on_host
+        return seconds
+
+
+def rates_of(config: Config, request: Request, machine: Machine, models: Models) -> Rates:
+    dit, has_gpu = config.model.dit_params, machine.gpu_memory is not None
+    hidden = num_tokens(config, request) * dit.model_dim * models.element_size
+    texts = {sample.text for sample in request.samples}
+    if request.guidance_weight != 1:  # what the YAML says is kept on disk
+        texts |= {s.negative_caption for s in request.samples} - {config.generation.negative_caption}
+    asked = models.writer is not None and request.expand_prompts is True
+    return Rates(
+        evaluations=num_evaluations(request) * len(request.samples),
+        computing=forward_flops(config, request) / (machine.flops if has_gpu else machine.host_flops),
+        blocks=models.dit_blocks,
+        link=models.dit_block / machine.link,
+        file=models.dit_block / machine.files,
+        hidden=hidden / machine.memory,
+        hidden_over_link=hidden / machine.link,
+        heads=dit.num_heads,
+        prompts=len(texts),
+        qwen=models.qwen.read / machine.files,
+        offloading=(models.clip.size + models.vae.size + models.dit.size) / machine.files,
+        expansion=asked,
+        would_expand=models.writer is not None and request.expand_prompts is None,
+    )
+
 
 def costs(config: Config, request: Request, machine: Machine, models: Models) -> Iterator[str]:
     """What the settings cost in time, in words, with the rates that it was worked out with."""
-    runtime = config.runtime
-    if runtime.stream_encoders == "on":
-        reading = models.qwen.read / machine.files
+    runtime, rates = config.runtime, rates_of(config, request, machine, models)
+    streams = runtime.stream_encoders == "on"
+    if streams:
         yield (
-            f"streaming Qwen: {gb_text(models.qwen.read)} GB are read from its file for each prompt, {reading:.0f} s "
-            f"at {machine.files / 1e9:g} GB/s"
+            f"streaming Qwen: {gb_text(models.qwen.read)} GB are read from its file for each prompt, "
+            f"{rates.qwen:.0f} s at {machine.files / 1e9:g} GB/s"
         )
+    if (words := unexpanded(config, request, machine, models)) is not None:
+        yield words
+    yield from _moving(config, machine, models)
     if machine.gpu_memory is None:
-        if runtime.offload == "on":
-            total = models.all.read
-            seconds = f"{total / machine.files:.0f} s at {machine.files / 1e9:g} GB/s"
-            yield f"offload: {gb_text(total)} GB are read again for every request, {seconds}"
         return
-    resident = min(runtime.blocks_on_gpu or models.dit_blocks, models.dit_blocks)
-    streamed = models.dit_blocks - resident
-    if runtime.offload == "on":
-        total = models.all.size - streamed * models.dit_block
-        yield (
-            f"offload: {gb_text(total)} GB go to the GPU for every request, {total / machine.files:.0f} s at "
-            f"{machine.files / 1e9:g} GB/s from memory-mapped files"
-        )
+    streamed = models.dit_blocks - resident_blocks(runtime, models)
     if streamed:
-        copying = streamed * models.dit_block / machine.link
-        computing = forward_flops(config, request) / machine.flops
-        evaluations = num_evaluations(request)
-        rest = max(0.0, copying - computing)
-        size = gb_text(streamed * models.dit_block)
+        from_file = runtime.blocks_from == "file"
+        copying = streamed * (rates.file if from_file else rates.link)
+        rest = rates.streaming(streamed, from_file)
+        size, evaluations = gb_text(streamed * models.dit_block), rates.evaluations
+        source = (
+            f"{machine.files / 1e9:g} GB/s from the mapped file, besides"
+            if from_file
+            else f"{machine.link / 1e9:g} GB/s (PCIe 4), behind"
+        )
         yield (
             f"streaming {streamed} of {models.dit_blocks} blocks: {size} GB for each of "
-            f"{evaluations} evaluations, {copying:.2f} s at {machine.link / 1e9:g} GB/s (PCIe 4), behind "
-            f"{computing:.2f} s of computing at {machine.flops / 1e12:g} TFLOP/s: "
+            f"{evaluations} evaluations, {copying:.2f} s at {source} "
+            f"{rates.computing:.2f} s of computing at {machine.flops / 1e12:g} TFLOP/s: "
             + (f"{rest * evaluations:.0f} s more in all" if rest else "no time lost")
         )
+    if runtime.heads_at_once is not None:
+        more = rates.in_parts(runtime.chunk_tokens, runtime.heads_at_once, runtime.attention_on_host)
+        yield (
+            f"blocks in parts: {runtime.heads_at_once} of {rates.heads} heads at a time"
+            + (", whose attention waits on the host" if runtime.attention_on_host else "")
+            + f": {more:.1f} s more for each of {rates.evaluations} evaluations at {machine.memory / 1e9:g} GB/s"
+        )
+
+
+def unexpanded(config: Config, request: Request, machine: Machine, models: Models) -> str | None:
+    """That prompts are not written out because Qwen streams, and how long that would take; None where they are."""
+    rates = rates_of(config, request, machine, models)
+    if not rates.would_expand or is_expanding(config, request, models):
+        return None
+    return (
+        f"prompts are not written out: Qwen would be read again for every word of up to {EXPANDED_TOKENS}, about "
+        f"{EXPANDED_TOKENS * rates.qwen:.0f} s a prompt; --expand_prompt on does it all the same"
+    )
+
+
+def _moving(config: Config, machine: Machine, models: Models) -> Iterator[str]:
+    """What offload costs."""
+    if config.runtime.offload != "on":
+        return
+    streamed = models.dit_blocks - resident_blocks(config.runtime, models)
+    without = models.qwen if config.runtime.stream_encoders == "on" else None
+    if machine.gpu_memory is None:
+        total = models.all.read - (without.read if without else 0)
+        seconds = f"{total / machine.files:.0f} s at {machine.files / 1e9:g} GB/s"
+        yield f"offload: {gb_text(total)} GB are read again for every request, {seconds}"
+        return
+    total = models.all.size - streamed * models.dit_block - (without.size if without else 0)
+    yield (
+        f"offload: {gb_text(total)} GB go to the GPU for every request, {total / machine.files:.0f} s at "
+        f"{machine.files / 1e9:g} GB/s from memory-mapped files"
+    )
 
 
 def num_evaluations(request: Request) -> int:

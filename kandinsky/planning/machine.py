@@ -23,6 +23,8 @@ class Machine:
     link: float = 22e9  # bytes from pinned memory to the GPU: PCIe 4 with 16 lanes
     files: float = 3e9  # bytes from memory-mapped files
     flops: float = 100e12  # bfloat16, of a fast consumer card
+    host_flops: float = 1e12
+    memory: float = 400e9  # bytes of the memory that is computed in, read or written
     float32_convolutions: tuple[str, ...] = ()  # dtypes in whose place this CPU's VAE convolves in float32
 
     @property

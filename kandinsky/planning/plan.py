@@ -1,11 +1,11 @@
 """What a request will take on a machine, and the settings with which it fits, before anything is loaded.
 
 `make_plan` goes through the stages of a request (encode, denoise, decode, write), adds up what each takes by the
-formulas of weights.py and activations.py, and takes the first of its choices that fits, from the fastest to the
-slowest: everything on the device; each model there only while its stage runs; visual blocks streamed from the host;
-tokens in chunks. None of
-these changes a pixel. What does is never chosen: smaller tiles of the VAE and quantised weights are named in the plan,
-for a person to ask for. Where nothing fits, `Plan.refusal` says why, and what the nearest is that would.
+formulas of weights.py and activations.py, and takes the fastest of its choices (choices.py) that fits: everything on
+the device; each model there only while its stage runs; Qwen's layers and visual blocks streamed from the host, or from
+their files; blocks in chunks of tokens and parts of their heads. None of these changes more than rounding. What does is
+never chosen: smaller tiles of the VAE and quantised weights are named in the plan, for a person to ask for. Where
+nothing fits, `Plan.refusal` says why, and what the nearest is that would.
 
 GB are 2^30 bytes here, as memory is sold. Knows numbers only: no torch, and not which device there is.
 """
@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from math import floor, prod
 from pathlib import Path
 from typing import Any
 
 from kandinsky.checkpoints.files import part_folder, resolve_path, tiny_decoder_path
-from kandinsky.common.limits import STREAM_BUFFERS
 from kandinsky.config.reading import with_settings
-from kandinsky.config.schema import Config
+from kandinsky.config.schema import Config, VAEConfig
 from kandinsky.models.vae_memory import GB
-from kandinsky.planning.costs import costs, tiles_of
+from kandinsky.planning.choices import Choice, cost, families
+from kandinsky.planning.costs import Rates, costs, rates_of, tiles_of, unexpanded
 from kandinsky.planning.machine import GPU_SLACK, Machine
 from kandinsky.planning.stages import Stage, decoding_of, estimate, tile_size
 from kandinsky.planning.weights import Models, Weights
@@ -35,7 +37,6 @@ from kandinsky.request import FPS, Request, resolve_request
 
 logger = logging.getLogger(__name__)
 
-CHUNK_TOKENS = 8192
 BUDGET_STEP = 0.25  # GB, to which a budget for the VAE is rounded down
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What makes the model smaller and its results a little different, from the mildest on.
@@ -49,7 +50,7 @@ QUANTIZATIONS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Plan:
-    config: Config  # with runtime.offload, blocks_on_gpu and chunk_tokens settled
+    config: Config  # with what `Choice` has of `runtime` settled
     request: Request
     machine: Machine
     stages: tuple[Stage, ...]
@@ -57,12 +58,14 @@ class Plan:
     costs: tuple[str, ...]  # what they cost in time
     overrides: tuple[str, ...]  # "key=value" that it also takes to fit, and that change pixels
     refusal: str | None = None  # why it cannot fit, and what can
+    unexpanded: str | None = None  # that prompts are not written out, and what that would take
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was chosen, all of it without effect on the results."""
-        runtime = self.config.runtime
-        return {name: getattr(runtime, name) for name in ("offload", "blocks_on_gpu", "chunk_tokens")}
+        """What was chosen, all of it without effect on the results; None where it is as usual."""
+        runtime, usual = self.config.runtime, {"stream_encoders": "off", "blocks_from": "memory"}
+        values = {name: getattr(runtime, name) for name in (field.name for field in fields(Choice))}
+        return {name: None if value in (False, "auto", usual.get(name)) else value for name, value in values.items()}
 
 
 def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[str, Path]:
@@ -88,7 +91,7 @@ def default_request(config: Config) -> Request:
 def resolve_runtime(
     config: Config, request: Request | None, machine: Machine, files: Mapping[str, Path], dtype: str
 ) -> Config:
-    """The config with runtime.offload, blocks_on_gpu and chunk_tokens decided, where they were left open.
+    """The config with what `Choice` has of `runtime` decided, where it was left open.
 
     They are decided for `request`, or for the config's default sizes where it is None. No choice changes a result.
     Raises ValueError where no choice makes it fit, unless runtime.offload was set: then the most frugal one is taken.
@@ -101,6 +104,8 @@ def resolve_runtime(
     chosen = ", ".join(f"{name} {yaml_text(value)}" for name, value in plan.settings.items() if value is not None)
     is_news = machine.gpu_memory is not None or plan.config.runtime.offload == "on"
     logger.log(logging.INFO if is_news else logging.DEBUG, "%s: %s", chosen, plan.reason)
+    if plan.unexpanded is not None:
+        logger.info("%s", plan.unexpanded)
     if plan.overrides and plan.refusal is None:
         logger.warning("decoding may run out of memory and start again with smaller tiles: %s", plan.overrides[0])
     return plan.config
@@ -160,59 +165,101 @@ def _new_budget(planned: Config, config: Config) -> tuple[str, ...]:
 
 
 def _first_that_fits(config: Config, request: Request, machine: Machine, models: Models) -> Plan:
-    tried: list[tuple[Config, tuple[Stage, ...], list[Stage]]] = []  # settings, what they come to, what is too much
-    for settled in choices(config, models, machine):
-        if settled.runtime.offload == "on" or config.runtime.offload == "off":  # nothing else would help the decoder
-            settled = _with_vae_budget(settled, request, machine, models)
-        stages = estimate(settled, request, machine, models)
-        tried.append((settled, stages, [stage for stage in stages if excess(stage, machine) > 1]))
-        if not tried[-1][2]:
-            break
+    """Of what fits the fastest; where nothing does, what is the least too much, and why that is."""
 
-    settled, stages, too_large = min(
-        tried, key=lambda one: (len(one[2]), sum(excess(stage, machine) for stage in one[2]))
-    )
+    @cache
+    def alone() -> VAEConfig:
+        """The VAE's settings where it is alone on the device: nothing else would help the decoder."""
+        offloaded = with_settings(config, runtime={"offload": "on"})
+        return _with_vae_budget(offloaded, request, machine, models).model.vae
 
+    @cache
+    def settle(choice: Choice) -> Config:
+        settled = choice.applied_to(config)
+        if config.runtime.offload == "off":
+            return _with_vae_budget(settled, request, machine, models)
+        if choice.offload == "off":
+            return settled
+        return dataclasses.replace(settled, model=dataclasses.replace(config.model, vae=alone()))
+
+    @cache
+    def stages_of(choice: Choice) -> tuple[Stage, ...]:
+        return estimate(settle(choice), request, machine, models)
+
+    all_families = list(families(config, models, machine))
+    chosen = _fastest(all_families, rates_of(config, request, machine, models), stages_of, machine)
+    too_large: list[Stage] = []
+    if chosen is None:
+        ends = [dataclasses.replace(f, blocks_on_gpu=counts[-1]) if counts else f for f, counts in all_families]
+
+        def missing(choice: Choice) -> tuple[int, float]:
+            too_much = [excess(stage, machine) for stage in stages_of(choice) if excess(stage, machine) > 1]
+            return len(too_much), sum(too_much)
+
+        chosen = min(ends, key=missing)
+        too_large = [stage for stage in stages_of(chosen) if excess(stage, machine) > 1]
+
+    settled = settle(chosen)
     # Why not all at once, and then why not one model at a time: what was the most too much.
-    whole = [one for one in tried if one[2] and one[0].runtime.blocks_on_gpu == config.runtime.blocks_on_gpu]
-    reasons = [
-        f"{'with' if other.runtime.offload == 'on' else 'without'} offload "
-        + _too_much(max(stages, key=lambda stage: excess(stage, machine)), machine)
-        for other, _, stages in whole[:2]
-    ]
+    reasons = []
+    for family, counts in all_families[: 0 if chosen == all_families[0][0] else 2]:
+        worst = max(stages_of(family), key=lambda stage: excess(stage, machine))
+        if not counts and excess(worst, machine) > 1:
+            reasons.append(f"{'with' if family.offload == 'on' else 'without'} offload {_too_much(worst, machine)}")
 
     return Plan(
         config=dataclasses.replace(settled, model=config.model),
         request=request,
         machine=machine,
-        stages=stages,
+        stages=estimate(settled, request, machine, models),
         reason="; ".join(reasons) or "everything fits",
         costs=(*costs(settled, request, machine, models), f"decode: {tiles_of(settled, request, models)}"),
         overrides=_new_budget(settled, config),
         refusal="; ".join(_too_much(stage, machine) for stage in too_large) or None,
+        unexpanded=unexpanded(settled, request, machine, models),
     )
 
 
-def choices(config: Config, models: Models, machine: Machine) -> Iterator[Config]:
-    """Configs with nothing left open, the fastest first. What somebody has set stays as it is."""
-    runtime = config.runtime
+def _fastest(
+    all_families: Sequence[tuple[Choice, range]],
+    rates: Rates,
+    stages_of: Callable[[Choice], tuple[Stage, ...]],
+    machine: Machine,
+) -> Choice | None:
+    """Of what fits, what costs the least; None where nothing fits."""
 
-    def settled(**settings: Any) -> Config:
-        return dataclasses.replace(config, runtime=dataclasses.replace(runtime, **settings))
+    def fits(choice: Choice, on_gpu: bool = False) -> bool:
+        """On the GPU, or at all."""
+        return all((excess_on_gpu if on_gpu else excess)(stage, machine) <= 1 for stage in stages_of(choice))
 
-    offloads = ("off", "on") if runtime.offload == "auto" else (runtime.offload,)
-    for chunk in (None, CHUNK_TOKENS) if runtime.chunk_tokens is None else (runtime.chunk_tokens,):
-        for offload in offloads:
-            yield settled(offload=offload, chunk_tokens=chunk)
-        if runtime.blocks_on_gpu is None and machine.gpu_memory is not None:
-            for blocks in range(models.dit_blocks - STREAM_BUFFERS - 1, 0, -1):  # of more the buffers eat the gain
-                yield settled(offload=offloads[-1], chunk_tokens=chunk, blocks_on_gpu=blocks)
+    most_frugal, counts = all_families[-1]
+    if not fits(dataclasses.replace(most_frugal, blocks_on_gpu=0) if counts else most_frugal, on_gpu=True):
+        return None
+    best: tuple[tuple[bool, float, int], Choice] | None = None
+    for family, counts in all_families:
+
+        def candidate(index: int, family: Choice = family, counts: range = counts) -> Choice:
+            return dataclasses.replace(family, blocks_on_gpu=counts[index]) if counts else family
+
+        # The fewer blocks stay, the less it takes of the GPU and the more of the host: of all counts, the largest that
+        # the GPU has room for is the one. None of them is faster than the first.
+        if best is not None and cost(candidate(0), rates) >= best[0]:
+            continue
+        places = range(len(counts) or 1)
+        index = bisect_left(places, True, key=lambda index: fits(candidate(index), on_gpu=True))
+        if index < len(places) and fits(candidate(index)):
+            found = cost(candidate(index), rates), candidate(index)
+            best = found if best is None or found[0] < best[0] else best
+    return None if best is None else best[1]
 
 
 def excess(stage: Stage, machine: Machine) -> float:
     """How much of the machine a stage takes, of the GPU or of the host's memory; it fits up to 1."""
-    on_gpu = 0.0 if machine.gpu_memory is None else stage.gpu / machine.gpu_memory
-    return max(on_gpu, stage.host / machine.host_memory)
+    return max(excess_on_gpu(stage, machine), stage.host / machine.host_memory)
+
+
+def excess_on_gpu(stage: Stage, machine: Machine) -> float:
+    return 0.0 if machine.gpu_memory is None else stage.gpu / machine.gpu_memory
 
 
 def _too_much(stage: Stage, machine: Machine) -> str:

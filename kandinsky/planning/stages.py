@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from kandinsky.common.limits import STREAM_BUFFERS
-from kandinsky.config.schema import Config
+from kandinsky.config.schema import Config, RuntimeConfig
 from kandinsky.models.vae_memory import GB, RGB, Decoding
 from kandinsky.planning.activations import (
     FLOAT32,
@@ -28,6 +28,7 @@ TEMPLATE_TOKENS = 129  # of the video template, the longest
 EXPANSION_TOKENS = 1024  # of the instruction to write a prompt out, with the answer
 PIXELS_PER_TOKEN = 28**2  # of a picture that Qwen sees
 EDIT_TOKENS = 1024  # of a prompt with its picture, at most
+PINNED = 2  # what pinned memory may take: torch rounds it up to powers of two
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     """
     runtime, dit, samples = config.runtime, config.model.dit_params, len(request.samples)
     is_offloaded, on_gpu = runtime.offload == "on", machine.gpu_memory is not None
-    resident = min(runtime.blocks_on_gpu or models.dit_blocks, models.dit_blocks)
+    resident = resident_blocks(runtime, models)
     streamed = models.dit_blocks - resident
     streamed_bytes = streamed * models.dit_block
     dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
@@ -65,14 +66,15 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     tiny = models.tiny_size  # which stays on its device
 
     # What lies on the host all the time, and what of the files stays mapped without being needed.
-    waiting, mapped = streamed_bytes, 0
+    from_file = runtime.blocks_from == "file"
+    waiting, mapped = 0 if from_file else streamed_bytes, 0
     if is_offloaded:
         mapped = models.dit.read + models.vae.read
         if models.dit_quantization is not None:
             waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
     elif not on_gpu:
         mapped = models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
-        mapped += 0 if streamed else models.dit.left_mapped
+        mapped += 0 if streamed and not from_file else models.dit.left_mapped
 
     output = 2 * RGB * samples * request.num_frames * request.width * request.height  # uint8, frames and their stack
     stages: list[Stage] = []
@@ -84,9 +86,11 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         stages.append(Stage(name, weights, activations, gpu, waiting + host + on_host, mapped + files))
 
     # The text encoders' files are mapped for as long as there are text encoders.
-    text_files = models.qwen.left_mapped + models.clip.left_mapped if is_offloaded and not on_gpu else 0
-    writer = models.writer if request.expand_prompts is not False else None
-    if writer is not None:
+    text_files = models.clip.left_mapped if is_offloaded and not on_gpu else 0
+    text_files += models.qwen.left_mapped if text_files and runtime.stream_encoders != "on" else 0
+    if is_expanding(config, request, models):
+        writer = models.writer
+        assert writer is not None
         weights = text_weights + writer.size
         everything += writer.size
         add("expand prompt", weights, _expanding(config, request, models), files=text_files + writer.left_mapped)
@@ -97,7 +101,8 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         of_vae = (config.model.vae.name, models.vae_channels)
         picture = encode_bytes(*of_vae, request.width, request.height, models.element_size, work)
         add("encode image", models.vae.size, picture)
-    add("denoise", dit_weights, _denoising(config, request, models, machine))
+    aside = num_tokens(config, request) * dit.model_dim * models.element_size if runtime.attention_on_host else 0
+    add("denoise", dit_weights, _denoising(config, request, models, machine), PINNED * aside)
     latents = denoising_state(dit, num_tokens(config, request), samples)
     if config.model.vae.decoder == "tiny":
         add("decode", 0, _tiny_decoding(request, models) + latents, output)
@@ -106,6 +111,20 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         add("decode", models.vae.size, pixels + latents, output)
     add("write", 0, 0, output)
     return tuple(stages)
+
+
+def resident_blocks(runtime: RuntimeConfig, models: Models) -> int:
+    """How many of the DiT's blocks stay on the device."""
+    blocks = models.dit_blocks
+    return blocks if runtime.blocks_on_gpu is None else min(runtime.blocks_on_gpu, blocks)
+
+
+def is_expanding(config: Config, request: Request, models: Models) -> bool:
+    """Whether Qwen writes the prompts out: where its layers stream only if that was asked for."""
+    wanted = request.expand_prompts
+    if wanted is None:
+        wanted = config.runtime.stream_encoders != "on"
+    return wanted and models.writer is not None
 
 
 def decoding_of(config: Config, request: Request, models: Models) -> Decoding:
@@ -175,6 +194,8 @@ def _denoising(config: Config, request: Request, models: Models, machine: Machin
         on_gpu=machine.gpu_memory is not None,
         chunk_tokens=runtime.chunk_tokens,
         quantization=models.dit_quantization,
+        heads_at_once=runtime.heads_at_once,
+        attention_on_host=runtime.attention_on_host and machine.gpu_memory is not None,
     )
     if runtime.preview is not None:  # between two steps
         activations = max(activations, _tiny_decoding(request, models))

@@ -5,6 +5,7 @@ Counted from the headers of the files where those are there, else from the publi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,7 +149,19 @@ def _tiny(config: Config, path: Path | None) -> TinyLayout | None:
 def _dit(config: Config, path: Path | None, element_size: int) -> tuple[Weights, int, str | None]:
     """The DiT's weights, the bytes of one of its visual blocks, and in what scheme its layers are in memory."""
     params, scheme = config.model.dit_params, config.runtime.dit_quantization
-    header = dit_header(params, path)
+    if path is None or not path.exists():
+        return _published_dit(params, scheme, element_size)
+    return _dit_of_header(params, dit_header(params, path), scheme, element_size)
+
+
+@functools.cache
+def _published_dit(params: DiTConfig, scheme: str | None, element_size: int) -> tuple[Weights, int, str | None]:
+    return _dit_of_header(params, dit_header(params, None), scheme, element_size)
+
+
+def _dit_of_header(
+    params: DiTConfig, header: Header, scheme: str | None, element_size: int
+) -> tuple[Weights, int, str | None]:
     in_file, shapes = quantized_layers(header), expected_dit_shapes(params)
     from_gguf = any(scheme in BLOCKS for scheme in in_file.values())
     size = blocks = mapped = 0

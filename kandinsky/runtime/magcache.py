@@ -140,9 +140,10 @@ class MagCache:
             if skips[evaluation]:
                 self.skipped += 1
                 return hidden + (self.residuals[key] if is_used_next else self.residuals.pop(key))
+            before = hidden.clone() if is_used_next and inputs.execution.writes_over else hidden
             result = run_blocks(hidden, inputs)
             if is_used_next:
-                self.residuals[key] = result - hidden
+                self.residuals[key] = result - before
             return result
 
         return cached

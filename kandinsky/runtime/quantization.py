@@ -74,11 +74,14 @@ class QuantizedLinear(nn.Module):
         """The weight (out, in). Scales are multiplied in float32, so that the result is rounded once."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that is multiplied with, adapters included."""
         if not self.changes:
-            return F.linear(x, self.dequantize(x.dtype), self.bias)
-        weight = change_weight(self.dequantize(torch.float32), self.changes)
-        return F.linear(x, weight.to(x.dtype), self.bias)
+            return self.dequantize(dtype)
+        return change_weight(self.dequantize(torch.float32), self.changes).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_in(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"

@@ -45,11 +45,12 @@ def test_request_and_settings_are_those_of_the_flags(cli: ModuleType, capsys: py
 
 
 def test_what_cannot_fit_is_refused_with_what_can(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(words("5s_sft", "--memory_gb", "12", "--host_memory_gb", "32")) == 2
+    machine = ("--memory_gb", "6", "--host_memory_gb", "8")
+    assert cli.main(words("10s_t2v_pro_hd", *machine)) == 2
     out, err = capsys.readouterr()
     assert "encode text" in out  # the table all the same
-    assert re.fullmatch(r"error: expand prompt takes .*; encode text takes .* What fits: --qwen_quantization\n", err)
-    assert cli.main(words("5s_sft", "--memory_gb", "12", "--host_memory_gb", "32", "--device_preset", "12gb")) == 0
+    assert re.fullmatch(r"error: denoise takes .* What fits: --video_duration 7\n", err)
+    assert cli.main(words("10s_t2v_pro_hd", *machine, "--video_duration", "7")) == 0
 
 
 def test_plan_for_this_machine(tiny: Path, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kandinsky.config.reading import load_config, with_settings
 from kandinsky.config.schema import MagCacheConfig
+from kandinsky.models.dit import Execution
 from kandinsky.runtime.magcache import MagCache, cache_for_request, skip_plan, stretched
 from kandinsky.sampling.sampler import guided_steps
 
@@ -190,7 +192,7 @@ def test_plan_of_a_request_is_that_of_its_guidance(interval: tuple[float, float]
 
 # --- one request's residuals ------------------------------------------------------------------------------------------
 
-BLOCK_INPUTS = None  # the cache only passes them on
+BLOCK_INPUTS = SimpleNamespace(execution=Execution())  # passed on, and asked whether blocks write over
 
 
 def evaluate(cache: MagCache, branch: str, hidden: Tensor, sample: int = 0, growth: float = 10.0) -> Tensor:
