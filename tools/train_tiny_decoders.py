@@ -1,12 +1,12 @@
 """Trains the tiny decoders of the tiny checkpoints' latents, and writes them beside the VAEs that they stand for.
 
-    python tools/train_tiny_decoders.py --task video    # assets/tiny/t2v/vae/tiny_decoder.safetensors, two minutes
+    python tools/train_tiny_decoders.py --task video    # assets/tiny/t2v/vae/tiny_decoder.safetensors, an hour
     python tools/train_tiny_decoders.py --task image    # assets/tiny/image/vae/tiny_decoder.safetensors
 
 The layers are TAEHV's and TAESD's (kandinsky/models/vae_tiny.py), with so few channels that decoding takes less than a
-twentieth of the VAE's operations. They learn from drawn clips and pictures, sent through the exported VAE's encoder, of
-combinations that are not held out. Each ends with how near it comes to the VAE's own decoder on ones that are: PSNR in
-dB. State is kept in `.train` (ignored by git), and a second start goes on from there.
+twentieth of the VAE's operations. They learn to make what the VAE's own decoder makes, from latents of drawn clips and
+pictures of combinations that are not held out. Each ends with how near it comes on ones that are: PSNR in dB. State is
+kept in `.train` (ignored by git), and a second start goes on from there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools import tiny_world
 from tools.tiny_training import optimizers_for, psnr, to_float, train, write_safetensors
 
 log = logging.getLogger("train_tiny")
-WIDTHS = {"video": (48, 24, 8, 8), "image": (20, 8, 5, 4)}
+WIDTHS = {"video": (48, 24, 10, 8), "image": (20, 8, 5, 4)}
 FOLDERS = {"video": Path("assets/tiny/t2v/vae"), "image": Path("assets/tiny/image/vae")}
 FILE = "tiny_decoder.safetensors"
 LATENT_NOISE = 0.05  # std: what a DiT makes is not exact
@@ -94,11 +94,41 @@ def start_loud(tiny: TinyDecoder) -> None:
     last.bias.fill_(0.5)  # grey
 
 
+def prepare(file: Path, vae: VAE, task: str, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, T', h, w) and what the VAE's own decoder makes of them, uint8 (N, 3, T, H, W); kept in `file`."""
+    if not file.exists():
+        log.info("encoding and decoding %d", count)
+        latents = [encode(vae, draw(task, 1, SIZE, rng)) for _ in range(count)]
+        pixels = [decode(vae, z).add(1).mul(127.5).round().to(torch.uint8) for z in latents]
+        temporary = file.with_suffix(".tmp")
+        torch.save((torch.cat(latents), torch.cat(pixels)), temporary)
+        temporary.replace(file)
+    latents, pixels = torch.load(file)
+    return latents, pixels
+
+
+def crop(z: Tensor, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A quarter of a picture: its latents, its pixels, and 1 where these can be told from those, else 0.
+
+    Where it was cut, the VAE saw what lies beyond, so that a border of one latent there is not learnt from.
+    """
+    side = z.shape[-1] // 2
+    top, left = (int(i) for i in rng.integers(0, z.shape[-1] - side + 1, 2))
+    known = torch.ones(side, side)
+    known[0] *= top == 0
+    known[-1] *= top + side == z.shape[-1]
+    known[:, 0] *= left == 0
+    known[:, -1] *= left + side == z.shape[-1]
+    z = z[..., top : top + side, left : left + side]
+    x = x[..., 8 * top : 8 * (top + side), 8 * left : 8 * (left + side)]
+    return z, x, known.repeat_interleave(8, 0).repeat_interleave(8, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--task", choices=tuple(WIDTHS), required=True)
-    parser.add_argument("--steps", type=int, help="default: 600 for video, 2000 for images")
-    parser.add_argument("--clips", type=int, help="of each size to learn from; default: 48 videos, 512 pictures")
+    parser.add_argument("--steps", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--clips", type=int, help="to learn from; default: 256 videos, 1024 pictures")
     parser.add_argument("--batch", type=int, help="default: 2 videos, 8 pictures")
     parser.add_argument("--lr", type=float, default=3e-3, help="Muon's (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".train/tiny_decoders"))
@@ -107,19 +137,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.state.mkdir(parents=True, exist_ok=True)
     is_video = args.task == "video"
-    steps, clips, batch = (
-        given or default
-        for given, default in zip(
-            (args.steps, args.clips, args.batch), (500, 40, 2) if is_video else (2000, 512, 8), strict=True
-        )
-    )
+    clips, batch = args.clips or (256 if is_video else 1024), args.batch or (2 if is_video else 8)
 
     vae = load_vae(FOLDERS[args.task], "cpu", torch.bfloat16, "hunyuan" if is_video else "flux")
     rng = np.random.default_rng(3)
-    log.info("encoding %d", clips)
-    sizes = SIZE // 2, SIZE  # first half the size: as many objects for a quarter of the work
-    pixels = {size: draw(args.task, clips, size, rng) for size in sizes}
-    latents = {size: encode(vae, drawn) for size, drawn in pixels.items()}
+    latents, pixels = prepare(args.state / f"examples_{args.task}_{clips}.pt", vae, args.task, clips, rng)
     unseen = encode(vae, draw(args.task, args.held_out, SIZE, np.random.default_rng(0), "test"))
 
     torch.manual_seed(0)
@@ -128,15 +150,18 @@ def main() -> None:
     tiny.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:
-        size = sizes[0] if step < 0.9 * steps else sizes[1]
         chosen = torch.from_numpy(rng.integers(0, clips, batch))
-        z, x = latents[size][chosen], to_float(pixels[size][chosen])
+        z, x, known = crop(latents[chosen], to_float(pixels[chosen]), rng)
         out = tiny.decode(z + LATENT_NOISE * float(torch.rand(())) * torch.randn_like(z))
         # The object is a tenth of the picture and most of what matters in it.
-        weight = 1 + ((x - x[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
-        return ((out - x).square() * weight).mean() / weight.mean()
+        weight = known * (1 + 2 * ((x - x[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1).float())
+        return ((out - x).square().mean(1, keepdim=True) * weight).sum() / weight.sum()
 
-    train(f"tiny_{args.task}", args.state, tiny, optimizers_for(tiny, args.lr, args.lr), loss, steps, 0.98)
+    def evaluate(model: torch.nn.Module) -> str:
+        return f"{np.mean(agreement(tiny, vae, unseen[:2])):.2f} dB"
+
+    optimizers = optimizers_for(tiny, args.lr, args.lr)
+    train(f"tiny_{args.task}", args.state, tiny, optimizers, loss, args.steps, 0.99, evaluate=evaluate)
     values = agreement(tiny, vae, unseen)
     log.info("against the VAE's own decoder, held out: mean %.2f dB, worst %.2f dB", np.mean(values), min(values))
     file = FOLDERS[args.task] / FILE
