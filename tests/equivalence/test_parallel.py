@@ -166,7 +166,12 @@ def magcache(team: DistributedTeam | None, folder: Path) -> Tensor:
 def evaluations(pipe: Any) -> list[float]:
     """All and skipped evaluations of a run."""
     records = []
-    pipe.describe = lambda run, index, watch: records.append(watch)
+
+    def describe(run: Any, index: int, watch: Any) -> dict[str, Any]:
+        records.append(watch)
+        return {"loop": False, "conditions": []}
+
+    pipe.describe = describe
     call(pipe, num_steps=STEPS, guidance_interval=(0.1, 0.9), output_type="pt")
     assert records[0].skipped_evaluations > 0
     return [records[0].evaluations, records[0].skipped_evaluations]
