@@ -21,7 +21,7 @@ from kandinsky.sampling.conditioning import OVERLAP
 logger = logging.getLogger(__name__)
 
 FINISHED_AT_ONCE = 8  # decoded frames
-AGAIN = 2  # latent frames of a loop that are decoded a second time
+AGAIN = 3  # latent frames of a loop that are decoded a second time; with 2 the join to the others can still be seen
 
 
 class DecodeStage(Parts):
