@@ -24,8 +24,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kandinsky.clips import Clip
 from kandinsky.config.schema import Config
 from kandinsky.outputs import media
+from kandinsky.outputs.sources import open_source, read_mask, read_source
 from kandinsky.pictures import check_is_path
 from kandinsky.request import MAX_SEED, Request, resolve_request
 from kandinsky.serving.prompts_file import Row, RowMistakes
@@ -54,6 +56,8 @@ class Job:
     request: Request  # of one sample
     image: Path | None
     output: Path
+    clip: Clip | None = None  # to start from
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -133,23 +137,39 @@ def _plan(
     values = dict(row.values)
     prompt = values.pop("prompt", "")
     name = values.pop("output", None)
-    if "image" in values:
-        check_is_path(values["image"])
-        image = images_folder / values.pop("image")
-    image = None if image is None else image.absolute()
+    files: dict[str, Path] = {}
+    for kind in ("image", "video", "mask"):
+        if kind in values:
+            check_is_path(values[kind])
+            files[kind] = (images_folder / values.pop(kind)).absolute()
+    image = files.get("image", None if image is None else image.absolute())
     if image is not None and image not in sizes:
         sizes[image] = media.load_image(image).size
     if "seed" not in values:
         values["seed"] = seed_of(row.number, prompt) if seed is None else seed_after(seed, row.number - 1)
     if "negative_prompt" in values:
         values["negative_caption"] = values.pop("negative_prompt")
-    image_sizes = [] if image is None else [sizes[image]]
-    request = resolve_request(config, prompt, image_sizes=image_sizes, **{**wishes, **values})
+    if "seconds" in values:
+        values["time_length"] = values.pop("seconds")
+    values = {**wishes, **values}
+    clip, mask = None, files.get("mask")
+    if "video" in files:
+        clip = open_source(config, files["video"], values.get("time_length"), values.get("num_frames"))
+    request = resolve_request(
+        config,
+        prompt,
+        image_sizes=[] if image is None else [sizes[image]],
+        clip=None if clip is None else (*clip.size, clip.frames),
+        mask=mask is not None,
+        **values,
+    )
+    if mask is not None:
+        read_mask(request, mask)  # what is wrong with it is to be told now
     stem = f"{row.number:04d}_{media.output_stem(prompt, values['seed'])}"
     output = Path(os.path.normpath(folder / (name or stem + suffix_of(request))))
     if not output.is_relative_to(os.path.normpath(folder)):
         raise ValueError(f"its output {output} is outside of {folder}: name a file in it, or another --output_dir")
-    return Job(row, request, image, output)
+    return Job(row, request, image, output, clip, mask)
 
 
 def name_on_any_disk(output: Path) -> str:
@@ -235,7 +255,7 @@ def _run_window(
                 begun[job.row.number]()
             else:
                 request, inputs = encoded.pop(job.row.number)
-                inputs = replace(inputs, images=_images(job))
+                inputs = replace(inputs, **_media(pipeline, job))
                 pipeline.generate(request, inputs, job.output, progress, keep_stopped=True)
         except Exception as error:
             yield Outcome(job, _reason(error))
@@ -244,6 +264,8 @@ def _run_window(
 
 
 def _begun(pipeline: Pipeline, job: Job, progress: bool) -> Callable[[], None] | None:
+    if _starts_from_source(pipeline, job):  # a record doesn't name all of its files: another row's steps might go on
+        return None
     try:
         return what_is_left(pipeline, job.request, job.image, job.output, progress)
     except ValueError as error:
@@ -257,7 +279,7 @@ def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings
 
     from kandinsky.pipelines.inputs import Inputs
 
-    request, images = job.request, _images(job)
+    request, images = job.request, [] if _starts_from_source(pipeline, job) else _images(job)
     # The same negative prompt is encoded once, where the text encoder sees no picture beside it.
     picture = (job.image, request.width, request.height) if pipeline.config.task == "i2i" else None
     key = (request.samples[0].negative_caption, picture)
@@ -276,6 +298,20 @@ def _encode(pipeline: Pipeline, job: Job, negatives: dict[object, TextEmbeddings
 
 def _images(job: Job) -> list[Any]:
     return [] if job.image is None else [media.load_image(job.image)]
+
+
+def _starts_from_source(pipeline: Pipeline, job: Job) -> bool:
+    return job.clip is not None or (job.image is not None and pipeline.config.task == "t2i")
+
+
+def _media(pipeline: Pipeline, job: Job) -> dict[str, Any]:
+    """Fields of `Inputs`: the pictures, or what is started from in their place."""
+    images = _images(job)
+    if not _starts_from_source(pipeline, job):
+        return {"images": images}
+    mask = None if job.mask is None else read_mask(job.request, job.mask)
+    name = str(job.image if job.clip is None else job.clip.path)
+    return {"source": read_source(job.request, job.clip, images), "source_name": name, "mask": mask}
 
 
 def _reason(error: Exception) -> str:

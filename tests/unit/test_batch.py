@@ -8,17 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from kandinsky.config.reading import load_config
+from kandinsky.outputs.sources import resolve_media
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import MAX_SEED, Request
 from kandinsky.serving import batch
 from kandinsky.serving.batch import Job, Maker, left_to_do, resolve_jobs, seed_of
 from kandinsky.serving.prompts_file import RowMistakes, read_prompts
+from tests.unit.small_pipelines import build
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FRAMES = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
 # As the authors' repository publishes MovieGen's prompts; the texts here are our own.
 MOVIEGEN = """prompt,concept,motion_level,expanded_prompt,ru_prompt,ru_expanded_prompt
 "A kite, red and ""new"", climbs.",physics - gravity,low,"A kite climbs, slowly.","Змей, красный.",Змей.
@@ -312,6 +316,7 @@ def test_a_long_file_is_worked_through_in_windows(tmp_path: Path, monkeypatch: p
 
     class Recorder:
         placement = SimpleNamespace(use=lambda component: contextlib.nullcontext())
+        config = SimpleNamespace(task="t2v")
 
         def generate(self, request: Request, *rest: Any, **options: Any) -> None:
             done.append(f"make {request.samples[0].text}")
@@ -328,3 +333,35 @@ def test_a_long_file_is_worked_through_in_windows(tmp_path: Path, monkeypatch: p
         *("encode a", "encode b", "make a", "make b", "encode c", "encode d", "make c", "make d"),
         *("encode e", "make e"),
     ]
+
+
+def test_rows_that_start_from_a_video(tmp_path: Path) -> None:
+    """They give what one call gives, to the byte; what is wrong with a row's files is told with the others."""
+    (tmp_path / "clip").mkdir()
+    for i, frame in enumerate(FRAMES):
+        Image.fromarray(frame).save(tmp_path / "clip" / f"{i}.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+    pipe = build("t2v")
+    text = "prompt,seed,seconds,video,strength,mask\na cat,3,0.17,clip,0.5,mask.png\na dog,4,0.17,,,\n"
+    path = write(tmp_path, "rows.csv", text)
+    jobs = resolve_jobs(pipe.config, path, read_prompts(path), tmp_path / "out", width=32, height=32, num_steps=4)
+    assert [outcome.error for outcome in batch.run_in_turn(pipe, jobs, progress=False)] == [None, None]
+    request, media = resolve_media(
+        pipe.config,
+        "a cat",
+        video=tmp_path / "clip",
+        mask=tmp_path / "mask.png",
+        strength=0.5,
+        seed=3,
+        **{"time_length": 0.17, "width": 32, "height": 32, "num_steps": 4},
+    )
+    assert request == jobs[0].request and jobs[1].clip is None
+    pipe.generate(request, Inputs(**vars(media)), tmp_path / "alone.mp4", progress=False)
+    assert jobs[0].output.read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    record, alone = (
+        json.loads(file.with_suffix(".json").read_text()) for file in (jobs[0].output, tmp_path / "alone.mp4")
+    )
+    assert record["conditions"] == alone["conditions"] and record["strength"] == 0.5
+    for cells, says in (("nothing,,", "there is no video"), (",0.5,", "give --video"), ("clip,2,", "strength is 2")):
+        with pytest.raises(ValueError, match=says):
+            plan(tmp_path, "wrong.csv", f"prompt,video,strength,mask\na,{cells}\n")
