@@ -1,7 +1,5 @@
 """How much memory decoding needs, as a formula, and the tile that fits into a budget.
 
-from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_AT_ONCE
-
 The formula counts the tensors that exist at once where a decoder's peak is: in the first block at full resolution. It
 depends on sizes, channels and dtypes and on nothing else, neither on the device nor on what happens to be free, so the
 same settings cut the same tiles and give the same pixels on every machine, but on CPUs that have no arithmetic in the
