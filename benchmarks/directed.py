@@ -2,6 +2,7 @@
 checkpoint.
 
     python benchmarks/directed.py --cases 40 --output benchmarks/directed.json
+    python benchmarks/directed.py --cases 100 --strengths 0.7 --no_mask --output outputs/directed_0.7.json
     python benchmarks/directed.py --draw benchmarks/directed.json benchmarks/directed.png
 
 A case is a held-out clip and its own caption with another colour. `layout`: shape, motion and background are still the
@@ -22,6 +23,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def made_with(pipe: Any, text: str, folder: str, seed: int, **wishes: Any) -> np
     return np.moveaxis(video[0].numpy(), 0, -1)
 
 
-def measured(pipe: Any, case: Case, folder: str) -> dict[str, Any]:
+def measured(pipe: Any, case: Case, folder: str, strengths: Sequence[float], masks: bool) -> dict[str, Any]:
     """Of one case [layout, colour] by strength, and the mask's figures."""
     from PIL import Image
 
@@ -64,21 +66,22 @@ def measured(pipe: Any, case: Case, folder: str) -> dict[str, Any]:
         Image.fromarray(frame).save(f"{clip}/{i:03}.png")
     Image.fromarray(np.where(np.arange(SIZE) < HALF, 0, 255).astype(np.uint8)[None].repeat(SIZE, 0)).save(mask)
 
-    by_strength, through_vae = {}, frames
-    for strength in STRENGTHS:
+    by_strength: dict[str, list[bool]] = {}
+    for strength in strengths:
         made = made_with(pipe, text, clip, case.seed, strength=strength)
-        through_vae = made if strength == 0 else through_vae
         found = tiny_world.measure(made)
         right = found.agrees(other)
         near = all(stands_there(made[i], frames[i]) for i in (0, FRAMES // 2, FRAMES - 1))
         layout = near and all(right[name] for name in ("shape", "motion", "background"))
         by_strength[str(strength)] = [bool(layout), bool(right["colour"])]
+    facts = {"caption": text, "seed": case.seed, "strengths": by_strength}
+    if not masks:
+        return facts
+    through_vae = made_with(pipe, text, clip, case.seed, strength=0)
     masked = made_with(pipe, text, clip, case.seed, strength=1.0, mask=mask)
     kept = (slice(None), slice(None), slice(0, HALF - APART))
     return {
-        "caption": text,
-        "seed": case.seed,
-        "strengths": by_strength,
+        **facts,
         "outside": psnr(masked[kept], frames[kept]),
         "vae": psnr(through_vae[kept], frames[kept]),
         "inside": psnr(masked[:, :, HALF:], frames[:, :, HALF:]),
@@ -91,6 +94,8 @@ def table(cases: list[dict[str, Any]]) -> str:
         pairs = [case["strengths"][strength] for case in cases]
         counts = [sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs), sum(map(all, pairs))]
         lines.append(f"| {strength} | {' | '.join(map(str, counts))} |")
+    if "outside" not in cases[0]:
+        return "\n".join([*lines, f"{len(cases)} cases"])
     means = {name: np.mean([case[name] for case in cases]) for name in ("outside", "vae", "inside")}
     worst = min(case["outside"] - case["vae"] for case in cases)
     lines.append(
@@ -126,6 +131,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(REPOSITORY / "configs/config_tiny_t2v.yaml"))
     parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
+    parser.add_argument("--no_mask", action="store_true", help="without the mask's figures")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case later than that")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--draw", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw what --output has written")
@@ -144,7 +151,7 @@ def main() -> None:
         if time.monotonic() - started > 60 * args.minutes:
             break
         with tempfile.TemporaryDirectory() as folder:
-            cases.append(measured(pipe, case, folder))
+            cases.append(measured(pipe, case, folder, args.strengths, not args.no_mask))
         print(f"{len(cases)}/{args.cases}", cases[-1], flush=True)
         if args.output:
             args.output.write_text(json.dumps(cases, indent=1) + "\n")

@@ -57,3 +57,10 @@ def checked_frames(num_frames: int) -> int:
         nearest = round((min(max(frames, 1), longest) - 1) / FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1
         raise ValueError(f"num_frames is {shown(frames)}; it must be 4n + 1 up to {longest}: the nearest is {nearest}")
     return frames
+
+
+def checked_loop(loop: bool) -> bool:
+    """Whether a video ends as it begins. Raises ValueError for what is neither."""
+    if not isinstance(loop, bool):
+        raise ValueError(f"loop is {shown(loop)}; it must be True or False")
+    return loop

@@ -18,7 +18,7 @@ from kandinsky.common.limits import MAX_PATCHES, MAX_TEXT_TOKENS, NABLA_PIXELS, 
 from kandinsky.config.schema import Config
 from kandinsky.frames import FPS as FPS
 from kandinsky.frames import FRAMES_PER_LATENT as FRAMES_PER_LATENT
-from kandinsky.frames import checked_frames, frames_of_clip, wanted_frames
+from kandinsky.frames import checked_frames, checked_loop, frames_of_clip, wanted_frames
 from kandinsky.sizes import check_picture, size_for_image, size_for_video
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Request:
     max_sequence_length: int | None = None  # tokens of a prompt; None: as the YAML says
     expand_prompts: bool | None = None  # have Qwen write prompts out; None: where it can
     strength: float = 1.0  # with a source: the share of the steps that are taken, the last ones; 1: all of them
+    loop: bool = False  # ends with the frame that it begins with, which is then left out
 
     @property
     def first_step(self) -> int:
@@ -104,6 +105,7 @@ def resolve_request(
     strength: float | None = None,
     clip: tuple[int, int, int] | None = None,
     mask: bool = False,
+    loop: bool = False,
 ) -> Request:
     """A `Request` for the variant `config`; None means as the YAML says, and a random seed.
 
@@ -113,6 +115,7 @@ def resolve_request(
         strength: how far from its source the output goes, 0 to 1: which share of the steps is taken.
         clip: (width, height, frames) of a video to start from; its frames are at `FPS`.
         mask: whether there is one of what may change in the source.
+        loop: whether the video is to end as it begins; `read_keyframes` says where that can be.
         seed: of the first sample, the others get the following numbers; or one a sample.
         seeded: False where generators take the place of seeds.
 
@@ -162,6 +165,7 @@ def resolve_request(
         max_sequence_length=_checked_text_length(max_sequence_length),
         expand_prompts=_checked_expansion(generation.expand_prompts if expand_prompts is None else expand_prompts),
         strength=strength,
+        loop=checked_loop(loop),
     )
     if config.runtime.cfg_parallel > 1 and abs(request.guidance_weight - 1) < 1e-6:
         raise ValueError(
@@ -194,6 +198,7 @@ def recorded_request(values: Mapping[str, Any], config: Config) -> Request:
         max_sequence_length=_checked_text_length(values["max_sequence_length"]),
         expand_prompts=_checked_expansion(values["expand_prompts"]),
         strength=checked_strength(values["strength"]),
+        loop=checked_loop(values["loop"]),
     )
     if config.task in ("t2i", "i2i") and not request.is_image:
         raise ValueError(f"num_frames is {request.num_frames}, and {config.task} makes images")

@@ -4,10 +4,11 @@
     python tools/contact_sheet.py outputs/a.png outputs/b.png --columns 2 --output sheet.png
     python tools/contact_sheet.py outputs/edited.png --sources cat.png --output sheet.png
     python tools/contact_sheet.py --held_out 6 --config configs/config_tiny_i2v.yaml --output sheet.png
+    python tools/contact_sheet.py --held_out 6 --config configs/config_tiny_flf.yaml --given last --output sheet.png
 
 The first three read files, and their captions from the JSON files beside them; `--sources` puts in front of each the
-picture that it was made from. The last one has a tiny checkpoint make what it was never trained on. Knows the pipelines
-by their public call only, through tools/eval_tiny.py.
+picture that it was made from. The last two have a tiny checkpoint make what it was never trained on, and the very last
+one gives it the last frame as well. Knows the pipelines by their public call only, through tools/eval_tiny.py.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
+
+if TYPE_CHECKING:
+    from tools.eval_tiny import Case, Generate
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "config_tiny_t2v.yaml"
 VIDEOS = (".mp4", ".mov", ".webm", ".gif")
@@ -111,12 +116,28 @@ def _read_image(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def given_block(generate: Generate, case: Case, size: int, frames: int, loop: bool) -> Block:
+    """A video of which more than the first frame is given, after the pictures that are: two, or a loop's one."""
+    from tools import tiny_world
+
+    given = list(tiny_world.render(case.wanted, 2, size))[: 1 if loop else 2]
+    first, *last = (Image.fromarray(picture) for picture in given)
+    video = generate(case.text, case.seed, first, **({"loop": True} if loop else {"last_image": last[0]}))
+    return case.text, [*given, *frames_shown(np.moveaxis(video.numpy(), 0, -1), frames)]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="videos or images")
     parser.add_argument("--sources", nargs="+", type=Path, metavar="IMAGE", help="what each file was made from")
     parser.add_argument("--held_out", type=int, metavar="N", help="generate N of them instead of reading files")
     parser.add_argument("--config", default=CONFIG, help="for --held_out (default: the tiny text to video)")
+    parser.add_argument(
+        "--given",
+        choices=("first", "last", "loop"),
+        default="first",
+        help="for --held_out of i2v: the first frame alone, the last one too, or that it is to go round",
+    )
     parser.add_argument("--frames", type=int, default=7, help="frames of each video (default: %(default)s)")
     parser.add_argument("--columns", type=int, help="files beside one another (default: 1, of --held_out images more)")
     parser.add_argument("--output", type=Path, required=True, help="the PNG to write")
@@ -133,8 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from tools import eval_tiny  # not at the top: it draws its own sheets with this module
 
         pipe, task, size = eval_tiny.load_pipeline(args.config)
-        results = eval_tiny.run_cases(eval_tiny.pipeline_caller(pipe), eval_tiny.make_cases(task, args.held_out), size)
-        blocks = [eval_tiny.sheet_block(result, args.frames) for result in results]
+        if args.given != "first" and task != "i2v":
+            parser.error(f"--given {args.given} is for i2v configs, and {args.config} is for {task}")
+        cases, generate = eval_tiny.make_cases(task, args.held_out), eval_tiny.pipeline_caller(pipe)
+        if args.given == "first":
+            blocks = [
+                eval_tiny.sheet_block(result, args.frames) for result in eval_tiny.run_cases(generate, cases, size)
+            ]
+        else:
+            blocks = [given_block(generate, case, size, args.frames, args.given == "loop") for case in cases]
         columns = args.columns or eval_tiny.SHEET_COLUMNS[task]
     Image.fromarray(captioned_sheet(blocks, columns)).save(args.output, optimize=True)
 

@@ -341,9 +341,9 @@ def load_pipeline(config: str | Path, device: str = "cpu", overrides: Sequence[s
 def pipeline_caller(pipe: Any, records: list[dict[str, Any]] | None = None, **options: Any) -> Generate:
     """Calls the pipeline; what it writes beside its outputs goes into ``records``."""
 
-    def generate(text: str, seed: int, *picture: Any) -> Any:
+    def generate(text: str, seed: int, *picture: Any, **more: Any) -> Any:
         given = {"image": picture[0]} if picture else {}
-        arguments = {"text": text, "seed": seed, "progress": False, **given, **options}
+        arguments = {"text": text, "seed": seed, "progress": False, **given, **options, **more}
         if records is None:
             return pipe(**arguments)[0]
         with tempfile.TemporaryDirectory() as folder:

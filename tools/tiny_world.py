@@ -484,9 +484,14 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarra
     return np.maximum(np.maximum(ax, ay) - 1.1 * radius, np.minimum(ax, ay) - 0.4 * radius)
 
 
-def _path(scene: Scene, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centre x, centre y and radius of the object at each frame, (num_frames,) each, as fractions of the side."""
+def path(scene: Scene, num_frames: int, loop: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centre x, centre y and radius of the object at each frame, (num_frames,) each, as fractions of the side.
+
+    loop: it goes back as well, and ends where it began; what bounces does so in any case.
+    """
     t = np.linspace(0.0, 1.0, num_frames) if num_frames > 1 else np.array([0.5])
+    if loop and scene.motion != "bounce":
+        t = 0.5 - 0.5 * np.cos(2 * np.pi * t)
     still = np.zeros(num_frames)
     along = TRAVEL * (t - 0.5)
     dx = {"left": -along, "right": along}.get(scene.motion, still)
@@ -497,12 +502,12 @@ def _path(scene: Scene, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return scene.x + dx, scene.y + dy, scene.radius * scale
 
 
-def render(scene: Scene, num_frames: int = 25, size: int = 128) -> np.ndarray:
+def render(scene: Scene, num_frames: int = 25, size: int = 128, loop: bool = False) -> np.ndarray:
     """Draws the clip: uint8 (num_frames, size, size, 3), RGB, with a one-pixel soft edge. The same scene gives the same
-    bytes. A single frame shows the middle of the motion."""
+    bytes. A single frame shows the middle of the motion. A loop goes back as well: its last frame is its first."""
     if num_frames < 1 or size < 8:
         raise ValueError(f"num_frames={num_frames}, size={size}; a clip needs at least 1 frame and 8 pixels a side")
-    cx, cy, radius = (v[:, None, None].astype(np.float32) * size for v in _path(scene, num_frames))
+    cx, cy, radius = (v[:, None, None].astype(np.float32) * size for v in path(scene, num_frames, loop))
     pixels = np.arange(size, dtype=np.float32) + np.float32(0.5)
     distance = _signed_distance(scene.shape, pixels[None, None, :] - cx, pixels[None, :, None] - cy, radius)
     distance *= -255.0  # to coverage of the pixel in 1/255: full half a pixel inside, none half a pixel outside

@@ -6,6 +6,8 @@
     python tools/train_tiny.py dit       # one DiT for text to video and image to video, on small, then full-size clips
     python tools/train_tiny.py latents --size 256 --shards 1 --shard_clips 500   # and larger ones, for NABLA
     python tools/train_tiny.py nabla     # the exported DiT trained on, on these with block-sparse attention
+    python tools/train_tiny.py latents --size 128 --shards 3 --shard_clips 200 --loops   # clips that end as they begin
+    python tools/train_tiny.py keyframes # the exported DiT trained on, with any of its frames given
     python tools/train_tiny.py export    # write assets/tiny/t2v/{model,vae,text_encoder,text_encoder2}
 
     python tools/train_tiny.py vae --task image      # image VAE, starting from the video VAE's state
@@ -39,6 +41,7 @@ STAGES = {
         "latents": train_tiny_video.stage_latents,
         "dit": train_tiny_video.stage_dit,
         "nabla": train_tiny_video.stage_nabla,
+        "keyframes": train_tiny_video.stage_keyframes,
         "export": train_tiny_video.stage_export,
     },
     "image": {
@@ -75,12 +78,14 @@ def parse_args() -> argparse.Namespace:
     video.add_argument("--decoder_lr", type=float, default=2e-4, help="decoder: Muon's (default: %(default)s)")
     video.add_argument("--size", type=int, default=64, help="latents: of clips of this many pixels a side")
     video.add_argument("--first_shard", type=int, default=0, help="latents: number of the first file")
+    video.add_argument("--loops", action="store_true", help="latents: of clips that end as they begin")
     video.add_argument("--shards", type=int, default=2, help="latents: how many files")
     video.add_argument("--shard_clips", type=int, default=1152, help="latents: clips a file, each another combination")
     video.add_argument("--small_steps", type=int, default=1200, help="dit: steps on 64-pixel clips, the first ones")
     video.add_argument("--from_exported", action="store_true", help="dit: start from the checkpoint in --out")
     video.add_argument("--nabla_steps", type=int, default=400, help="nabla: steps on 256-pixel clips")
     video.add_argument("--nabla_batch", type=int, default=8, help="nabla: clips a step (default: %(default)s)")
+    video.add_argument("--keyframe_steps", type=int, default=700, help="keyframes: steps on 128-pixel clips")
     video.add_argument("--nabla_config", type=Path, default=Path("configs/config_tiny_t2v_10s.yaml"))
     image = parser.add_argument_group("image")
     image.add_argument("--vae_steps", type=int, default=400, help="vae: from the video VAE")

@@ -1,7 +1,7 @@
 """The video half of the tiny training: a 3-D VAE, text encoders, and one DiT for text to video and image to video.
 
 Stages of `tools/train_tiny.py --task video`, in order: `vae`, `text`, `latents` (of 64, 128 and 256 pixels), `dit`,
-`nabla`, `export`. Clips are drawn by `tools/tiny_world.py`; of the combinations a tenth is never drawn here.
+`nabla`, `keyframes`, `export`. Clips are drawn by `tools/tiny_world.py`; of the combinations a tenth is never drawn.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from tools.tiny_training import (
 )
 
 log = logging.getLogger("train_tiny")
-NUM_FRAMES = 25
+NUM_FRAMES, FRAMES_PER_LATENT = 25, 4
+LOOPS = 0.4  # keyframes: the share of steps that show loops
 SIZE = 128
 VAE_CONFIG: dict[str, Any] = dict(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
 VALUES = (tuple(tiny_world.SHAPES), tuple(tiny_world.COLOURS), tuple(tiny_world.MOTIONS), tuple(tiny_world.BACKGROUNDS))
@@ -59,9 +60,9 @@ VALUES = (tuple(tiny_world.SHAPES), tuple(tiny_world.COLOURS), tuple(tiny_world.
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def draw_clips(scenes: Iterable[tiny_world.Scene], size: int = SIZE) -> Tensor:
+def draw_clips(scenes: Iterable[tiny_world.Scene], size: int = SIZE, loop: bool = False) -> Tensor:
     """uint8 clips (N, 3, frames, size, size)."""
-    clips = [torch.from_numpy(tiny_world.render(scene, NUM_FRAMES, size)) for scene in scenes]
+    clips = [torch.from_numpy(tiny_world.render(scene, NUM_FRAMES, size, loop)) for scene in scenes]
     return torch.stack(clips).permute(0, 4, 1, 2, 3).contiguous()
 
 
@@ -312,18 +313,20 @@ def stage_latents(args: argparse.Namespace) -> None:
     vae = trained_vae(args).bfloat16()
     combinations = tiny_world.train_combinations()
     for shard in range(args.first_shard, args.first_shard + args.shards):
-        path = args.state / f"latents_{args.size}_{shard}.pt"
+        path = args.state / f"{'loops' if args.loops else 'latents'}_{args.size}_{shard}.pt"
         if path.exists():
             continue
         rng = np.random.default_rng(100 + shard)
         chosen = rng.permutation(len(combinations))[: args.shard_clips]
-        latents, first_frames = [], []
+        latents, stills = [], []
         for i in chosen:
-            pixels = draw_clips([tiny_world.scene_for(combinations[i], rng)], args.size)
+            pixels = draw_clips([tiny_world.scene_for(combinations[i], rng)], args.size, args.loops)
             clip = to_float(pixels.to(args.device)).bfloat16()
             latents.append(vae.encode(clip, VAETiling()).mode().half().cpu())
-            first_frames.append(vae.encode(clip[:, :, :1]).mode().half().cpu())
-        shard_data = {"latents": torch.cat(latents), "first": torch.cat(first_frames)}
+            # The last frame of each latent frame by itself, as a picture that is given for it is encoded.
+            pictures = clip[:, :, ::FRAMES_PER_LATENT].split(1, dim=2)
+            stills.append(torch.cat([vae.encode(picture).mode() for picture in pictures], dim=2).half().cpu())
+        shard_data = {"latents": torch.cat(latents), "stills": torch.cat(stills)}
         torch.save({**shard_data, "combination": torch.from_numpy(chosen)}, path)
         log.info("latents of %d px: shard %d, %d clips", args.size, shard, len(latents))
 
@@ -333,23 +336,23 @@ class LatentClips:
     """Training latents of one size (N, T, H, W, C), scaled, and the training combination that each one shows."""
 
     latents: Tensor
-    first: Tensor  # (N, 1, H, W, C): the first frame encoded by itself, as image to video gets it
+    stills: Tensor  # likewise: the last frame of each latent frame encoded by itself, as a model is given pictures
     combination: Tensor
     rotary_scale: tuple[float, float, float]
 
     @classmethod
     @cache
-    def load(cls, state_dir: Path, size: int) -> LatentClips:
-        shards = [torch.load(path) for path in sorted(state_dir.glob(f"latents_{size}_*.pt"))]
-        latents, first = (
+    def load(cls, state_dir: Path, size: int, scale: float, kind: str = "latents") -> LatentClips:
+        shards = [torch.load(path) for path in sorted(state_dir.glob(f"{kind}_{size}_*.pt"))]
+        latents, stills = (
             torch.cat([shard[name] for shard in shards]).permute(0, 2, 3, 4, 1).contiguous()
-            for name in ("latents", "first")
+            for name in ("latents", "stills")
         )
-        log.info("%d px: %d clips of %s", size, len(latents), tuple(latents.shape[1:]))
+        log.info("%s of %d px: %d clips of %s", kind, size, len(latents), tuple(latents.shape[1:]))
         # Small clips get the positions that their patches have in a large one, so that what is learnt there holds.
         return cls(
-            latents * latent_scale(state_dir),
-            first * latent_scale(state_dir),
+            latents * scale,
+            stills * scale,
             torch.cat([shard["combination"] for shard in shards]),
             (1.0, size / SIZE, size / SIZE),
         )
@@ -388,7 +391,7 @@ def stage_dit(args: argparse.Namespace) -> None:
     """One model for both tasks: every second sample is given the latents of its first frame, as image to video is."""
     config = load_config(args.config)
     captions = CaptionTable.build(trained_embedder(args))
-    scale = latent_scale(args.state)
+    scale = latent_scale(args)
 
     torch.manual_seed(0)
     exported = args.out / "model" / "tiny_t2v.safetensors"
@@ -402,7 +405,7 @@ def stage_dit(args: argparse.Namespace) -> None:
     def loss(step: int) -> Tensor:
         # Most of what there is to learn can be learnt on small clips, at a quarter of the tokens.
         small = step < args.small_steps
-        clips = LatentClips.load(args.state, SIZE // 2 if small else SIZE)
+        clips = LatentClips.load(args.state, SIZE // 2 if small else SIZE, scale)
         batch = 2 * args.batch if small else args.batch
         index = rng.integers(0, len(clips.latents), batch)
         rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
@@ -410,7 +413,7 @@ def stage_dit(args: argparse.Namespace) -> None:
         extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
         # The first frame is clean at every noise level, and the mask, the last channel, says so.
         given = torch.arange(batch) % 2 == step % 2
-        first = clips.first[index][given].to(args.device).float()
+        first = clips.stills[index, :1][given].to(args.device).float()
         x[given, :1] = first + LATENT_NOISE * scale * torch.randn_like(first)
         extra[given, :1, ..., -1] = 1
         text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
@@ -426,7 +429,7 @@ def stage_nabla(args: argparse.Namespace) -> None:
     """The exported model goes on, on large clips, with block-sparse attention of a density that changes every step."""
     config = load_config(args.nabla_config)
     captions = CaptionTable.build(trained_embedder(args))
-    clips = LatentClips.load(args.state, config.generation.width)
+    clips = LatentClips.load(args.state, config.generation.width, latent_scale(args))
     torch.manual_seed(0)
     exported = args.out / "model" / "tiny_t2v.safetensors"
     dit = load_dit(exported, config.model.dit_params, args.device, torch.float32).float().requires_grad_(True)
@@ -448,9 +451,59 @@ def stage_nabla(args: argparse.Namespace) -> None:
     train("dit_nabla", args.state, dit, dit_optimizers(dit, args.lr / 3), loss, args.nabla_steps, warmup=20)
 
 
-def latent_scale(state_dir: Path) -> float:
-    """1 / std of the first shard of small clips: what brings the latents to unit variance."""
-    return round(1 / float(torch.load(state_dir / f"latents_{SIZE // 2}_0.pt")["latents"].float().std()), 4)
+def given_frames(rng: np.random.Generator, batch: int, frames: int) -> Tensor:
+    """(batch, latent frames) of bool: which ones a model is given, of all the ways in which it may be asked."""
+    given = torch.zeros(batch, frames, dtype=torch.bool)
+    for row in given:
+        way = rng.random()
+        row[0] = 0.15 <= way < 0.3 or 0.4 <= way < 0.7  # nothing before, in between the last alone
+        row[-1] = 0.3 <= way < 0.7
+        if way >= 0.7:  # any of them
+            row |= torch.from_numpy(rng.random(frames) < rng.uniform(0.1, 0.4))
+            row[0] |= bool(rng.random() < 0.5)
+    return given
+
+
+def stage_keyframes(args: argparse.Namespace) -> None:
+    """The exported model goes on with any of its latent frames given, each as the picture that it ends with; of the
+    steps a part shows loops, mostly with the first and the last frame given, which are one picture."""
+    config = load_config(args.config)
+    captions = CaptionTable.build(trained_embedder(args))
+    scale = latent_scale(args)
+    kinds = [LatentClips.load(args.state, SIZE, scale, kind) for kind in ("latents", "loops")]
+    torch.manual_seed(0)
+    exported = args.out / "model" / "tiny_t2v.safetensors"
+    dit = load_dit(exported, config.model.dit_params, args.device, torch.float32).float().requires_grad_(True)
+    rng = np.random.default_rng(int(time.time()))
+
+    def loss(step: int) -> Tensor:
+        loop = rng.random() < LOOPS
+        clips = kinds[loop]
+        index = rng.integers(0, len(clips.latents), args.batch)
+        rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
+        x, wanted, sigma = noisy(clips.latents[index].to(args.device).float(), config.metrics.scheduler_scale)
+        extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
+        given = given_frames(rng, args.batch, x.shape[1]).to(args.device)
+        if loop:
+            given[: 3 * args.batch // 4] = torch.isin(torch.arange(x.shape[1]), torch.tensor([0, x.shape[1] - 1]))
+        stills = clips.stills[index].to(args.device).float()
+        x[given] = (stills + LATENT_NOISE * scale * torch.randn_like(stills))[given]
+        extra[..., -1] = given[..., None, None]
+        text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
+        predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, clips.rotary_scale)
+        error = (predicted - wanted).square().mean((2, 3, 4))  # (B, T)
+        return error[~given].mean()  # there is nothing to predict in the others
+
+    train("dit_keyframes", args.state, dit, dit_optimizers(dit, args.lr / 2), loss, args.keyframe_steps, warmup=20)
+
+
+def latent_scale(args: argparse.Namespace) -> float:
+    """1 / std of the first shard of small clips: what brings the latents to unit variance. Where there is none, the
+    exported VAE's."""
+    shard = args.state / f"latents_{SIZE // 2}_0.pt"
+    if not shard.exists():
+        return float(json.loads((args.out / "vae" / "config.json").read_text())["scaling_factor"])
+    return round(1 / float(torch.load(shard)["latents"].float().std()), 4)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -459,6 +512,12 @@ def latent_scale(state_dir: Path) -> float:
 def stage_export(args: argparse.Namespace) -> None:
     """Write the checkpoint in the published layout: bfloat16, safetensors, one folder a component."""
     out = args.out
+    if (args.state / "dit_keyframes.pt").exists():
+        keyframes = torch.load(args.state / "dit_keyframes.pt", map_location="cpu")
+        write_safetensors(keyframes["model"], out / "model" / "tiny_flf.safetensors")
+        log.info("wrote the DiT for keyframes, at step %d", keyframes["step"])
+    if not (args.state / "dit.pt").exists():  # all that it was trained from is there
+        return
     vae = trained_vae(args)
     with torch.no_grad():
         # The VAE was trained with noise of a fixed size on the mean: say so in the log-variance, exactly.
@@ -472,7 +531,7 @@ def stage_export(args: argparse.Namespace) -> None:
         nabla = torch.load(args.state / "dit_nabla.pt", map_location="cpu")
         write_safetensors(nabla["model"], out / "model" / "tiny_t2v_10s.safetensors")
     write_safetensors(vae.state_dict(), out / "vae" / "diffusion_pytorch_model.safetensors")
-    config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args.state)}
+    config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args)}
     (out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_text_encoders(trained_embedder(args), out)
     log.info("wrote %s: DiT at step %d, %.1f MB in all", out, state["step"], folder_megabytes(out))

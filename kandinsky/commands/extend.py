@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kandinsky.serving.segments import LongVideo, Part
 
 # What belongs to one segment that nothing comes before.
-NOT_OF_SEGMENTS = ("strength", "mask")
+NOT_OF_SEGMENTS = ("strength", "mask", "last_image", "loop", "keyframe")
 
 
 def extend(args: argparse.Namespace, launch: Launch) -> Path | None:

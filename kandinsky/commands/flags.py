@@ -13,6 +13,7 @@ from kandinsky.checkpoints.files import REPOSITORY
 
 if TYPE_CHECKING:
     from kandinsky.config.schema import Config
+    from kandinsky.keyframes import Keyframe
 
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "config_5s_sft.yaml"
@@ -38,7 +39,8 @@ SETTINGS = {
 }
 # What a run that is gone on with has settled.
 FIXED_BY_A_FILE = (
-    *("prompt", "prompts_file", "image", "video", "strength", "mask", "extend", "segments"),
+    *("prompt", "prompts_file", "image", "last_image", "loop", "keyframe"),
+    *("video", "strength", "mask", "extend", "segments"),
     *("negative_prompt", "width", "height", "video_duration"),
     *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
 )
@@ -72,6 +74,19 @@ def build_parser() -> Parser:
     parser.add_argument("--prompt", help="what to show, what happens, or what to change")
     parser.add_argument(
         "--image", type=Path, action=Once, help="the picture that a video begins with, or that is edited"
+    )
+    experimental = "for i2v; experimental with checkpoints that learnt to be given the first frame alone, as published"
+    parser.add_argument(
+        "--last_image", type=Path, action=Once, metavar="FILE", help=f"the picture that it ends with: {experimental}"
+    )
+    parser.add_argument(
+        "--loop", action="store_true", default=None, help="have it end as it begins, so that it can go round: likewise"
+    )
+    parser.add_argument(
+        "--keyframe",
+        action="append",
+        metavar="SECONDS:FILE",
+        help="a picture that it passes through at that time; several times for several: likewise",
     )
     parser.add_argument(
         "--video",
@@ -251,10 +266,18 @@ def wishes_of(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_weight": args.guidance_weight,
         "scheduler_scale": args.scheduler_scale,
         "strength": args.strength,
+        "loop": bool(args.loop),
         "guidance_interval": args.guidance_interval,
         "guidance_every": args.guidance_every,
         "negative_caption": args.negative_prompt,
     }
+
+
+def keyframes_of(args: argparse.Namespace, config: Config, num_frames: int) -> tuple[Keyframe, ...]:
+    """The pictures that flags give after the first one."""
+    from kandinsky.keyframes import keyframe_words, read_keyframes
+
+    return read_keyframes(config, num_frames, args.last_image, bool(args.loop), keyframe_words(args.keyframe or []))
 
 
 def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str]) -> None:

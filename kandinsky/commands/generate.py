@@ -10,7 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from kandinsky.commands.download import download
-from kandinsky.commands.flags import config_for, wishes_of
+from kandinsky.commands.flags import config_for, keyframes_of, wishes_of
 from kandinsky.commands.launch import Launch
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
     request, found = resolve_media(config, args.prompt, images, args.video, args.mask, **wishes_of(args))
     if args.save_last_frame and request.is_image:
         raise ValueError("--save_last_frame is of a video, and this makes a picture: leave it out")
+    keyframes = keyframes_of(args, config, request.num_frames)
     suffix = media.IMAGE_SUFFIX if request.is_image else media.VIDEO_SUFFIX
     seed, folder = request.samples[0].seed, args.output_dir or "outputs"
     name: AbstractContextManager[Path | None] = nullcontext(args.output_filename if launch.is_first else None)
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
             processes=launch.processes,
             request=request,
         )
-        pixels = pipeline.generate(request, Inputs(**vars(found)), save_path=output, keep_stopped=True)
+        inputs = Inputs(**vars(found), keyframes=keyframes)
+        pixels = pipeline.generate(request, inputs, save_path=output, keep_stopped=True)
         if args.save_last_frame and output is not None:
             media.write_image(pixels[0][:, -1], media.last_frame_path(output))
         return output

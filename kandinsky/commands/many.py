@@ -28,7 +28,7 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
     from kandinsky.serving import batch
     from kandinsky.serving.prompts_file import first_of
 
-    for flag in ("video", "mask", "strength"):
+    for flag in ("video", "mask", "strength", "last_image", "loop", "keyframe"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag} is for one prompt: leave --prompts_file or --{flag} out")
     for flag in ("prompt", "output_filename"):

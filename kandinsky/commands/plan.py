@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from kandinsky.commands.flags import config_for, overrides_of, wishes_of
+from kandinsky.commands.flags import config_for, keyframes_of, overrides_of, wishes_of
 
 if TYPE_CHECKING:
     from kandinsky.config.schema import Config
@@ -47,7 +47,9 @@ def asked(args: argparse.Namespace) -> tuple[Config, Request]:
     prompt = "a prompt" if args.prompt is None else args.prompt
     if args.video is not None or args.mask is not None or args.strength is not None:
         raise ValueError("--plan is of a run from noise, which takes more: leave --video, --mask and --strength out")
-    return config, resolve_request(config, prompt, image_sizes=sizes, **wishes_of(args))
+    request = resolve_request(config, prompt, image_sizes=sizes, **wishes_of(args))
+    keyframes_of(args, config, request.num_frames)  # they cost nothing, but may be wrong
+    return config, request
 
 
 def check_loras_here(config: Config, cache_dir: str) -> None:

@@ -222,6 +222,7 @@ class GenerationConfig:
     first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
     # Each of the first frames by itself; or all together, as in diffusers.
     first_frame_statistics: Literal["each", "together"] = "each"
+    given_frames: Literal["first", "any"] = "first"  # i2v: which frames the checkpoint has learnt to be given
     visual_cond: Literal["zeros", "image"] = "zeros"  # i2v: what stands in the condition channels of the first frame
 
 

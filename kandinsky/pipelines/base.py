@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kandinsky.common.writing import remove_leftovers
+from kandinsky.keyframes import read_keyframes
 from kandinsky.outputs import media
 from kandinsky.outputs.latents_file import SavedLatents
 from kandinsky.outputs.latents_file import on_disk as latents_on_disk
@@ -68,6 +69,9 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         images: Sequence[ImageSource] = (),
         video: str | Path | None = None,
         mask: str | Path | None = None,
+        last_image: ImageSource | None = None,
+        loop: bool = False,
+        keyframes: Mapping[float, ImageSource] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: TextEmbeddings | None = None,
@@ -91,10 +95,12 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             num_prompts=None if prompt_embeds is None else self._checked_embeds("prompt_embeds", prompt_embeds),
             seed=seed,
             seeded=generator is None,
+            loop=loop,
             **wishes,
         )
         inputs = Inputs(
             **vars(found),
+            keyframes=read_keyframes(self.config, request.num_frames, last_image, loop, keyframes or {}),
             generators=() if generator is None else generator if isinstance(generator, list | tuple) else (generator,),
             latents=latents,
             prompt_embeds=prompt_embeds,
@@ -263,7 +269,8 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         """`decode`, and where there is a path `write`, with what decoded them; frames from before are left out."""
         records = [{**record, "decoder": self.config.model.vae.decoder} for record in records]
         with watch.stage("decode"):
-            pixels = self.decode(latents, finish)[:, :, frames_before(records[0]) :]
+            decode = self.decode_loop if records[0]["loop"] else self.decode
+            pixels = decode(latents, finish)[:, :, frames_before(records[0]) :]
         logger.info("seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items()))
         if path is not None:
             self.write(pixels, records, Path(path), watch)

@@ -21,6 +21,7 @@ from kandinsky.sampling.conditioning import OVERLAP
 logger = logging.getLogger(__name__)
 
 FINISHED_AT_ONCE = 8  # decoded frames
+AGAIN = 3  # latent frames of a loop that are decoded a second time; with 2 the join to the others can still be seen
 
 
 class DecodeStage(Parts):
@@ -59,6 +60,19 @@ class DecodeStage(Parts):
                     tile = next_tile(decoding, tile, failure)
                     torch.cuda.empty_cache()
         return torch.cat(videos)
+
+    def decode_loop(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`decode` of latents whose last frame is the first one again: 4 (T - 1) frames, which go round.
+
+        What follows the first frame is decoded a second time after the last one, where the decoder, which knows what
+        came before and makes of it how things move, goes from the end into the beginning as from any frame into the
+        next. These frames begin the loop; the others are those of the first round.
+        """
+        count = latents.shape[1] - 1
+        again = min(AGAIN, count - 1)
+        pixels = self.decode(torch.cat((latents, latents[:, 1 : 1 + again]), dim=1), finish)
+        end, shown = FRAMES_PER_LATENT * count, FRAMES_PER_LATENT * again + 1
+        return torch.cat((pixels[:, :, end:], pixels[:, :, shown:end]), dim=2)
 
     def _decode_tiny(self, sample: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
         """Scaled latents (1, T, H, W, C) -> finished pixels (1, 3, frames, height, width) on the CPU."""

@@ -168,6 +168,7 @@ class DenoiseStage(Parts):
             skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
             record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
         generation = self.config.generation
-        if conditioning.first_frame is not None and generation.first_frame_normalization:
+        # Of several given frames none is moved away from the others: a loop's first is its last.
+        if conditioning.is_given_the_first_frame_alone and generation.first_frame_normalization:
             return normalize_first_frames(latents, generation.first_frame_statistics)
         return latents

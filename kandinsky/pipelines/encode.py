@@ -20,10 +20,12 @@ from kandinsky.pipelines.inputs import ImageSource, Inputs, as_images, one_each
 from kandinsky.pipelines.parts import Parts
 from kandinsky.request import Request
 from kandinsky.sampling.conditioning import (
+    FIRST_FRAME,
     Conditioning,
+    Item,
     compose,
     draw_noise,
-    from_first_frame,
+    frame_item,
     from_source,
     from_text,
     latent_mask,
@@ -202,8 +204,24 @@ class EncodeStage(Parts):
             return from_text(start, self.dit.in_channels)
         pictures = self.team.agree(torch.stack([one.to(device) for one in image_latents]))
         if self.config.task == "i2v":
-            return from_first_frame(start, pictures, generation.visual_cond)
+            first = frame_item(FIRST_FRAME, pictures, visual_cond=generation.visual_cond)
+            return compose(start, self.dit.in_channels, [first, *self._keyframe_items(request, inputs, posteriors)])
         return from_source(start, pictures)
+
+    def _keyframe_items(self, request: Request, inputs: Inputs, firsts: Sequence[Any]) -> list[Item]:
+        """The pictures after the first, held and marked as it is; `firsts`: the distributions of the first ones, one a
+        prompt. A picture stands still for four frames, whose latents are those that the VAE makes of it alone."""
+        device, items = self.placement.device("dit"), []
+        for keyframe in inputs.keyframes:
+            of_prompts = firsts
+            if keyframe.picture is not None:
+                fitted = media.fit_image(keyframe.picture, request.width, request.height)
+                of_prompts = self.encode_images([fitted]) * request.num_prompts
+            modes = [of_prompts[sample.prompt].mode()[0, :, 0] for sample in request.samples]  # (C, H, W) each
+            latents = torch.stack(modes).to(device).float().permute(0, 2, 3, 1) * self.vae.scaling_factor
+            latents, visual_cond = self.team.agree(latents.contiguous()), self.config.generation.visual_cond
+            items.append(frame_item(keyframe.name, latents, keyframe.frame, visual_cond, keyframe.origin))
+        return items
 
     def _from_source(self, noise: Tensor, frames: np.ndarray, mask: np.ndarray | None, origin: str) -> Conditioning:
         """Sampling that starts from frames (T, H, W, 3), which are kept outside of a mask."""

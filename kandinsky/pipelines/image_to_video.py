@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typing_extensions import Unpack
@@ -27,6 +27,9 @@ class ImageToVideoPipeline(Pipeline):
         *,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
+        last_image: ImageSource | None = None,
+        loop: bool = False,
+        keyframes: Mapping[float, ImageSource] | None = None,
         **options: Unpack[CallOptions],
     ) -> Any:
         """Generate videos that begin with `image`.
@@ -37,6 +40,10 @@ class ImageToVideoPipeline(Pipeline):
         width, height: pixels, multiples of 16; both or neither. Without them the picture's aspect decides. What sticks
             out is cut off evenly on both sides.
         num_videos_per_prompt: how many videos each prompt makes.
+        last_image: the picture that the videos end with.
+        loop: have them end as they begin; the last frame, which would be the first one again, is left out.
+        keyframes: seconds -> the picture at that time. All three are experimental where the config's
+            `generation.given_frames` is "first", as with the published checkpoints.
         """
         return self.run(
             text,
@@ -46,5 +53,8 @@ class ImageToVideoPipeline(Pipeline):
             width=width,
             height=height,
             samples_per_prompt=num_videos_per_prompt,
+            last_image=last_image,
+            loop=loop,
+            keyframes=keyframes,
             **options,
         )

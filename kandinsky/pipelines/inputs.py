@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kandinsky.keyframes import Keyframe
 from kandinsky.outputs import media
 from kandinsky.outputs.sources import ImageSource as ImageSource
 from kandinsky.outputs.sources import Media
@@ -39,6 +40,7 @@ class Inputs(Media):
     prompt_embeds: TextEmbeddings | None = None
     negative_prompt_embeds: TextEmbeddings | None = None
     conditioning: Conditioning | None = None
+    keyframes: Sequence[Keyframe] = ()  # further pictures of the video, for all prompts
 
 
 NO_INPUTS = Inputs()

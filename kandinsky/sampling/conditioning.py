@@ -6,6 +6,7 @@ else:
 
 - text to video, text to image: no item; checkpoints with a visual condition get zeros (`from_text`);
 - image to video: the first latent frame is the picture's at every step, and marked in the mask (`from_first_frame`);
+  further pictures likewise in later frames (`frame_item`);
 - image to image: the condition channels hold the source picture's latents, the mask is one (`from_source`);
 - going on from a video: its last latent frames are held as the first of what follows (`overlap_items`);
 - from a video or a picture, wholly or in part: sampling starts between source and noise (`source_item`; SDEdit, Meng et
@@ -111,6 +112,11 @@ class Conditioning:
     def first_frame(self) -> Tensor | None:
         """(B, 1, H, W, C), the clean latents of a picture that the video begins with, or None."""
         return next((item.latents for item in self.items if item.name == FIRST_FRAME), None)
+
+    @property
+    def is_given_the_first_frame_alone(self) -> bool:
+        """Of the frames that a model may be given."""
+        return [item.name for item in self.items if item.marked] == [FIRST_FRAME]
 
     def model_input(self, latents: Tensor) -> Tensor:
         """(B, T, H, W, C) -> (B, T, H, W, C_in), what the model takes."""

@@ -57,6 +57,22 @@ def test_an_encoder_that_streams(cli: ModuleType, tiny: Path, tmp_path: Path, mo
     assert np.array_equal(*made)
 
 
+def test_given_frames(cli: ModuleType, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The last one and one between are what is given; a loop is shorter by the frame that would come twice."""
+    for name, colour in (("first", "red"), ("between", "lime"), ("last", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    flf = ["--config", CONFIG.with_name("config_tiny_flf.yaml"), "--image", tmp_path / "first.png"]
+    keyframe = f"0.17:{tmp_path / 'between.png'}"
+    video = run(cli, tmp_path / "a.mp4", *flf, "--keyframe", keyframe, "--last_image", tmp_path / "last.png")
+    assert [int(video[i].mean((0, 1)).argmax()) for i in (0, 4, -1)] == [0, 1, 2]
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert [one["frame"] for one in record["conditions"]] == [0, 1, 2] and not record["loop"]
+    assert "experimental" not in caplog.text
+    i2v = ["--config", CONFIG.with_name("config_tiny_i2v.yaml"), "--image", tmp_path / "first.png"]
+    assert len(run(cli, tmp_path / "b.mp4", *i2v, "--loop")) == 8
+    assert "experimental" in caplog.text and json.loads((tmp_path / "b.json").read_text())["loop"]
+
+
 def test_processed_further(cli: ModuleType, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file has more and larger frames and lasts as long; an upscaler that is none is told before anything loads."""
     network = CompactUpscaler(channels=4, convolutions=1, scale=2)
@@ -117,6 +133,15 @@ APART = [
     ("i2v", (*PICTURE, "--strength", "0.5"), "i2v configs have none"),
     ("i2v", (*PICTURE, "--mask", "picture.png"), "i2v configs have none"),
     ("i2v i2i", (), "needs a picture"),
+    ("i2v", (*PICTURE, "--loop", "--last_image", "picture.png"), "leave the last picture out, or the loop"),
+    ("i2v", (*PICTURE, "--keyframe", "picture.png"), "it must be SECONDS:FILE"),
+    ("i2v", (*PICTURE, "--keyframe", "9:picture.png"), "keyframe at 9.0 s is none"),
+    ("i2v", (*PICTURE, "--last_image", "text.mp4"), "the last frame: "),
+    ("i2v", (*PICTURE, "--loop", "--extend", "1"), "--loop is about one video"),
+    ("t2v", ("--loop",), "a loop goes with i2v configs"),
+    ("t2v t2i", ("--last_image", "picture.png"), "a last picture goes with i2v configs"),
+    ("i2i", (*PICTURE, "--keyframe", "1:picture.png"), "a keyframe goes with i2v configs"),
+    ("t2v i2v t2i i2i", (*ROWS, "--loop"), "leave --prompts_file or --loop out"),
     ("t2v", PICTURE, "takes none"),
     ("t2i i2i", ("--extend", "1"), "makes videos longer"),
     ("t2i i2i", ("--segments", "rows.txt"), "makes videos longer"),

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -145,6 +146,13 @@ def directed(how: str, team: DistributedTeam | None, folder: Path) -> Tensor:
     return made
 
 
+def given_frames(team: DistributedTeam | None, folder: Path) -> Tensor:
+    """A first, a last and a frame between, of two prompts."""
+    pipe = pipeline("i2v", team)
+    more = {"last_image": Image.new("RGB", (80, 48), "red"), "keyframes": {0.25: Image.new("RGB", (80, 48), "blue")}}
+    return latents_of(pipe, ["a red cat", "a dog"], width=80, height=48, num_frames=13, **more)
+
+
 def nabla(team: DistributedTeam | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team, nabla=True), width=256, height=128, num_frames=9)
 
@@ -166,7 +174,12 @@ def magcache(team: DistributedTeam | None, folder: Path) -> Tensor:
 def evaluations(pipe: Any) -> list[float]:
     """All and skipped evaluations of a run."""
     records = []
-    pipe.describe = lambda run, index, watch: records.append(watch)
+
+    def describe(run: Any, index: int, watch: Any) -> dict[str, Any]:
+        records.append(watch)
+        return {"loop": False, "conditions": []}
+
+    pipe.describe = describe
     call(pipe, num_steps=STEPS, guidance_interval=(0.1, 0.9), output_type="pt")
     assert records[0].skipped_evaluations > 0
     return [records[0].evaluations, records[0].skipped_evaluations]
@@ -326,6 +339,7 @@ CASES: dict[str, Case] = {
     "memory": memory,  # the first, as a peak is one of all that has been
     **{f"velocity: {name}": functools.partial(velocity, name) for name in VELOCITIES},
     **{name: functools.partial(task, name) for name in TASKS},
+    "given frames": given_frames,
     **{f"directed: {how}": functools.partial(directed, how) for how in ("video", "mask", "overlap", "overlap, i2v")},
     "nabla": nabla,
     "magcache": magcache,

@@ -309,6 +309,27 @@ def test_the_sheet_for_the_readme(pipe: DrawingPipeline, tmp_path: Path) -> None
         assert drawn.width // SIZE == tiles and drawn.height > 2 * SIZE
 
 
+@pytest.mark.parametrize(("given", "pictures"), [("last", 2), ("loop", 1)])
+def test_the_sheet_of_given_frames(
+    given: str, pictures: int, pipe: DrawingPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures that are given stand before what is made of them; they are the caption's first and last frame."""
+    words = ["--held_out", "1", "--given", given, "--output", str(tmp_path / "sheet.png")]
+    if pipe.task != "i2v":
+        with pytest.raises(SystemExit):
+            contact_sheet.main(words)
+        assert f"--given {given} is for i2v configs" in capsys.readouterr().err
+        return
+    contact_sheet.main(words)
+    wanted = tiny_world.render(eval_tiny.make_cases("i2v", 1)[0].wanted, 25, SIZE)
+    (call,) = pipe.calls
+    assert np.array_equal(call["image"], wanted[0])
+    assert call.get("loop", False) == (given == "loop")
+    assert given == "loop" or np.array_equal(call["last_image"], wanted[-1])
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        assert drawn.width // SIZE == 7 + pictures
+
+
 def test_zero_cases_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         eval_tiny.main(["--num", "0"])

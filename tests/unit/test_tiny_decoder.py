@@ -143,9 +143,9 @@ def test_operations_of_five_seconds() -> None:
 # --- the tiny checkpoints' own ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "mean", "worst"), [("video", 19, 16), ("image", 30, 26)])
+@pytest.mark.parametrize(("kind", "mean", "worst"), [("video", 25, 23), ("image", 32, 28)])
 def test_the_shipped_ones_are_near_the_vae(kind: str, mean: float, worst: float) -> None:
-    """In dB, on latents of held-out clips and pictures. The goal is 25 on average, which the video's is not near."""
+    """In dB, on latents of held-out clips and pictures."""
     name = {"image": "flux"}.get(kind, "hunyuan")
     vae = load_vae(TINY[kind], "cpu", torch.float32, name)
     tiny = load_tiny_decoder(TINY[kind] / FILE, CPU, torch.float32, name)

@@ -1,0 +1,108 @@
+"""Whether a video ends with the picture that it is given, and a loop goes round, read from pixels on a tiny checkpoint.
+
+    python benchmarks/keyframes.py --cases 100 --output outputs/keyframes.json
+
+A case is a held-out clip: its caption, its first and its last frame. `last`: of the last frame of what is made, shape,
+colour and background are the clip's, and the object stands within 6 % of the picture's side of where it stood. The same
+is asked of the first frame, which the model has learnt longer to be given; and whether the motion is the caption's.
+
+A loop is given a frame of a clip that goes back as well, and its caption. `seam`: the PSNR between its last and its
+first frame, against the mean of those between other neighbours; what goes round without a jump is at most 1 dB below.
+
+Cases that `--output` has already are not made again: with `--minutes` a run ends early, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from tools import tiny_world  # noqa: E402
+from tools.eval_tiny import MAX_SHIFT, Case, make_cases, psnr  # noqa: E402
+
+FRAMES, SIZE = 25, 128
+
+
+def is_the_same(frame: np.ndarray, wanted: np.ndarray) -> bool:
+    """Whether a frame (H, W, 3) shows what another one does, in the same place."""
+    ours, theirs = (tiny_world.measure_picture(one) for one in (frame, wanted))
+    if "x" not in ours.diagnostics or "x" not in theirs.diagnostics:
+        return False
+    shift = np.hypot(*(ours.diagnostics[axis] - theirs.diagnostics[axis] for axis in ("x", "y")))
+    named = all(getattr(ours, name) == getattr(theirs, name) for name in ("shape", "colour", "background"))
+    return named and bool(shift <= MAX_SHIFT)
+
+
+def measured(pipe: Any, case: Case) -> dict[str, Any]:
+    from PIL import Image
+
+    def made(picture: np.ndarray, **given: Any) -> np.ndarray:
+        video = pipe(case.text, Image.fromarray(picture), seed=case.seed, progress=False, **given)
+        return np.moveaxis(video[0].numpy(), 0, -1)  # uint8 (T, H, W, 3)
+
+    clip = tiny_world.render(case.wanted, FRAMES, SIZE)
+    video = made(clip[0], last_image=Image.fromarray(clip[-1]))
+    right = tiny_world.measure(video).agrees(case.wanted.attributes)
+    goes_round = tiny_world.render(case.wanted, FRAMES, SIZE, loop=True)
+    loop = made(goes_round[0], loop=True)
+    neighbours = [psnr(a, b) for a, b in pairwise(loop)]
+    return {
+        "caption": case.text,
+        "first": is_the_same(video[0], clip[0]),
+        "last": is_the_same(video[-1], clip[-1]),
+        "motion": bool(right["motion"]),
+        "seam": psnr(loop[-1], loop[0]),
+        "neighbours": float(np.mean(neighbours)),
+        "worst neighbours": float(min(neighbours)),
+    }
+
+
+def report(cases: list[dict[str, Any]]) -> str:
+    counts = {name: sum(case[name] for case in cases) for name in ("first", "last", "motion")}
+    without_jump = sum(case["seam"] >= case["neighbours"] - 1 for case in cases)
+    seams = [case["seam"] - case["neighbours"] for case in cases]
+    return (
+        f"{len(cases)} cases: last frame right {counts['last']}, first {counts['first']}, motion {counts['motion']}; "
+        f"loops without a jump {without_jump}, seam against neighbours {np.mean(seams):+.2f} dB, at worst "
+        f"{min(seams):+.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "config_tiny_flf.yaml")
+    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, with what there is")
+    parser.add_argument("--output", type=Path, help="a JSON file that keeps the cases")
+    args = parser.parse_args()
+
+    import kandinsky
+
+    pipe = kandinsky.get_I2V_pipeline(device_map="cpu", conf_path=str(args.config))
+    cases: list[dict[str, Any]] = []
+    if args.output is not None and args.output.exists():
+        cases = json.loads(args.output.read_text())
+    begin = time.monotonic()
+    for case in make_cases("i2v", args.cases)[len(cases) :]:
+        cases.append(measured(pipe, case))
+        print(f"{len(cases)}/{args.cases} {cases[-1]}", flush=True)
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(cases, indent=1) + "\n")
+        if time.monotonic() - begin > 60 * args.minutes:
+            break
+    print(report(cases))
+
+
+if __name__ == "__main__":
+    main()
