@@ -78,6 +78,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("configs", "assets"):
         (folder / name).symlink_to(REPOSITORY / name, target_is_directory=True)
     Image.radial_gradient("L").convert("RGB").resize((96, 64)).save(folder / "cat.png")
+    Image.linear_gradient("L").rotate(90).save(folder / "right.png")
     (folder / "prompts.csv").write_text("prompt,seed\na cat in a boat,1\n")
     (folder / "segments.yaml").write_text("- {prompt: a cat, seconds: 0.2}\n- {prompt: a dog, seconds: 0.2}\n")
     return folder
