@@ -88,6 +88,7 @@ PROMPT = "a red circle moves left on a white background"
 CONFIGS = ROOT / "configs"
 TINY, PUBLISHED = CONFIGS / "config_tiny_t2v.yaml", CONFIGS / "config_5s_sft.yaml"
 TINY_CONFIGS = [CONFIGS / f"config_tiny_{name}.yaml" for name in ("t2v", "i2v", "t2i", "i2i", "t2v_10s")]
+SAME_AS_I2V = CONFIGS / "config_tiny_flf.yaml"  # in all that takes time
 THEIR_PIPELINES: dict[str, Any] = {
     "t2v": Kandinsky5T2VPipeline,
     "i2v": Kandinsky5I2VPipeline,
@@ -301,7 +302,7 @@ def generation_configs(device: str, machine: Machine | None = None) -> tuple[lis
         return TINY_CONFIGS, {}
     assert machine is not None
     chosen, skipped = [], {}
-    for path in sorted(set(CONFIGS.glob("*.yaml")) - set(TINY_CONFIGS)):
+    for path in sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("config_tiny_*.yaml"))):
         config = with_settings(load_config(path), runtime={"offload": "off"}, generation={"expand_prompts": False})
         plan = make_plan(config, default_request(config), machine, {}, "bfloat16")
         streams = plan.settings["blocks_on_gpu"] is not None or plan.settings["chunk_tokens"] is not None
