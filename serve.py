@@ -121,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(arguments)
     # How long a CPU thread of a worker that waits for the others spins before it sleeps (see test.py).
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Likewise, how its memory is divided on a GPU.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         run(checked(args))

@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU
     # OpenMP does it by default (300,000), a tiny model is 60 times slower wherever another program runs on the machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Read when torch is loaded, too: memory that is given back can be given out again in another size. Not where
+    # somebody has set it, under either of its names.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Processes that share a file of prompts have nothing to do with each other.
     try:
         launch = Launch(os.environ if args.prompts_file is None else {})

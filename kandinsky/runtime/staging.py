@@ -8,7 +8,7 @@ the next buffer while that is under way. An event after each copy says when its 
 Whoever asks for copies may go on with other work, and has his own stream wait for them when he needs them.
 
 On a CPU the same thread fills the same buffers and copies out of them plainly. That is for tests: it is a copy more
-than needed (benchmarks/memory.py staging), so nothing on a CPU is staged.
+than needed (benchmarks/loading.py), so nothing on a CPU is staged.
 """
 
 from __future__ import annotations

@@ -603,3 +603,19 @@ def test_killed_while_writing_leaves_nothing_under_the_name(tmp_path: Path) -> N
     assert run.returncode == -signal.SIGKILL, run.stderr
     left = [path.name for path in tmp_path.iterdir()]
     assert len(left) == 1 and left[0].startswith("."), left  # the temporary file, whole, not yet renamed
+
+
+def test_the_allocator_s_segments_grow_unless_somebody_has_set_it(
+    cli: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under either name, the older of which PyTorch still reads."""
+    wrong = ["--config", "missing.yaml", "--prompt", "a cat"]
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(wrong) == 2
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    assert cli.main(wrong) == 2 and os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert cli.main(wrong) == 2 and "PYTORCH_ALLOC_CONF" not in os.environ

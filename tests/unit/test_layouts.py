@@ -194,7 +194,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the tiny model, in a folder with spaces and letters of others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = Path(shutil.copytree(TINY, tmp_path / "мои веса" / "Gewichte ü 重み"))
-    (folder / "model" / "tiny_t2v_10s.safetensors").unlink()
+    for other in ("tiny_t2v_10s", "tiny_flf"):
+        (folder / "model" / f"{other}.safetensors").unlink()
     return folder
 
 
