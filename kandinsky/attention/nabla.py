@@ -128,7 +128,8 @@ def heaviest(mass: Tensor, P: float) -> Tensor:
     faster than such pairs, and the number where the sum reaches 1 - P is then one to compare with: the same map to the
     bit. Which of equal numbers stands first, only the sort of pairs knows: it is asked where that decides.
     """
-    if mass.device.type != "cpu" or type(mass) is not Tensor:  # a stand-in without numbers is sorted as on a GPU
+    if mass.device.type != "cpu" or type(mass) is not Tensor or torch.compiler.is_compiling():
+        # A stand-in without numbers is sorted as on a GPU, and a graph can't ask for numbers.
         return sorted_heaviest(mass, P)
     ordered = torch.from_numpy(np.sort(mass.numpy(), axis=-1))
     kept = (ordered.cumsum(-1) >= 1 - P).sum(-1, keepdim=True)  # (rows, 1): so many, the last ones in order

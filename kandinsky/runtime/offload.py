@@ -103,7 +103,7 @@ class Offloaded:
         assert len(self._slots) == len(weights), "weights that the model does not have"
 
     def begin(self) -> None:
-        places = ((torch.empty_like(slot.empty, device=self.device), weight) for _, slot, weight in self._slots)
+        places = ((self._place(slot.empty), weight) for _, slot, weight in self._slots)
         with Staging(self.device) as staging:
             tensors = staging.bring(places) if self.device.type == "cuda" else (x.copy_(w) for x, w in places)
             for (name, slot, _), tensor in zip(self._slots, tensors, strict=True):
@@ -112,6 +112,10 @@ class Offloaded:
     def end(self) -> None:
         for _, slot, _ in self._slots:
             slot.clear()
+
+    def _place(self, empty: Tensor) -> Tensor:
+        # What torch.empty_like gives for a dense tensor; of one on the meta device that imports sympy first.
+        return torch.empty_strided(empty.shape, empty.stride(), dtype=empty.dtype, device=self.device)
 
 
 class TextEncodersOnDemand:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,8 @@ def test_folders_of_text_encoders(name: str, content: str, qwen: Path) -> None:
 
 
 def test_code_in_a_tokenizers_folder_is_never_run(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even asked about: whoever starts a batch at night would say nothing, whoever says yes has been robbed."""
+    """Not even asked about: whoever starts a batch at night would say nothing, whoever says yes has been robbed. What
+    the folder names beside the tables of tokens has no say."""
     import builtins
     import json
 
@@ -230,7 +232,5 @@ def test_code_in_a_tokenizers_folder_is_never_run(qwen: Path, monkeypatch: pytes
     for name, values in (("tokenizer_config", settings), ("config", {**config, "model_type": "evil"})):
         (qwen / f"{name}.json").unlink()
         (qwen / f"{name}.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"the tokenizer in .* is damaged") as error:
-        load(qwen)
-    assert_clear(str(error.value))
-    assert not asked and not (qwen / "robbed").exists()
+    load(qwen)
+    assert not asked and not (qwen / "robbed").exists() and "evil" not in sys.modules

@@ -192,7 +192,7 @@ def test_weights_that_came_before_memory_ran_out_go_again(net: Net, monkeypatch:
     part, _ = offloaded(net)
     placement = OffloadPlacement({"vae": CPU}, {"vae": [part]})
     calls = 0
-    empty_like = torch.empty_like
+    empty_strided = torch.empty_strided
 
     def limited(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
@@ -200,10 +200,10 @@ def test_weights_that_came_before_memory_ran_out_go_again(net: Net, monkeypatch:
         if calls == 3:
             assert devices(net) == {"cpu", "meta"}
             raise torch.OutOfMemoryError("no memory")
-        return empty_like(*args, **kwargs)
+        return empty_strided(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(torch, "empty_like", limited)
+        patch.setattr(torch, "empty_strided", limited)
         with placement.use("vae"):
             pytest.fail("the stage ran")
     assert devices(net) == {"meta"}
