@@ -34,9 +34,8 @@ class Media:
     source: np.ndarray | None = None  # uint8 (frames, height, width, 3) at the request's size, to start from
     source_name: str = ""
     mask: np.ndarray | None = None  # uint8 (1 or frames, height, width), 255 where something may change
-    overlap: np.ndarray | None = (
-        None  # as `source`, 4n + 1 frames that the video begins with and that are there already
-    )
+    # As `source`: 4n + 1 frames that the video begins with and that are there already.
+    overlap: np.ndarray | None = None
 
 
 def resolve_media(

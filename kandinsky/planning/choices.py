@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from kandinsky.common.limits import CHUNK_TOKENS, STREAM_BUFFERS
 from kandinsky.config.schema import Config, RuntimeConfig
-from kandinsky.planning.costs import Rates, rates_of
+from kandinsky.planning.costs import Rates
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.weights import Models
-from kandinsky.request import Request
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,3 @@ def cost(choice: Choice, rates: Rates) -> tuple[bool, float, int]:
     if choice.offload == "on":
         seconds += rates.offloading
     return rates.would_expand and choice.stream_encoders == "on", seconds, streamed
-
-
-def choices(config: Config, request: Request, models: Models, machine: Machine) -> list[Choice]:
-    """All there are, the one to take first before the others."""
-    rates = rates_of(config, request, machine, models)
-    found = []
-    for family, counts in families(config, models, machine):
-        found += [dataclasses.replace(family, blocks_on_gpu=count) for count in counts] if counts else [family]
-    return sorted(found, key=lambda choice: cost(choice, rates))

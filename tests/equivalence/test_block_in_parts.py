@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,13 @@ from kandinsky.runtime.block_parts import to_host, with_blocks_in_parts
 from tests.equivalence.test_chunk_tokens import inputs
 from tests.unit.small_pipelines import randomised
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARAMS = DiTConfig(
     in_text_dim=24, in_text_dim2=12, time_dim=16, model_dim=256, ff_dim=200, num_text_blocks=1, num_visual_blocks=2,
     axes_dims=(16, 24, 24), visual_cond=True,
 )  # fmt: skip
 SPARSE = NablaConfig(0.8, 3, 3, 3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With several, a library divides a product among them by its size, and adds up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.processor

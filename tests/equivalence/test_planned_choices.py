@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,12 @@ from kandinsky.models.vae_memory import GB
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import default_request, make_plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = "config_tiny_t2v.yaml"
 # GB of the GPU and of the host, for which the four variants are planned that want the most different things.
 MACHINES = ((8, 8), (8, 64), (12, 16), (24, 32), (80, 64), (None, 48), (None, 128))
 VARIANTS = ("5s_sft", "5s_t2v_pro_hd", "10s_t2v_pro_hd", "t2i")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With several, a library divides a product among them by its size, and adds up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def for_the_tiny_one(runtime: RuntimeConfig, planned: Config, tiny: Config) -> tuple[str, ...]:

@@ -22,12 +22,13 @@ from kandinsky.config.schema import Config
 from kandinsky.models.vae_memory import GB
 from kandinsky.planning import plan as planning
 from kandinsky.planning import weights as planned_weights
-from kandinsky.planning.choices import choices
-from kandinsky.planning.costs import forward_flops, num_evaluations
+from kandinsky.planning.choices import Choice, cost, families
+from kandinsky.planning.costs import forward_flops, num_evaluations, rates_of
 from kandinsky.planning.machine import CUDA_CONTEXT, HOST_OF_GPU_RUN, Machine
 from kandinsky.planning.plan import Plan, default_request, make_plan, resolve_runtime
 from kandinsky.planning.report import report
 from kandinsky.planning.stages import Stage, estimate, num_tokens
+from kandinsky.planning.weights import Models
 from kandinsky.request import Request, resolve_request
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -213,6 +214,15 @@ def test_evaluations_are_those_of_the_sampler(
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------
+
+
+def choices(config: Config, request: Request, models: Models, machine: Machine) -> list[Choice]:
+    """All there are, the one to take first before the others."""
+    rates = rates_of(config, request, machine, models)
+    found = []
+    for family, counts in families(config, models, machine):
+        found += [dataclasses.replace(family, blocks_on_gpu=count) for count in counts] if counts else [family]
+    return sorted(found, key=lambda choice: cost(choice, rates))
 
 
 @settings(max_examples=40, deadline=None)
