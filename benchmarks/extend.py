@@ -3,6 +3,7 @@ checkpoint.
 
     python benchmarks/extend.py --cases 100 --output outputs/extend_i2v.json
     python benchmarks/extend.py --config configs/config_tiny_t2v.yaml --cases 100 --output outputs/extend_t2v.json
+    python benchmarks/extend.py --config configs/config_tiny_t2v.yaml --overlap 5 --output outputs/extend_5.json
 
 A case is a held-out clip and four segments after it. Their captions turn the motion round each time, left and right,
 up and down, growing and shrinking: none could go on for long within the picture. `kept`: shape, colour and background
@@ -46,7 +47,7 @@ def step(before: np.ndarray, after: np.ndarray) -> float:
     return SIZE * float(np.hypot(ours["x"] - theirs["x"], ours["y"] - theirs["y"]))
 
 
-def measured(pipe: Any, case: Case, folder: Path, match_colours: bool) -> dict[str, Any]:
+def measured(pipe: Any, case: Case, folder: Path, overlap: int, match_colours: bool) -> dict[str, Any]:
     from PIL import Image
 
     from kandinsky.clips import iterate_clip, open_clip
@@ -55,7 +56,6 @@ def measured(pipe: Any, case: Case, folder: Path, match_colours: bool) -> dict[s
     from kandinsky.outputs.sources import Media
     from kandinsky.serving import segments
 
-    overlap = segments.OVERLAPS[pipe.config.task]
     added = FRAMES - overlap
     clip = tiny_world.render(case.wanted, FRAMES, SIZE)
     (folder / "clip").mkdir()
@@ -106,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "config_tiny_i2v.yaml")
     parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--overlap", type=int, help="frames that a segment goes on from; default: as in test.py")
     parser.add_argument("--no_colour_match", action="store_true", help="colours are left as they come")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case later than that")
     parser.add_argument("--output", type=Path, help="a JSON file that keeps the cases")
@@ -113,8 +114,10 @@ def main() -> None:
 
     import kandinsky
     from kandinsky.config import load_config
+    from kandinsky.serving.segments import checked_overlap
 
     started, task = time.monotonic(), load_config(args.config).task
+    overlap = checked_overlap(task, args.overlap, FRAMES)
     get = {"t2v": kandinsky.get_T2V_pipeline, "i2v": kandinsky.get_I2V_pipeline}[task]
     pipe: Any = get("cpu", conf_path=str(args.config))
     cases: list[dict[str, Any]] = []
@@ -124,7 +127,7 @@ def main() -> None:
         if time.monotonic() - started > 60 * args.minutes:
             break
         with tempfile.TemporaryDirectory() as folder:
-            cases.append(measured(pipe, case, Path(folder), not args.no_colour_match))
+            cases.append(measured(pipe, case, Path(folder), overlap, not args.no_colour_match))
         print(f"{len(cases)}/{args.cases} {cases[-1]}", flush=True)
         if args.output is not None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
