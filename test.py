@@ -65,9 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.segments is not None and getattr(args, flag) is not None:
             parser.error(f"--segments has its own prompts and seconds: leave --{flag} out")
     for flag in ("extend", "segments", "save_last_frame"):
-        for other in ("prompts_file", "plan"):
-            if getattr(args, flag) is not None and getattr(args, other):
-                parser.error(f"--{flag} is for one video that is made: leave --{flag} or --{other} out")
+        if getattr(args, flag) is not None and args.prompts_file is not None:
+            parser.error(f"--{flag} is for one video that is made: leave --{flag} or --prompts_file out")
+    if args.save_last_frame and args.plan:
+        parser.error("--save_last_frame is for a video that is made: leave --save_last_frame or --plan out")
     for flag in ("overlap", "no_colour_match"):
         if getattr(args, flag) is not None and args.extend is None and args.segments is None:
             parser.error(f"--{flag} is about segments: give --extend SECONDS or --segments FILE")

@@ -1,4 +1,4 @@
-"""`--plan`: what a request would take, in words; nothing is loaded."""
+"""`--plan`: what a request, or all segments of a longer video, would take, in words; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from kandinsky.commands.flags import config_for, keyframes_of, overrides_of, wis
 if TYPE_CHECKING:
     from kandinsky.config.schema import Config
     from kandinsky.planning.machine import Machine
+    from kandinsky.planning.plan import Plan
     from kandinsky.request import Request
+    from kandinsky.serving.segments import LongVideo
 
 
 def plan(args: argparse.Namespace) -> str:
@@ -19,12 +21,16 @@ def plan(args: argparse.Namespace) -> str:
     from kandinsky.planning.plan import make_plan, plan_decoding, weight_files
     from kandinsky.planning.report import report
 
+    video, make = None, make_plan
     if args.decode_latents is not None:
         make = plan_decoding
         config, request = recorded(args)
+    elif args.extend or args.segments is not None or (args.extend is not None and args.video is not None):
+        config, video = asked_longer(args)
+        request = max(video.requests, key=lambda one: one.num_frames)
     else:
-        make = make_plan
         config, request = asked(args)
+    if make is make_plan:
         check_loras_here(config, args.cache_dir)
     machine = planned_machine(args)
     dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
@@ -32,7 +38,31 @@ def plan(args: argparse.Namespace) -> str:
     if made.refusal is not None:
         print(report(made))
         raise ValueError(made.refusal)
-    return report(made)
+    return report(made) if video is None else f"{report(made)}\n\n{of_segments(video, made, dtype, args.cache_dir)}"
+
+
+def of_segments(video: LongVideo, largest: Plan, dtype: str, cache_dir: str) -> str:
+    """What all segments take that have the settings with which the largest fits."""
+    from kandinsky.planning.costs import denoising_seconds
+    from kandinsky.planning.plan import models_in, weight_files
+    from kandinsky.planning.report import report_of_segments
+
+    config, machine = largest.config, largest.machine
+    models = models_in(dtype, config, weight_files(config, cache_dir), machine)
+    seconds = sum(denoising_seconds(config, request, machine, models) for request in video.requests)
+    rate = machine.host_flops if machine.gpu_memory is None else machine.flops
+    return report_of_segments(video.requests, video.overlap, seconds, rate)
+
+
+def asked_longer(args: argparse.Namespace) -> tuple[Config, LongVideo]:
+    """What flags ask for that is made segment by segment; of any prompt and picture, where they name none."""
+    from kandinsky.commands import extend
+
+    config, _ = extend.without_post(config_for(args))
+    if args.prompt is None and args.segments is None:
+        args.prompt = "a prompt"
+    video, _ = extend.asked(args, config, any_picture=True)
+    return config, video
 
 
 def asked(args: argparse.Namespace) -> tuple[Config, Request]:

@@ -120,6 +120,16 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
         )
 
 
+def denoising_seconds(config: Config, request: Request, machine: Machine, models: Models) -> float:
+    """All evaluations of a request, with what streaming and parts add to each; at rates that are assumed."""
+    rates, runtime = rates_of(config, request, machine, models), config.runtime
+    each = rates.computing
+    if machine.gpu_memory is not None:
+        each += rates.streaming(models.dit_blocks - resident_blocks(runtime, models), runtime.blocks_from == "file")
+        each += rates.in_parts(runtime.chunk_tokens, runtime.heads_at_once, runtime.attention_on_host)
+    return rates.evaluations * each
+
+
 def unexpanded(config: Config, request: Request, machine: Machine, models: Models) -> str | None:
     """That prompts are not written out because Qwen streams, and how long that would take; None where they are."""
     rates = rates_of(config, request, machine, models)

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kandinsky.planning.plan import Plan
 from kandinsky.planning.stages import num_tokens
 from kandinsky.planning.words import gb_text, yaml_text
+from kandinsky.request import Request
+
+
+def report_of_segments(requests: Sequence[Request], overlap: int, seconds: float, rate: float) -> str:
+    """What all segments of a longer video come to; memory is that of the largest, as one is made after the other.
+
+    seconds: of denoising, at `rate` floating point operations a second; both assumed.
+    """
+    steps, frames = sum(one.num_steps for one in requests), max(one.num_frames for one in requests)
+    minutes = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    before = "last frame" if overlap == 1 else f"last {overlap} frames"
+    return (
+        f"{len(requests)} segments, one after the other, each from the {before} of what is there; above is the "
+        f"largest, of {frames} frames. All of them: {steps} steps, {minutes} of denoising at {rate / 1e12:g} TFLOP/s, "
+        "and what settings cost above once for each segment"
+    )
 
 
 def report(plan: Plan) -> str:

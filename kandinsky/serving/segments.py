@@ -16,10 +16,11 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -31,13 +32,16 @@ from kandinsky.config.schema import MAX_SECONDS, Config
 from kandinsky.frames import FPS, FRAMES_PER_LATENT, wanted_frames
 from kandinsky.outputs import media
 from kandinsky.outputs.colour import Colours, Tally, colours_of, corrected
+from kandinsky.outputs.post import Post, iter_of, open_video, processed
 from kandinsky.outputs.sources import Media
 from kandinsky.request import Request, resolve_request
 from kandinsky.serving.unfinished import what_is_left, without_runtime
 
 if TYPE_CHECKING:
     from kandinsky.pipelines.base import Pipeline
+    from kandinsky.pipelines.parts import StepCallback
 
+SegmentCallback: TypeAlias = "Callable[[int], StepCallback]"
 logger = logging.getLogger(__name__)
 
 # Frames that a segment goes on from, by task. A picture is what I2V models were trained with; several frames tell a
@@ -74,7 +78,7 @@ class LongVideo:
 
     requests: of each segment, one sample each; but for a first one that nothing is before, their frames begin with the
     `overlap` frames that are there. clip: what is there before them, brought to their size; image: the file that the
-    first of them begins with.
+    first of them begins with. post: what is done to the whole; the pipeline that makes it does none of that.
     """
 
     requests: tuple[Request, ...]
@@ -82,6 +86,7 @@ class LongVideo:
     match_colours: bool = True
     clip: Clip | None = None
     image: Path | None = None
+    post: Post = field(default_factory=Post)
 
     def overlap_of(self, number: int) -> int:
         """How many frames the segment `number`, from 0, goes on from."""
@@ -225,10 +230,16 @@ def _load_end(path: Path, size: tuple[int, int]) -> End | None:
 
 
 def make_long(
-    pipeline: Pipeline, video: LongVideo, first: Media, output: Path, progress: bool = True
+    pipeline: Pipeline,
+    video: LongVideo,
+    first: Media,
+    output: Path,
+    progress: bool = True,
+    callback: SegmentCallback | None = None,
 ) -> np.ndarray | None:
     """Make what is not there yet, join all of it to `output`, and return the last frame, (H, W, 3), in the first of
-    several processes. `first`: what the first segment starts from.
+    several processes. `first`: what the first segment starts from. callback: told the number of a segment, from 0, it
+    returns what `Pipeline.generate` calls after each of its steps.
 
     Raises what `Pipeline.generate` raises; finished segments stay in `folder_of(output)` then.
     """
@@ -253,13 +264,21 @@ def make_long(
     offset = 0 if video.clip is None else 1
     reference, end = (ends[0].colours, ends[-1]) if ends else (None, None)
     for number in range(len(ends) - offset, len(video.requests)):
-        end = _make_segment(pipeline, video, number, end, reference, first, paths[number + offset], progress)
+        told, path = None if callback is None else callback(number), paths[number + offset]
+        end = _make_segment(pipeline, video, number, end, reference, first, path, progress, told)
         reference = reference or end.colours
     assert end is not None
     if not is_first:
         return None
     records = [_record(path) for path in paths[offset:]]
-    count = media.join_videos(paths, output, lambda: media.write_sidecar(output, _facts(video, records, output, paths)))
+    facts, joined = _facts(video, records), output if video.post.does_nothing else folder / "joined.mp4"
+    count = media.join_videos(paths, joined, lambda: media.write_sidecar(joined, facts))
+    if joined != output:
+        made = processed(open_video(joined), video.post, pipeline.placement.device("vae"))
+        facts |= {"post": video.post.facts(made.count, made.width, made.height)}
+        with closing(iter_of(made.frames)) as frames:
+            sizes = made.count, made.width, made.height
+            media.write_frames(frames, *sizes, output, made.fps, lambda: media.write_sidecar(output, facts))
     logger.info("wrote %s: %d frames, %d segments", output, count, len(paths))
     if not pipeline.config.runtime.save_latents:  # which lie there too
         shutil.rmtree(folder, ignore_errors=True)
@@ -298,6 +317,7 @@ def _make_segment(
     first: Media,
     path: Path,
     progress: bool,
+    callback: StepCallback | None,
 ) -> End:
     """Make a segment and write it; `before` is what it goes on from, `reference` the first segment's colours."""
     from kandinsky.pipelines.inputs import Inputs
@@ -312,8 +332,8 @@ def _make_segment(
         shown = [media.to_pil(held[-1])] if pipeline.config.task == "i2v" else []
         inputs = Inputs(images=shown, overlap=held, source_name="what is before it")
     image = video.image if number == 0 else None
-    rest = what_is_left(pipeline, request, image, path, progress) if pipeline.team.size == 1 else None
-    pixels = rest() if rest is not None else pipeline.generate(request, inputs, path, progress, keep_stopped=True)
+    rest = what_is_left(pipeline, request, image, path, progress, callback) if pipeline.team.size == 1 else None
+    pixels = rest() if rest else pipeline.generate(request, inputs, path, progress, None, callback, keep_stopped=True)
     frames = pixels[0].permute(1, 2, 3, 0).numpy()  # (T, H, W, 3)
     own = colours_of(frames)
     matched = reference is not None and video.match_colours
@@ -349,9 +369,7 @@ def _record(path: Path) -> dict[str, Any]:
     return found
 
 
-def _facts(
-    video: LongVideo, records: Sequence[Mapping[str, Any]], output: Path, paths: Sequence[Path]
-) -> dict[str, Any]:
+def _facts(video: LongVideo, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is needed to make the whole again: the first segment's record, and of the others what they differ in."""
     names = ("prompt", "expanded_prompt", "negative_prompt", "seed", "num_frames", "conditions", "evaluations")
     more = ("seconds", "how", "added_frames", "colours", "drift", "contrast", "corrected")

@@ -95,8 +95,9 @@ def test_a_video_that_goes_on(cli: ModuleType, tiny: Path, source: Path, tmp_pat
     run(cli, tmp_path / "same.mp4", "--extend", 0, "--save_last_frame")
     assert (tmp_path / "plain.mp4").read_bytes() == (tmp_path / "same.mp4").read_bytes()
     assert Image.open(tmp_path / "same.last.png").size == (64, 64)
-    longer = run(cli, tmp_path / "longer.mp4", "--extend", 0.34, "--overlap", 5)  # twice 4 frames
-    assert len(longer) == 9 + 8
+    longer = run(cli, tmp_path / "longer.mp4", "--extend", 0.34, "--overlap", 5, "--upscale", 2)  # twice 4 frames
+    assert len(longer) == 9 + 8 and longer.shape[1:] == (128, 128, 3)
+    assert json.loads((tmp_path / "longer.json").read_text())["post"]["upscaled_by"] == "Lanczos"
     (tmp_path / "segments.yaml").write_text(
         "- {prompt: a cat, seconds: 0.2}\n- {prompt: a dog, seconds: 0.2, seed: 7}\n"
     )
@@ -158,7 +159,9 @@ APART = [
     ("t2v i2v t2i i2i", ("--segments", "rows.txt", "--extend", "1"), "leave --extend out"),
     ("t2v i2v t2i i2i", (*ROWS, "--extend", "1"), "leave --extend or --prompts_file out"),
     ("t2v i2v t2i i2i", (*ROWS, "--save_last_frame"), "leave --save_last_frame or --prompts_file out"),
-    ("t2v i2v t2i i2i", ("--plan", "--extend", "1"), "leave --extend or --plan out"),
+    ("t2v i2v t2i i2i", ("--plan", "--save_last_frame"), "leave --save_last_frame or --plan out"),
+    ("t2i i2i", ("--plan", "--extend", "1"), "makes videos longer"),
+    ("t2v i2v", ("--plan", *VIDEO, "--extend", "0"), "adds nothing"),
 ]  # fmt: skip
 
 

@@ -53,6 +53,29 @@ def test_what_cannot_fit_is_refused_with_what_can(cli: ModuleType, capsys: pytes
     assert cli.main(words("10s_t2v_pro_hd", *machine, "--video_duration", "7")) == 0
 
 
+def test_plan_of_all_segments(cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory is the largest segment's, seconds are those of all."""
+    machine = ("--memory_gb", "24", "--host_memory_gb", "64")
+
+    def planned(*flags: str) -> tuple[int, int, int]:
+        assert cli.main(words("5s_sft", *machine, *flags)) == 0
+        out = capsys.readouterr().out
+        assert "121 frames of 768x512" in out
+        found = re.search(r"(\d+) segments, .* All of them: (\d+) steps, (\d+) min of denoising at", out)
+        assert found is not None, out
+        return int(found[1]), int(found[2]), int(found[3])
+
+    segments, steps, minutes = planned("--extend", "13.5")
+    assert (segments, steps) == (4, 4 * 50)
+    rows = "".join(f"- {{prompt: a cat, seconds: {seconds}}}\n" for seconds in (5, 1, 1))
+    (tmp_path / "segments.yaml").write_text(rows)
+    fewer = planned("--segments", str(tmp_path / "segments.yaml"))
+    assert fewer[:2] == (3, 3 * 50) and fewer[2] < minutes
+    (tmp_path / "segments.yaml").write_text(rows + "- {prompt: a dog, seconds: 40}\n")
+    assert cli.main(words("5s_sft", *machine, "--segments", str(tmp_path / "segments.yaml"))) == 2
+    assert "a segment of 40.00 s is asked for" in capsys.readouterr().err
+
+
 def test_plan_for_this_machine(tiny: Path, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--plan", "--device", "cpu", *TINY]) == 0
     out = capsys.readouterr().out

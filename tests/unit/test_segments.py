@@ -15,6 +15,7 @@ from PIL import Image
 from kandinsky.clips import open_clip
 from kandinsky.outputs.colour import MOST_SHIFT, colours_of, corrected
 from kandinsky.outputs.media import join_videos, write_video
+from kandinsky.outputs.post import Post
 from kandinsky.outputs.resume import Stopped
 from kandinsky.outputs.sources import Media
 from kandinsky.pipelines.base import Pipeline
@@ -94,6 +95,23 @@ def test_no_frame_twice_and_all_is_told(clip: Path, pipes: dict[str, Pipeline], 
         ("a dog", 4, 4),
     ]
     assert all(one["corrected"] and "held" in one["how"] for one in extended["segments"])
+
+
+def test_more_frames_and_larger_ones_are_made_of_the_whole(
+    clip: Path, pipes: dict[str, Pipeline], tmp_path: Path
+) -> None:
+    """And not of what the next segment goes on from."""
+    output, told = tmp_path / "long.mp4", list[int]()
+
+    def callback(number: int) -> Any:
+        return lambda *_: told.append(number)
+
+    video = long_video(pipes["t2v"], clip, 5, post=Post(48, 2))
+    last = make_long(pipes["t2v"], video, Media(), output, progress=False, callback=callback)
+    assert frames_of(output).shape == (2 * 21, 64, 64, 3) and last is not None and last.shape == (32, 32, 3)
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["post"]["frames"] == 42 and record["num_frames"] == 21
+    assert told == [0, 0, 1, 1] and not folder_of(output).exists()
 
 
 def test_goes_on_after_a_stop(clip: Path, tmp_path: Path) -> None:
