@@ -2,8 +2,9 @@
 
 Files are strangers' work. The ffmpeg that comes with imageio-ffmpeg reads them, as a process of its own: only the
 containers of `CONTAINERS` and only the file itself, no frame of more than `MAX_PIXELS`, no more frames than are asked
-for, and no longer than `MOST_SECONDS`. It turns pictures upright as their metadata say, makes pixels square, and brings
-any rate, varying ones too, to one by leaving out and repeating. Knows no sizes that a model takes.
+for, and it is waited for no longer than `MOST_SECONDS` and a little for each frame. It turns pictures upright as their
+metadata say, makes pixels square, and brings any rate, varying ones too, to one by leaving out and repeating. Knows no
+sizes that a model takes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from kandinsky.pictures import load_image
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif,avi,mpegts,mpeg"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 40_000_000  # of a frame: 8K has 33
-MOST_SECONDS = 300.0  # that reading may take; a minute of 4K takes 30 on two cores
+MOST_SECONDS = 300.0  # that ffmpeg is waited for; a minute of 4K takes 30 on two cores
+FRAME_SECONDS = 0.1  # and for each frame that is asked for after the first: one of 8K takes 0.08
 ADVICE = "give an MP4, WebM, MOV, GIF, AVI or MPEG file, or a folder of pictures"
 
 
@@ -76,53 +79,36 @@ def iterate_clip(clip: Clip, frames: int, width: int, height: int) -> Iterator[n
         for file in _pictures_in(clip.path)[:frames]:
             yield np.asarray(_covering(load_image(file), width, height))
         return
-    cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area+accurate_rnd"
+    cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags={EXACT}"
     steps = f"fps={clip.fps},{SQUARE},{cover},crop={width}:{height},format=rgba"
     output = ["-vf", steps, "-frames:v", str(frames), "-f", "rawvideo"]
     count, size = 0, 4 * width * height
     for data in _pieces(clip.path, output, size, frames):
         if len(data) < size:
             break
-        rgba = np.frombuffer(data, np.uint8).reshape(height, width, 4)
-        alpha = rgba[..., 3:].astype(np.uint16)
         count += 1
-        yield ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        yield _on_white(np.frombuffer(data, np.uint8).reshape(height, width, 4))
     if not count:
         raise ValueError(f"can't read the video {clip.path}: there is no picture in it; {ADVICE}")
 
 
 def stream_clip(clip: Clip) -> Iterator[np.ndarray]:
-    """uint8 (height, width, 3), frame after frame, at the clip's own size; what it has less than was counted, its last
-    one again."""
-    width, height = clip.size
-    steps = f"fps={clip.fps},{SQUARE},scale={width}:{height}:flags={EXACT},format=rgb24"
-    command = [
-        *_reading(clip.path),
-        "-map",
-        "0:v:0",
-        "-vf",
-        steps,
-        "-frames:v",
-        str(clip.frames),
-        "-f",
-        "rawvideo",
-        "pipe:1",
-    ]
-    frame = None
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for _ in range(clip.frames):
-                data = process.stdout.read(3 * width * height)
-                if len(data) == 3 * width * height:
-                    frame = np.frombuffer(data, np.uint8).reshape(height, width, 3)
-                if frame is None:
-                    raise ValueError(f"can't read the video {clip.path}: there is no picture in it; {ADVICE}")
-                yield frame
-        finally:
-            process.kill()
+    """As many frames as were counted, one after the other, (height, width, 3), at the clip's own size; where the file
+    has less, its last one again."""
+    missing = clip.frames
+    for frame in iterate_clip(clip, clip.frames, *clip.size):
+        missing -= 1
+        yield frame
+    for _ in range(missing):
+        yield frame
+
+
+def _on_white(rgba: np.ndarray) -> np.ndarray:
+    """uint8 (height, width, 4) -> (height, width, 3)."""
+    if (rgba[..., 3] == 255).all():
+        return rgba[..., :3].copy()
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 NTSC = {fps: round(fps) * 1000 / 1001 for fps in (23.98, 29.97, 59.94, 119.88)}  # as ffmpeg rounds them
@@ -172,29 +158,46 @@ def _ffmpeg(path: Path, output: list[str], limit: int) -> bytes:
 
 
 def _pieces(path: Path, output: list[str], size: int, count: int) -> Iterator[bytes]:
-    """What ffmpeg makes of a file, at most `count` times `size` bytes; the last piece may be shorter. Raises ValueError
-    where it makes nothing."""
+    """What ffmpeg makes of a file, at most `count` times `size` bytes; the last piece may be shorter.
+
+    Only the time counts in which ffmpeg is waited for: who takes the pieces may be slow. Raises ValueError where it
+    makes nothing, or takes too long.
+    """
     command = [*_reading(path), "-map", "0:v:0", *output, "pipe:1"]
+    left = MOST_SECONDS + FRAME_SECONDS * (count - 1)
+    is_late, made = threading.Event(), False
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None and process.stderr is not None
         said: list[bytes] = []
         errors = process.stderr
         listener = threading.Thread(target=lambda: said.append(_some_of(errors)), daemon=True)
         listener.start()
-        alarm = threading.Timer(MOST_SECONDS, process.kill)
-        alarm.start()
-        made = False
+
+        def stop() -> None:
+            is_late.set()
+            process.kill()
+
         try:
-            while count and (data := process.stdout.read(size)):
+            while count:
+                begin, alarm = time.monotonic(), threading.Timer(left, stop)
+                alarm.start()
+                try:
+                    data = process.stdout.read(size)
+                finally:
+                    alarm.cancel()
+                left -= time.monotonic() - begin
+                if is_late.is_set() or not data:
+                    break
                 made, count = True, count - 1
                 yield data
         finally:
-            too_long = not alarm.is_alive()
-            alarm.cancel()
             process.kill()
         listener.join()  # before leaving closes what it reads from
-    if too_long:
-        raise ValueError(f"reading the video {path} took more than {MOST_SECONDS:g} s: cut out the part that you need")
+    if is_late.is_set():
+        raise ValueError(
+            f"reading the video {path} took more than {MOST_SECONDS:g} s and {FRAME_SECONDS:g} s a frame: cut out the "
+            "part that you need"
+        )
     if not made:
         lines = said[0].decode("utf-8", "replace").strip().splitlines() or ["there is no picture in it"]
         # Without the names of ffmpeg's own parts, as in "[out#0/image2pipe @ 0x55d0] Nothing was written into ...".

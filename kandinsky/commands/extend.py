@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kandinsky.commands.download import download
 from kandinsky.commands.flags import config_for, wishes_of
-from kandinsky.commands.launch import Launch
+from kandinsky.commands.launch import Launch, load
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -54,18 +54,9 @@ def extend(args: argparse.Namespace, launch: Launch) -> Path | None:
         lora_file.configured_loras(config, args.cache_dir)
         args.output_filename = output  # for the words that say how to go on
         download(args, config, launch)
-        from kandinsky.loading.assemble import load_pipeline
-
         logging.info("%d segments: %s", len(video.requests), segments.HOW[config.task])
-        pipeline = launch.stopper.pipeline = load_pipeline(
-            config,
-            args.device,
-            cache_dir=args.cache_dir,
-            attention_engine=args.attention_engine,
-            dtype=args.dtype,
-            processes=launch.processes,
-            request=max(video.requests, key=lambda one: one.num_frames),
-        )
+        longest = max(video.requests, key=lambda one: one.num_frames)
+        pipeline = load(args, config, launch, longest)
         last = segments.make_long(pipeline, video, first, output)
         if args.save_last_frame and last is not None:
             media.write_image(last, media.last_frame_path(output))

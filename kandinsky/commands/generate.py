@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kandinsky.commands.download import download
 from kandinsky.commands.flags import config_for, keyframes_of, wishes_of
-from kandinsky.commands.launch import Launch
+from kandinsky.commands.launch import Launch, load
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -48,18 +48,9 @@ def run(args: argparse.Namespace, launch: Launch) -> Path | None:
         lora_file.configured_loras(config, args.cache_dir)
 
         download(args, config, launch)
-        from kandinsky.loading.assemble import load_pipeline
         from kandinsky.pipelines.inputs import Inputs
 
-        pipeline = launch.stopper.pipeline = load_pipeline(
-            config,
-            args.device,
-            cache_dir=args.cache_dir,
-            attention_engine=args.attention_engine,
-            dtype=args.dtype,
-            processes=launch.processes,
-            request=request,
-        )
+        pipeline = load(args, config, launch, request)
         inputs = Inputs(**vars(found), keyframes=keyframes)
         pixels = pipeline.generate(request, inputs, save_path=output, keep_stopped=True)
         if args.save_last_frame and output is not None:

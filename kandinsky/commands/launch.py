@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kandinsky.common.signals import Stopper
+    from kandinsky.config.schema import Config
+    from kandinsky.pipelines.base import Pipeline
+    from kandinsky.request import Request
 
 
 class Launch:
@@ -58,3 +62,16 @@ class Launch:
         from kandinsky.common.signals import Stopper
 
         return Stopper(self.size > 1, self.is_first)
+
+
+def load(args: argparse.Namespace, config: Config, launch: Launch, request: Request, **options: Any) -> Pipeline:
+    """The pipeline that the flags ask for, ready for `request` and known to what stops it.
+
+    options: of `load_pipeline`, in place of what flags say. Raises as that does.
+    """
+    from kandinsky.loading.assemble import load_pipeline
+
+    said = {"cache_dir": args.cache_dir, "attention_engine": args.attention_engine, "dtype": args.dtype}
+    pipeline = load_pipeline(config, args.device, processes=launch.processes, request=request, **{**said, **options})
+    launch.stopper.pipeline = pipeline
+    return pipeline

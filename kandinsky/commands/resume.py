@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from kandinsky.commands.flags import overrides_of
-from kandinsky.commands.launch import Launch
+from kandinsky.commands.launch import Launch, load
 
 
 def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
@@ -26,19 +26,9 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
         output = args.output_filename or stopped.output_path(args.resume_from, suffix)
         media.check_writable(output, suffix)
 
-    from kandinsky.loading.assemble import load_pipeline
-
     run = stopped.load_run(args.resume_from)
-    pipeline = launch.stopper.pipeline = load_pipeline(
-        config,
-        args.device,
-        cache_dir=args.cache_dir,
-        attention_engine=args.attention_engine,
-        dtype=args.dtype or record["dtype"],
-        request=run.request,
-        read_text_encoders=False,
-        processes=launch.processes,
-    )
+    dtype = args.dtype or record["dtype"]
+    pipeline = load(args, config, launch, run.request, dtype=dtype, read_text_encoders=False)
     try:
         pipeline.resume(run, output)
     except Kept as kept:  # something later, which takes its place

@@ -68,9 +68,7 @@ def _qwen(values: Mapping[str, Any]) -> QwenConfig:
     theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
     return QwenConfig(
         text_config=QwenTextConfig(
-            vocab_size=_whole(text, "vocab_size", 152064),
-            hidden_size=_whole(text, "hidden_size", 8192),
-            intermediate_size=_whole(text, "intermediate_size", 29568),
+            **_wholes(text, vocab_size=152064, hidden_size=8192, intermediate_size=29568),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads
@@ -90,32 +88,23 @@ def _qwen_vision(values: Mapping[str, Any]) -> QwenVisionConfig:
     _only(values.get("hidden_act", "silu") == "silu", "vision_config.hidden_act", values.get("hidden_act"))
     full = values.get("fullatt_block_indexes", (7, 15, 23, 31))
     _only(isinstance(full, list | tuple) and all(type(n) is int for n in full), "fullatt_block_indexes", full)
-    return QwenVisionConfig(
-        depth=_whole(values, "depth", 32),
-        hidden_size=_whole(values, "hidden_size", 3584),
-        intermediate_size=_whole(values, "intermediate_size", 3420),
-        num_heads=_whole(values, "num_heads", 16),
-        in_channels=_whole(values, "in_channels", 3),
-        patch_size=_whole(values, "patch_size", 14),
-        spatial_merge_size=_whole(values, "spatial_merge_size", 2),
-        temporal_patch_size=_whole(values, "temporal_patch_size", 2),
-        window_size=_whole(values, "window_size", 112),
-        out_hidden_size=_whole(values, "out_hidden_size", 3584),
-        fullatt_block_indexes=tuple(full),
-    )
+    sizes = _wholes(
+        values, depth=32, hidden_size=3584, intermediate_size=3420, num_heads=16, in_channels=3, patch_size=14,
+        spatial_merge_size=2, temporal_patch_size=2, window_size=112, out_hidden_size=3584,
+    )  # fmt: skip
+    return QwenVisionConfig(**sizes, fullatt_block_indexes=tuple(full))
 
 
 def _clip(values: Mapping[str, Any]) -> ClipTextConfig:
     text = _section(values, "text_config") if "text_config" in values else values  # of a whole CLIP
     activation = text.get("hidden_act", "quick_gelu")
     _only(isinstance(activation, str), "hidden_act", activation)
+    sizes = _wholes(
+        text, vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        max_position_embeddings=77,
+    )  # fmt: skip
     return ClipTextConfig(
-        vocab_size=_whole(text, "vocab_size", 49408),
-        hidden_size=_whole(text, "hidden_size", 512),
-        intermediate_size=_whole(text, "intermediate_size", 2048),
-        num_hidden_layers=_whole(text, "num_hidden_layers", 12),
-        num_attention_heads=_whole(text, "num_attention_heads", 8),
-        max_position_embeddings=_whole(text, "max_position_embeddings", 77),
+        **sizes,
         layer_norm_eps=_positive({"layer_norm_eps": text.get("layer_norm_eps", 1e-5)}, "layer_norm_eps"),
         hidden_act=activation,
         eos_token_id=_whole(text, "eos_token_id", 49407, least=0),
@@ -133,6 +122,11 @@ def _whole(values: Mapping[str, Any], name: str, default: int, least: int = 1) -
     _only(number is not None and least <= number <= LARGEST_NUMBER, name, values.get(name))
     assert number is not None
     return number
+
+
+def _wholes(values: Mapping[str, Any], **defaults: int) -> dict[str, int]:
+    """Each of these entries, in the file's words or by default."""
+    return {name: _whole(values, name, default) for name, default in defaults.items()}
 
 
 def _positive(values: Mapping[str, Any], name: str) -> float:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky.clips import open_clip, read_clip
+from kandinsky import clips
+from kandinsky.clips import iterate_clip, open_clip, read_clip, stream_clip
 from kandinsky.outputs.media import write_video
 from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.outputs.sources import read_mask
@@ -201,6 +202,58 @@ def test_any_clip_at_one_rate_and_size(folder: Path, tmp_path: Path) -> None:
     transparent = Image.new("P", (32, 32), 0)
     transparent.save(tmp_path / "clear.gif", transparency=0)
     assert (read_clip(open_clip(tmp_path / "clear.gif", FPS, 2), 1, 32, 32) == 255).all()
+
+
+def test_colours_are_the_files(tmp_path: Path) -> None:
+    """Squares of random 4:2:0, compressed without loss, are what BT.601 makes of them, also where they get smaller."""
+    rng = np.random.default_rng(0)
+    planes = [rng.integers(*levels, (2, 2)) for levels in ((16, 236), (100, 156), (100, 156))]
+    y, u, v = (plane.repeat(32, 0).repeat(32, 1).astype(float) for plane in planes)
+    raw = b"".join(plane[:: 64 // side, :: 64 // side].astype(np.uint8).tobytes()
+                   for plane, side in ((y, 64), (u, 32), (v, 32)))  # fmt: skip
+    words = ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-s", "64x64", "-r", str(FPS), "-i", "-", "-c:v", "ffv1"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *words, str(tmp_path / "squares.mkv")]
+    subprocess.run(command, input=raw, check=True)
+    y, u, v = (y - 16) * 255 / 219, (u - 128) * 255 / 224, (v - 128) * 255 / 224
+    expected = np.stack([y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u], -1).clip(0, 255)
+    clip = open_clip(tmp_path / "squares.mkv", FPS, 5)
+    for side in (64, 32):
+        (found,) = read_clip(clip, 1, side, side)
+        centres = slice(side // 4, side, side // 2)  # of the four squares
+        wanted = expected[16::32, 16::32]
+        assert np.abs(found[centres, centres] - wanted).max() <= 0.6, side  # rounding, and ffmpeg's fixed point
+    (streamed,) = stream_clip(clip)
+    assert np.array_equal(streamed, read_clip(clip, 1, 64, 64)[0])
+
+
+class Alarm:
+    """In place of threading.Timer; `rings` says whether it does so at once."""
+
+    running, rings = 0, False
+
+    def __init__(self, seconds: float, stop: Any) -> None:
+        self.stop = stop
+
+    def start(self) -> None:
+        Alarm.running += 1
+        if Alarm.rings:
+            self.stop()
+
+    def cancel(self) -> None:
+        Alarm.running -= 1
+
+
+def test_only_waiting_for_ffmpeg_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While somebody works with a frame no alarm runs; when one rings, that is an error in the middle as at the end."""
+    clip = open_clip(folder / "clip.mp4", FPS, 100)
+    monkeypatch.setattr(clips.threading, "Timer", Alarm)
+    running = [Alarm.running for _ in stream_clip(clip)]
+    assert running == [0] * 5 and Alarm.running == 0
+    frames = iterate_clip(clip, 5, 32, 32)
+    next(frames)
+    monkeypatch.setattr(Alarm, "rings", True)
+    with pytest.raises(ValueError, match=r"clip\.mp4 took more than 300 s and 0\.1 s a frame: cut out the part"):
+        list(frames)
 
 
 def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:
