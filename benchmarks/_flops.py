@@ -43,9 +43,18 @@ def dit_flops(params: DiTConfig, latents: tuple[int, int, int], text_tokens: int
     return 2 * (params.num_text_blocks * text_block + params.num_visual_blocks * visual_block + ends)
 
 
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+    """Of scores and weighted sums, shapes (B, heads, N, d)."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+# PyTorch's counter knows the attention of GPUs, and not this one of CPUs.
+UNKNOWN_TO_PYTORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 @torch.no_grad()
 def counted_flops(run: Callable[[], object]) -> int:
     """Of the matrix products, convolutions and attention that a call makes, as it makes them."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_PYTORCH) as counter:
         run()
     return counter.get_total_flops()

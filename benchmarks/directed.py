@@ -22,7 +22,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks._resumable import Kept, add_arguments  # noqa: E402
 from tools import tiny_world  # noqa: E402
 from tools.eval_tiny import MAX_SHIFT, Case, make_cases, psnr  # noqa: E402
 
@@ -130,11 +130,9 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(REPOSITORY / "configs/config_tiny_t2v.yaml"))
-    parser.add_argument("--cases", type=int, default=40)
+    add_arguments(parser, cases=40)
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
     parser.add_argument("--no_mask", action="store_true", help="without the mask's figures")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case later than that")
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--draw", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw what --output has written")
     args = parser.parse_args()
     if args.draw:
@@ -142,19 +140,13 @@ def main() -> None:
 
     from kandinsky import get_T2V_pipeline
 
-    started = time.monotonic()
-    cases: list[dict[str, Any]] = []
-    if args.output and args.output.exists():
-        cases = json.loads(args.output.read_text())
+    kept = Kept(args.output, [], args.minutes)
+    cases: list[dict[str, Any]] = kept.data
     pipe: Any = get_T2V_pipeline("cpu", conf_path=args.config)
-    for case in make_cases("t2v", args.cases)[len(cases) :]:
-        if time.monotonic() - started > 60 * args.minutes:
-            break
+    for case in kept.each(make_cases("t2v", args.cases)[len(cases) :]):
         with tempfile.TemporaryDirectory() as folder:
             cases.append(measured(pipe, case, folder, args.strengths, not args.no_mask))
-        print(f"{len(cases)}/{args.cases}", cases[-1], flush=True)
-        if args.output:
-            args.output.write_text(json.dumps(cases, indent=1) + "\n")
+        print(cases[-1])
     print(table(cases))
 
 

@@ -21,7 +21,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks._resumable import Kept, add_arguments  # noqa: E402
 from tools import tiny_world  # noqa: E402
 from tools.eval_tiny import Case, make_cases  # noqa: E402
 
@@ -105,33 +105,24 @@ def report(cases: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "config_tiny_i2v.yaml")
-    parser.add_argument("--cases", type=int, default=20)
+    add_arguments(parser, cases=20)
     parser.add_argument("--overlap", type=int, help="frames that a segment goes on from; default: as in test.py")
     parser.add_argument("--no_colour_match", action="store_true", help="colours are left as they come")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case later than that")
-    parser.add_argument("--output", type=Path, help="a JSON file that keeps the cases")
     args = parser.parse_args()
 
     import kandinsky
     from kandinsky.config import load_config
     from kandinsky.serving.segments import checked_overlap
 
-    started, task = time.monotonic(), load_config(args.config).task
+    kept, task = Kept(args.output, [], args.minutes), load_config(args.config).task
     overlap = checked_overlap(task, args.overlap, FRAMES)
     get = {"t2v": kandinsky.get_T2V_pipeline, "i2v": kandinsky.get_I2V_pipeline}[task]
     pipe: Any = get("cpu", conf_path=str(args.config))
-    cases: list[dict[str, Any]] = []
-    if args.output is not None and args.output.exists():
-        cases = json.loads(args.output.read_text())
-    for case in make_cases(task, args.cases)[len(cases) :]:
-        if time.monotonic() - started > 60 * args.minutes:
-            break
+    cases: list[dict[str, Any]] = kept.data
+    for case in kept.each(make_cases(task, args.cases)[len(cases) :]):
         with tempfile.TemporaryDirectory() as folder:
             cases.append(measured(pipe, case, Path(folder), overlap, not args.no_colour_match))
-        print(f"{len(cases)}/{args.cases} {cases[-1]}", flush=True)
-        if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(cases, indent=1) + "\n")
+        print(cases[-1])
     print(report(cases))
 
 

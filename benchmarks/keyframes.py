@@ -15,9 +15,7 @@ Cases that `--output` has already are not made again: with `--minutes` a run end
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks._resumable import Kept, add_arguments  # noqa: E402
 from tools import tiny_world  # noqa: E402
 from tools.eval_tiny import MAX_SHIFT, Case, make_cases, psnr  # noqa: E402
 
@@ -81,26 +80,17 @@ def report(cases: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "config_tiny_flf.yaml")
-    parser.add_argument("--cases", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, with what there is")
-    parser.add_argument("--output", type=Path, help="a JSON file that keeps the cases")
+    add_arguments(parser, cases=20)
     args = parser.parse_args()
 
     import kandinsky
 
+    kept = Kept(args.output, [], args.minutes)
     pipe = kandinsky.get_I2V_pipeline(device_map="cpu", conf_path=str(args.config))
-    cases: list[dict[str, Any]] = []
-    if args.output is not None and args.output.exists():
-        cases = json.loads(args.output.read_text())
-    begin = time.monotonic()
-    for case in make_cases("i2v", args.cases)[len(cases) :]:
+    cases: list[dict[str, Any]] = kept.data
+    for case in kept.each(make_cases("i2v", args.cases)[len(cases) :]):
         cases.append(measured(pipe, case))
-        print(f"{len(cases)}/{args.cases} {cases[-1]}", flush=True)
-        if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(cases, indent=1) + "\n")
-        if time.monotonic() - begin > 60 * args.minutes:
-            break
+        print(cases[-1])
     print(report(cases))
 
 

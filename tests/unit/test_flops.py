@@ -41,3 +41,12 @@ def test_dit(options: dict[str, Any]) -> None:
     tables = dit.request_tables((3, 8, 6), 7, (1.0, 2.0, 2.0), "meta")
     counted = counted_flops(lambda: dit(latents, text, pooled, timesteps, tables=tables))
     assert dit_flops(params, (3, 8, 6), 7) == counted
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    """PyTorch's own counter leaves it out."""
+    q, k = torch.ones(1, 2, 16, 8), torch.ones(1, 2, 24, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert counted_flops(lambda: attend(q, k, k)) == 2 * 2 * (2 * 16 * 24 * 8)
+    mask = torch.ones(16, 24, dtype=torch.bool)
+    assert counted_flops(lambda: attend(q, k, k, attn_mask=mask)) == 2 * 2 * (2 * 16 * 24 * 8)
