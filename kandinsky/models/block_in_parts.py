@@ -52,12 +52,11 @@ def run_block_in_parts(
     """
     assert not torch.is_grad_enabled(), "hidden states are written over"
     size = chunk_tokens or CHUNK_TOKENS
-    params = block.visual_modulation(time_embed)
-    shift_s, scale_s, gate_s, shift_c, scale_c, gate_c, shift_f, scale_f, gate_f = params
+    own, cross, ff = block.visual_modulation.of_parts(time_embed)
     layer = block.self_attention
 
     def normed(rows: Tensor) -> Tensor:
-        return modulated_norm(rows, shift_s, scale_s)
+        return modulated_norm(rows, own.shift, own.scale)
 
     attended = [
         aside(attend(layer, x, normed, slice(first, first + heads_at_once), rope, attention, size))
@@ -66,12 +65,12 @@ def run_block_in_parts(
     for start in range(0, x.shape[1], size):
         tokens = slice(start, start + size)
         heads = torch.cat([group[:, tokens].to(x.device, non_blocking=True) for group in attended], dim=-1)
-        rows = gated_residual(x[:, tokens], layer.out_layer(heads), gate_s)
+        rows = gated_residual(x[:, tokens], layer.out_layer(heads), own.gate)
         del heads
-        seen = block.cross_attention(modulated_norm(rows, shift_c, scale_c), context=text, mask=text_mask)
-        rows = gated_residual(rows, seen, gate_c)
+        seen = block.cross_attention(modulated_norm(rows, cross.shift, cross.scale), context=text, mask=text_mask)
+        rows = gated_residual(rows, seen, cross.gate)
         del seen
-        x[:, tokens] = gated_residual(rows, block.feed_forward(modulated_norm(rows, shift_f, scale_f)), gate_f)
+        x[:, tokens] = gated_residual(rows, block.feed_forward(modulated_norm(rows, ff.shift, ff.scale)), ff.gate)
     return x
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +129,20 @@ class Modulation(nn.Module):
         params = float32_linear(self.out_layer, F.silu(time_embed))
         return params.unsqueeze(1).chunk(self.num_params, dim=-1)
 
+    def of_parts(self, time_embed: Tensor) -> list[Modulated]:
+        """Of a block: for each of its parts, in the order in which they run, shift, scale and gate."""
+        params = self(time_embed)
+        return [Modulated(*params[i : i + 3]) for i in range(0, self.num_params, 3)]
+
+
+class Modulated(NamedTuple):
+    """What the timestep does to one part of a block, each (B, 1, D): to its input (`modulated_norm`) and its update
+    (`gated_residual`)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
 
 class MultiheadAttention(nn.Module):
     """Multi-head attention with RMS-normalised queries and keys; self-attention where `context` is None."""
@@ -229,10 +244,10 @@ class TextBlock(nn.Module):
         chunk_tokens: int | None = None,
     ) -> Tensor:
         """x (B, L, D), mask None or (B, 1, 1, L)."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.text_modulation(time_embed)
-        normed = modulated_norm(x, shift_a, scale_a)
-        x = gated_residual(x, self.self_attention(normed, rope=rope, mask=mask, chunk_tokens=chunk_tokens), gate_a)
-        return gated_residual(x, self.feed_forward(modulated_norm(x, shift_f, scale_f), chunk_tokens), gate_f)
+        own, ff = self.text_modulation.of_parts(time_embed)
+        normed = modulated_norm(x, own.shift, own.scale)
+        x = gated_residual(x, self.self_attention(normed, rope=rope, mask=mask, chunk_tokens=chunk_tokens), own.gate)
+        return gated_residual(x, self.feed_forward(modulated_norm(x, ff.shift, ff.scale), chunk_tokens), ff.gate)
 
 
 class VisualBlock(nn.Module):
@@ -256,19 +271,18 @@ class VisualBlock(nn.Module):
         chunk_tokens: int | None = None,
     ) -> Tensor:
         """x (B, N, D), text (B, L, D), text_mask None or (B, 1, 1, L); `attention` is the self-attention's engine."""
-        params = self.visual_modulation(time_embed)
-        shift_s, scale_s, gate_s, shift_c, scale_c, gate_c, shift_f, scale_f, gate_f = params
+        own, cross, ff = self.visual_modulation.of_parts(time_embed)
         # No name for the updates: it would keep one in memory while the next is computed.
-        normed = modulated_norm(x, shift_s, scale_s)
+        normed = modulated_norm(x, own.shift, own.scale)
         x = gated_residual(
-            x, self.self_attention(normed, rope=rope, attention=attention, chunk_tokens=chunk_tokens), gate_s
+            x, self.self_attention(normed, rope=rope, attention=attention, chunk_tokens=chunk_tokens), own.gate
         )
-        normed = modulated_norm(x, shift_c, scale_c)
+        normed = modulated_norm(x, cross.shift, cross.scale)
         x = gated_residual(
-            x, self.cross_attention(normed, context=text, mask=text_mask, chunk_tokens=chunk_tokens), gate_c
+            x, self.cross_attention(normed, context=text, mask=text_mask, chunk_tokens=chunk_tokens), cross.gate
         )
-        normed = modulated_norm(x, shift_f, scale_f)
-        return gated_residual(x, self.feed_forward(normed, chunk_tokens), gate_f)
+        normed = modulated_norm(x, ff.shift, ff.scale)
+        return gated_residual(x, self.feed_forward(normed, chunk_tokens), ff.gate)
 
 
 class OutLayer(nn.Module):
