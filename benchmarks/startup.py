@@ -4,8 +4,8 @@
 
 Processor seconds of a process with one thread: the least of several runs, after one that is not counted, because it
 fills the system's file cache and writes Python's. Imports: the same for a process that imports the modules that were
-found to be loaded, and does nothing else; the rest is loading the weights, and the request: text, steps, decoding,
-writing.
+found to be loaded, and does nothing else, and for one that imports torch; the rest is loading the weights, and the
+request: text, steps, decoding, writing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ for name in sys.stdin.read().split():
 
 def run(words: list[str], *options: str, given: str = "") -> tuple[float, str]:
     """Processor seconds of a Python process, and what it says on standard error."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, all of our modules would be compiled in every run
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, *options, *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment,
         input=given,
         capture_output=True,
         text=True,
@@ -60,7 +62,10 @@ def main() -> None:
         _, said = run(words, "-X", "importtime")
     modules = "\n".join(IMPORT.findall(said))
     imports = min(run(["-c", AGAIN], given=modules)[0] for _ in range(args.repeat))
-    print(f"{args.config}: {total:.1f} s of the processor, of which imports {imports:.1f} s")
+    torch = min(run(["-c", "import torch"])[0] for _ in range(args.repeat))
+    print(
+        f"{args.config}: {total:.1f} s of the processor, of which imports {imports:.1f} s, of which torch {torch:.1f} s"
+    )
 
 
 if __name__ == "__main__":

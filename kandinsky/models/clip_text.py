@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky.models.embedding import embedding
+
 WRONG_END_TOKEN = 2  # in the published config: of no vocabulary; the end has the highest id of all
 
 
@@ -86,8 +88,8 @@ class Layer(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]

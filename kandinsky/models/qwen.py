@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky.models.embedding import embedding
 from kandinsky.models.qwen_vision import QwenVision, QwenVisionConfig, RMSNorm, SwiGLU, rotate_half
 
 Grid = Sequence[int]  # of a picture: 1, rows and columns of patches
@@ -118,7 +119,7 @@ class QwenText(nn.Module):
     def __init__(self, config: QwenTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
