@@ -15,6 +15,7 @@ from kandinsky.commands.download import download
 from kandinsky.commands.flags import config_for, wishes_of
 from kandinsky.commands.launch import Launch
 from kandinsky.config.schema import Config
+from kandinsky.planning.costs import num_evaluations
 from kandinsky.serving.prompts_file import STREAM
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
     folder = args.output_dir or Path("outputs") / args.prompts_file.stem
     rows = batch.read_prompts(args.prompts_file)
     jobs = batch.resolve_jobs(config, args.prompts_file, rows, folder.absolute(), image=args.image, **wishes_of(args))
+    # Of all rows, whether or not they are there already, so that going on with a file changes no setting.
+    evaluations = sum(num_evaluations(job.request) * len(job.request.samples) for job in jobs)
+    evaluations //= max(world_size, args.ray_actors or 1)
     # Shares first, so that they are the same whatever is there already.
     jobs = batch.left_to_do(jobs[rank::world_size], args.resume)
 
@@ -57,7 +61,7 @@ def run_many(args: argparse.Namespace, launch: Launch) -> int:
             device = spread_over(args.ray_gpus)
         # Settings that are left open are decided so that the largest of them fits.
         largest = max((job.request for job in jobs), key=lambda one: one.width * one.height * one.num_frames)
-        load = loader(args, config, device, largest)
+        load = loader(args, config, device, largest, evaluations)
         if args.ray_address is None:
             pipeline = launch.stopper.pipeline = load()
             outcomes = batch.run_in_turn(pipeline, jobs, world_size == 1, args.resume)
@@ -112,11 +116,14 @@ def run_stream(args: argparse.Namespace, launch: Launch, config: Config) -> int:
     return failures
 
 
-def loader(args: argparse.Namespace, config: Config, device: Any, request: Request) -> Callable[[], Pipeline]:
+def loader(
+    args: argparse.Namespace, config: Config, device: Any, request: Request, evaluations: int | None = None
+) -> Callable[[], Pipeline]:
     """What loads the pipeline that the flags ask for."""
     from kandinsky.loading.assemble import load_pipeline
 
     options = {"attention_engine": args.attention_engine, "dtype": args.dtype, "request": request}
+    options["evaluations"] = evaluations
     return partial(load_pipeline, config, device, Path(args.cache_dir).absolute(), **options)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from kandinsky.commands import many
+from kandinsky.commands.flags import build_parser
 from kandinsky.config.reading import load_config
 from kandinsky.loading import assemble as loading
 from kandinsky.request import resolve_request
@@ -18,6 +23,7 @@ from kandinsky.runtime.compile import (
     keep_compiled_code,
     model_evaluations,
 )
+from kandinsky.serving import batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -95,6 +101,39 @@ def test_the_requests_evaluations_count(monkeypatch: pytest.MonkeyPatch) -> None
             with pytest.raises(Enough):
                 loading.load_pipeline(config, "cpu", request=wanted)
     assert counted == [(100, None), (7 + 4, None), (100, "fp8"), (7 + 4, "fp8")]
+    counted.clear()
+    samples = dataclasses.replace(request, samples=request.samples * 3)
+    for options in ({"request": samples}, {"request": request, "evaluations": 400}):
+        with pytest.raises(Enough):
+            loading.load_pipeline(config, "cpu", **options)
+    assert [evaluations for evaluations, _ in counted] == [3 * (7 + 4), 400]
+
+
+def test_all_rows_of_a_prompts_file_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that are there already, too: to go on with a file is to go on as it began."""
+    counted: list[int] = []
+    monkeypatch.setattr(many, "loader", lambda *arguments: counted.append(arguments[-1]) or (lambda: None))
+    monkeypatch.setattr(batch, "run_in_turn", lambda *_: [])
+    (tmp_path / "prompts.csv").write_text("prompt,output\na circle,a.mp4\na square,b.mp4\na cross,c.mp4\n")
+    (tmp_path / "b.mp4").touch()
+    words = f"--config {CONFIGS}/config_tiny_t2v.yaml --prompts_file {tmp_path}/prompts.csv --output_dir {tmp_path}"
+    args = build_parser().parse_args([*words.split(), "--sample_steps", "10", "--resume"])
+    assert many.run_many(args, SimpleNamespace(stopper=SimpleNamespace())) == 0
+    assert counted == [3 * 20]
+
+
+def test_shards_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """By themselves several processes compile as one does, but for blocks whose weights are elsewhere."""
+    monkeypatch.setattr(loading, "is_wanted", lambda *_: True)
+    processes: Any = SimpleNamespace(rank=0, size=2, local_rank=0)
+    given = dict.fromkeys(("dit", "vae", "qwen", "clip"))
+    for shards in (False, True):
+        overrides = ["runtime.cfg_parallel=2", f"runtime.shard_weights={str(shards).lower()}"]
+        config = load_config(CONFIGS / "config_tiny_t2v.yaml", overrides)
+        with caplog.at_level("INFO"):
+            settled = loading.settle(config, "cpu", "weights", given, None, None, None, processes)
+        assert settled.compiled != shards
+    assert "not compiled: each process has a part of the weights" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,9 @@ def test_what_takes_several_processes_is_refused_to_one(key: str) -> None:
         check_processes(with_heads(28, **dict([key.split("=")])), 1)
 
 
-def test_several_processes_compile_nothing() -> None:
+def test_the_halves_of_guidance_compile() -> None:
     check_processes(with_heads(4, compile="auto"), 2)
+    check_processes(with_heads(4, compile="on", cfg_parallel=2), 2)
     with pytest.raises(ValueError, match=r"runtime.compile is on, .* several processes are not compiled: leave it out"):
         check_processes(with_heads(4, compile="on"), 2)
 
@@ -73,7 +74,7 @@ def test_shards_do_not_go_with_adapters() -> None:
         load_config(LITE, ["runtime.shard_weights=true", "model.loras=[a.safetensors]"])
 
 
-@pytest.mark.parametrize("other", ["offload=on", "blocks_on_gpu=4", "dit_quantization=int8"])
+@pytest.mark.parametrize("other", ["offload=on", "blocks_on_gpu=4", "dit_quantization=int8", "compile=on"])
 def test_shards_go_with_nothing_else_that_moves_weights(other: str) -> None:
     with pytest.raises(ValueError, match=rf"shard_weights .* false with runtime.{other.replace('=', ' = ')}"):
         load_config(LITE, ["runtime.shard_weights=true", f"runtime.{other}"])
