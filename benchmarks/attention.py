@@ -1,14 +1,15 @@
 """Attention engines side by side, and NABLA's kernels beside dense attention: time and peak memory, as tables.
 
-    python benchmarks/attention.py [--device cpu|cuda] [--dtype ...] [--part engines|nabla|all]
+    python benchmarks/attention.py [--device cpu|cuda] [--dtype ...] [--part engines|nabla|map|all]
                                    [--head_dim 64 128] [--tokens ...] [--heads ...] [--densities ...]
 
 Every engine that runs on the device is measured in one process, in turns; times are medians. With one thread on a CPU
 they are the processor's time, in which what else runs on that core doesn't count. A share is that of the rate at which
-this device multiplies two large matrices, measured in the same run. Maps for NABLA are random ones of a
-given density (random queries and keys would make NABLA keep nearly everything); making a map from queries and keys is
-timed by itself. Peak memory is what one call needs beyond its inputs: on CUDA the allocator's peak; on a CPU the peak
-of the resident set, in a process of its own for each figure.
+this device multiplies two large matrices, measured in the same run. Maps for NABLA are random ones of a given density
+(random queries and keys would make NABLA keep nearly everything); making a map from queries and keys is timed by
+itself, and so is the choice of the heaviest blocks in it: by a threshold, and by the published sort. Peak memory is
+what one call needs beyond its inputs: on CUDA the allocator's peak; on a CPU the peak of the resident set, in a process
+of its own for each figure.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from kandinsky.attention.block_sparse import BLOCK_SPARSE_ENGINES
 from kandinsky.attention.engines import AUTO_ORDER, ENGINES, disagreement, obstacle
-from kandinsky.attention.nabla import fast_sta_nabla, nabla_block_map
+from kandinsky.attention.nabla import block_means, fast_sta_nabla, heaviest, nabla_block_map, sorted_heaviest
 from kandinsky.common.limits import BLOCK_TOKENS
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
@@ -216,6 +217,21 @@ def print_nabla(inputs: Inputs, dense: str, kernels: list[str], args: argparse.N
         )
 
 
+@torch.no_grad()
+def print_map(inputs: Inputs, args: argparse.Namespace) -> None:
+    """Of all heads and rows at once; both choose the same."""
+    scores = block_means(inputs.q) @ block_means(inputs.k).transpose(-2, -1)  # (heads, n, n)
+    mass = torch.softmax(scores / inputs.q.shape[-1] ** 0.5, dim=-1).flatten(0, 1)
+    assert torch.equal(heaviest(mass, P), sorted_heaviest(mass, P))
+    runs: dict[str, Callable[[], object]] = {
+        "threshold": lambda: heaviest(mass, P),
+        "sort": lambda: sorted_heaviest(mass, P),
+    }
+    times = median_seconds(runs, inputs.q.device, args.repeats)
+    cells = "".join(f"{1e3 * times[name]:11.2f}" for name in runs)
+    print(f"  {inputs.q.shape[2]:>8,}{cells}{times['sort'] / times['threshold']:9.2f}", flush=True)
+
+
 def runs_here(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the engine can run; says why not."""
     reason = obstacle(name, device, dtype, head_dim) or disagreement(name, device, dtype, head_dim)
@@ -235,7 +251,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="float32 on a CPU, else bfloat16")
-    parser.add_argument("--part", choices=("engines", "nabla", "all"), default="all")
+    parser.add_argument("--part", choices=("engines", "nabla", "map", "all"), default="all")
     parser.add_argument("--head_dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--tokens", type=int, nargs="+", help="multiples of 64; up to 8,192 on a CPU, 93,696 on a GPU")
     parser.add_argument("--heads", type=int, help="4 on a CPU, else the published models' 28 and 32")
@@ -278,12 +294,17 @@ def main() -> None:
     for head_dim in args.head_dim:
         heads = inputs_of(BLOCK_TOKENS, head_dim).q.shape[1]
         print(f"\nhead_dim {head_dim}, {heads} heads")
-        names = [name for name in ENGINES if runs_here(name, device, dtype, head_dim)]
-        if args.part != "nabla":
+        # What emulates an engine is not measured: its time is nobody's.
+        names = [name for name in ENGINES if name != "sage_emulated" and runs_here(name, device, dtype, head_dim)]
+        if args.part in ("map", "all"):
+            print("  NABLA's choice of the heaviest blocks, ms\n    tokens  threshold       sort x faster")
+            for tokens in args.tokens:
+                print_map(inputs_of(tokens, head_dim), args)
+        if args.part in ("engines", "all"):
             print(f"  {'tokens':>8} {'engine':18} {'ms':>10} {'TFLOP/s':>9} {'of peak':>8} {'peak MiB':>9}")
             for tokens in args.tokens:
                 print_engines(inputs_of(tokens, head_dim), names, args, peak_flops)
-        if args.part != "engines":
+        if args.part in ("nabla", "all"):
             dense = next(name for name in AUTO_ORDER if name in names)
             print(f"  NABLA beside dense attention ({dense}); time / (density x dense) is 1 where nothing is lost")
             print(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +76,35 @@ def sage(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return sageattn(q, k, v, tensor_layout="HND", is_causal=False)
 
 
+def sage_emulated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """SageAttention's numbers on any device, slowly: for measuring what its products in int8 cost in precision.
+
+    Keys lose their mean over all tokens, which no softmax sees. Queries and keys are rounded to int8, 128 and 64 tokens
+    by one scale. Probabilities and values are float16. Paper: arXiv 2410.02367.
+    """
+    refuse_mask("sage_emulated", mask)
+    k = k.float() - k.float().mean(dim=-2, keepdim=True)
+    k8, k_scales = rounded_to_int8(k, SAGE_KEYS)
+    values = v.half().float()
+    parts = []
+    for queries in q.float().split(SAGE_QUERIES, dim=-2):
+        q8, q_scales = rounded_to_int8(queries / math.sqrt(q.shape[-1]), SAGE_QUERIES)
+        scores = (q8 @ k8.mT) * (q_scales * k_scales.mT)  # products of whole numbers below 2^24: exact
+        parts.append(scores.softmax(-1).half().float() @ values)
+    return torch.cat(parts, dim=-2).to(q.dtype)
+
+
+def rounded_to_int8(x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """x (..., N, d) as whole numbers from -127 to 127, in float32, and the scale of each token (..., N, 1); so many
+    tokens in a row have one scale."""
+    largest = torch.cat(
+        [part.abs().amax((-1, -2), keepdim=True).expand(*part.shape[:-1], 1) for part in x.split(tokens, dim=-2)],
+        dim=-2,
+    )
+    scales = largest.clamp(min=torch.finfo(x.dtype).tiny) / 127
+    return (x / scales).round(), scales
+
+
 def refuse_mask(name: str, mask: Tensor | None) -> None:
     if mask is not None:
         raise ValueError(f"attention engine {name!r} takes no mask; masked attention is for sdpa")
@@ -86,7 +116,10 @@ ENGINES: dict[str, Attention] = {
     "flash_attention_2": flash_attention_2,
     "flash_attention_3": flash_attention_3,
     "sage": sage,
+    "sage_emulated": sage_emulated,
 }
+APPROXIMATE = ("sage", "sage_emulated")  # the others compute attention as exactly as their dtype is
+SAGE_QUERIES, SAGE_KEYS = 128, 64  # tokens that share a scale
 # Fastest first where it runs. By published throughputs at head_dim 64 on Hopper, in TFLOP/s: FlashAttention 3 500,
 # cuDNN 413, FlashAttention 2 324. benchmarks/attention.py measures them side by side.
 AUTO_ORDER = ("flash_attention_3", "sdpa_cudnn", "flash_attention_2", "sdpa")
@@ -142,7 +175,8 @@ def resolve_engine(
         raise ValueError(f"attention engine {name!r} does not exist: choose one of auto, {', '.join(ENGINES)}")
     reason = obstacle(name, device, dtype, head_dim) or disagreement(name, device, dtype, head_dim)
     if reason is not None:
-        usable = [other for other in ENGINES if other != name and obstacle(other, device, dtype, head_dim) is None]
+        others = (other for other in ENGINES if other not in (name, "sage_emulated"))  # which is only for measuring
+        usable = [other for other in others if obstacle(other, device, dtype, head_dim) is None]
         raise ValueError(
             f"attention engine {name!r} cannot be used here: {reason}; choose one of auto, {', '.join(usable)}"
         )

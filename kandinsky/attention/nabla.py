@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,10 @@ class NablaTables:
     order: Tensor  # (N,) row-major index of each token, block by block
     inverse: Tensor  # (N,) the way back
     window: Tensor  # (n, n) bool, n = N / 64
+
+    def keeping(self, P: float) -> NablaTables:
+        """The same for another share of the mass."""
+        return self if P == self.config.P else replace(self, config=replace(self.config, P=P))
 
 
 def nabla_tables(grid: tuple[int, int, int], config: NablaConfig, device: torch.device | str) -> NablaTables:

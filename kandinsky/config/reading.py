@@ -209,7 +209,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     """The value as the type that the dataclass declares, or a ValueError. Numbers are never made from strings."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return None if value is None else _convert(value, next(a for a in args if a is not type(None)), key)
+        if value is None and type(None) in args:
+            return None
+        lists = [a for a in args if get_origin(a) is tuple]  # of a number or a list of numbers
+        kinds = lists if lists and isinstance(value, list | tuple) else [a for a in args if a is not type(None)]
+        return _convert(value, kinds[0], key)
     if origin is Literal:
         if key == "model.attention.type" and value in DENSE_ATTENTION_ALIASES:
             return "full"
@@ -243,9 +247,9 @@ def _describe(hint: Any) -> str:
 
 def _construct(cls: type, values: dict[str, Any], key: str) -> Any:
     """The dataclass from its checked values; a section that is missing is one with nothing in it."""
-    arguments = dict(values)
+    arguments, hints = dict(values), get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        hint = get_type_hints(cls)[field.name]
+        hint = hints[field.name]
         dotted = join_key(key, field.name)
         if _is_section(hint):
             arguments[field.name] = _construct(hint, values.get(field.name, {}), dotted)

@@ -45,7 +45,7 @@ def check_processes(config: Config, count: int) -> None:
             f"runtime.heads_at_once is {config.runtime.heads_at_once}, and several processes share the heads: leave it "
             "out, or start one process"
         )
-    if count > 1 and config.runtime.compile == "on":
+    if count > branches and config.runtime.compile == "on":
         raise ValueError(
             "runtime.compile is on, and blocks whose attention goes over several processes are not compiled: "
             "leave it out"
@@ -71,6 +71,7 @@ def check_config(config: Config) -> None:
     _check_ranges(config)
     for rule in (
         _check_model,
+        _check_exact,
         _check_magcache,
         _check_streaming,
         _check_parts,
@@ -131,6 +132,16 @@ def _check_model(config: Config) -> None:
         _require(size == dim, f"model.text_embedder.{section}.emb_size", size, same_as.format(name, dim))
 
 
+def _check_exact(config: Config) -> None:
+    blocks, exact = config.model.dit_params.num_visual_blocks, config.model.attention.exact_blocks
+    _require(
+        all(-blocks <= block < blocks for block in exact),
+        "model.attention.exact_blocks",
+        list(exact),
+        f"numbers of this model's {blocks} visual blocks: 0 to {blocks - 1}, or from the last one -1 to {-blocks}",
+    )
+
+
 def _check_magcache(config: Config) -> None:
     ratios = config.magcache.mag_ratios
     if ratios is not None:
@@ -169,6 +180,7 @@ def _check_shards(config: Config) -> None:
         (f"blocks_on_gpu = {runtime.blocks_on_gpu}", runtime.blocks_on_gpu is not None),
         (f"heads_at_once = {runtime.heads_at_once}", runtime.heads_at_once is not None),
         (f"dit_quantization = {runtime.dit_quantization}", runtime.dit_quantization is not None),
+        ("compile = on", runtime.compile == "on"),
     ):
         _require(not is_used, "runtime.shard_weights", True, f"false with runtime.{key}: take one of the two")
     allowed = "false with model.loras: adapters are merged into whole weights"

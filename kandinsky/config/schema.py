@@ -46,6 +46,12 @@ def _smallest(value: Any) -> Any:
 NOT_EMPTY = Allowed(lambda text: bool(text.strip()), "not empty")
 OR_MORE = at_least(0, "0 or more")
 SHARES = Allowed(lambda pair: 0 <= pair[0] <= pair[1] <= 1, "two shares of the steps, 0 to 1")
+MASS = Allowed(
+    lambda shares: (
+        all(0 < share <= 1 for share in (shares if isinstance(shares, tuple) else (shares,))) and shares != ()
+    ),
+    "more than 0 and at most 1, or a list of such shares, one for each part of the steps",
+)
 SECONDS = Allowed(
     lambda seconds: seconds == 0 or MIN_SECONDS <= seconds <= MAX_SECONDS,
     f"0 to {MAX_SECONDS} seconds; 0 is a picture, and the shortest video has {MIN_SECONDS:.2f}",
@@ -100,13 +106,32 @@ class AttentionConfig:
 
     type: Literal["full", "nabla"] = "full"
     engine: Name = "auto"  # names are checked where engines are known, in kandinsky.attention
-    # Share of the attention mass that NABLA keeps in each row of blocks.
-    P: Annotated[float, Allowed(lambda share: 0 < share <= 1, "more than 0 and at most 1")] = 0.9
+    # Share of the attention mass that NABLA keeps in each row of blocks; several: each in an equal part of the steps.
+    P: Annotated[float | tuple[float, ...], MASS] = 0.9
     wT: Count = 11  # window in latent frames and in blocks of 8 patches
     wH: Count = 3
     wW: Count = 3
     add_sta: bool = True
     method: Literal["topcdf"] = "topcdf"
+    # Dense and exact, whatever attention is elsewhere: in the steps between two shares of them, and in some visual
+    # blocks (-1: the last one).
+    exact_steps: Annotated[tuple[float, float], SHARES] = (0.0, 0.0)
+    exact_blocks: tuple[int, ...] = ()
+
+    @property
+    def is_ever_exact(self) -> bool:
+        begin, end = self.exact_steps
+        return begin < end or bool(self.exact_blocks)
+
+    def exact_numbers(self, blocks: int, step: int, num_steps: int) -> frozenset[int]:
+        """Which of so many visual blocks are exact in a step, counted from 0."""
+        begin, end = self.exact_steps
+        everywhere = begin <= step / num_steps < end
+        return frozenset(range(blocks) if everywhere else (block % blocks for block in self.exact_blocks))
+
+    def mass_kept(self, step: int, num_steps: int) -> float:
+        """P in a step, counted from 0."""
+        return self.P[step * len(self.P) // num_steps] if isinstance(self.P, tuple) else self.P
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -414,7 +414,7 @@ class DiffusersPipeline(DiffusersBase):
         window = attention.wT, attention.wH, attention.wW
         sta = fast_sta_nabla(t, h // BLOCK_SIDE, w // BLOCK_SIDE, *window, device)
         return {
-            "sta_mask": sta[None, None], "attention_type": "nabla", "to_fractal": True, "P": attention.P,
+            "sta_mask": sta[None, None], "attention_type": "nabla", "to_fractal": True, "P": attention.mass_kept(0, 1),
             "wT": attention.wT, "wW": attention.wW, "wH": attention.wH, "add_sta": attention.add_sta,
             "visual_shape": (t, h, w), "method": attention.method,
         }  # fmt: skip

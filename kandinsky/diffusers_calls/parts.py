@@ -94,7 +94,8 @@ class Transformer:
         values = dataclasses.asdict(model.dit_params)
         values["visual_cond"] = values.pop("instruct_type") == "channel" or values["visual_cond"]
         attention = dataclasses.asdict(model.attention)
-        del attention["engine"]
+        for name in ("engine", "exact_steps", "exact_blocks"):  # what diffusers' config does not have
+            del attention[name]
         attention["type"] = "nabla" if model.attention.type == "nabla" else "regular"
         return SimpleNamespace(**values, **{f"attention_{key}": value for key, value in attention.items()})
 

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
-from kandinsky.attention.engines import resolve_engine
+from kandinsky.attention.engines import APPROXIMATE, resolve_engine
 from kandinsky.checkpoints.diffusers_layout import tell_shift
 from kandinsky.checkpoints.files import (
     TINY_DECODERS,
@@ -38,7 +39,7 @@ from kandinsky.loading.dit import dit_parts, load_dit, load_dit_on_host, load_sh
 from kandinsky.loading.text import load_prompt_side, no_text_encoders
 from kandinsky.loading.vae import load_tiny_decoder, load_vae
 from kandinsky.loading.weights import host_weights
-from kandinsky.models.dit import DiffusionTransformer3D, Execution, HandOut, unchanged
+from kandinsky.models.dit import DiffusionTransformer3D, Execution, HandOut
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiny import TinyDecoder
@@ -65,6 +66,8 @@ from kandinsky.runtime.quantization import LINEARS, require_scheme
 from kandinsky.text.embeddings import PromptEncoder
 from kandinsky.text.expansion import PromptExpander
 
+logger = logging.getLogger(__name__)
+
 PIPELINES: dict[str, type[Pipeline]] = {
     "t2v": TextToVideoPipeline,
     "i2v": ImageToVideoPipeline,
@@ -85,17 +88,18 @@ def load_pipeline(
     attention_engine: str | None = None,
     dtype: str | torch.dtype | None = None,
     request: Request | None = None,
+    evaluations: int | None = None,
     read_text_encoders: bool = True,
     processes: Processes | None = None,
 ) -> Pipeline:
     """The pipeline of a config's task. Arguments and errors are those of `get_T2V_pipeline`.
 
     request: what it is loaded for, if that is known: settings that are left open are decided so that this fits, and so
-        that its number of evaluations is worth it.
+        that its number of evaluations is worth it; evaluations: of more requests than this one, that of all.
     read_text_encoders: False for `Pipeline.resume`, which needs none.
     """
     given = {"dit": dit_path, "vae": vae_path, "qwen": text_encoder_path, "clip": text_encoder2_path}
-    settled = settle(config, device_map, cache_dir, given, dtype, request, processes)
+    settled = settle(config, device_map, cache_dir, given, dtype, request, evaluations, processes)
     config, devices = settled.config, settled.devices
     attention = chosen_attention(settled, attention_engine)
     team = None if processes is None else connect(processes, config, devices["dit"])
@@ -118,12 +122,9 @@ def load_pipeline(
         if on_host is not None:  # last, because it may read a model of 77 GB
             from_file = config.runtime.blocks_from == "file"
             transformer_parts, hand_out = dit_parts(dit, on_host, settled.resident, devices["dit"], adapters, from_file)
-    execution = dataclasses.replace(
-        attention,
-        chunk_tokens=config.runtime.chunk_tokens,
-        hand_out=hand_out,
-        around=unchanged if team is None or team.sequence.size == 1 else team.sequence.around,
-    )
+    execution = dataclasses.replace(attention, chunk_tokens=config.runtime.chunk_tokens, hand_out=hand_out)
+    if team is not None and team.sequence.size > 1:
+        execution = dataclasses.replace(execution, around=team.sequence.around)
     if (heads := config.runtime.heads_at_once) is not None:  # whole blocks are what is compiled
         execution = with_blocks_in_parts(execution, heads, config.runtime.attention_on_host)
     elif settled.compiled:
@@ -191,6 +192,7 @@ def settle(
     given: Mapping[str, str | Path | None],
     dtype: str | torch.dtype | None,
     request: Request | None,
+    evaluations: int | None,
     processes: Processes | None,
 ) -> Settled:
     """Devices, dtype, files, and the settings that were left open. Raises ValueError for what can't be had here.
@@ -222,14 +224,20 @@ def settle(
     if (tiny := checked_tiny_path(config, cache_dir)) is not None:
         paths["tiny"] = tiny
     tell_shift(paths["dit"], config)
-    # Of one output: what a row of a file of prompts comes to does not depend on how many rows there are.
-    evaluations = model_evaluations(model) if request is None else num_evaluations(request)
+    if evaluations is None:
+        evaluations = model_evaluations(model) if request is None else num_evaluations(request) * len(request.samples)
     for path in filter(is_gguf, (paths["dit"], paths["qwen"])):
         require_gguf(path)
     scheme = config.runtime.dit_quantization or scheme_of(paths["dit"])
     if scheme in LINEARS:
         require_scheme(scheme, devices["dit"])
-    compiled = processes is None and is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
+    compiled = is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
+    if compiled and processes is not None and processes.size > config.runtime.cfg_parallel:
+        compiled = False
+        logger.info("not compiled: attention goes over several processes")
+    elif compiled and config.runtime.shard_weights:  # by itself: asked for it is refused (config/rules.py)
+        compiled = False
+        logger.info("not compiled: each process has a part of the weights, and a block asks for the others' as it runs")
     if compiled:
         keep_compiled_code()
     loras = configured_loras(config, cache_dir)
@@ -265,8 +273,14 @@ def chosen_attention(settled: Settled, name: str | None) -> Execution:
     engine = name or model.attention.engine, settled.devices["dit"], settled.dtype, model.dit_params.head_dim
     try:
         if model.attention.type == "nabla":
-            return Execution(block_sparse=resolve_block_sparse(*engine))
-        return Execution(attention=resolve_engine(*engine))
+            execution = Execution(block_sparse=resolve_block_sparse(*engine))
+        else:
+            execution = Execution(attention=resolve_engine(*engine))
+        if not model.attention.is_ever_exact:
+            return execution
+        exact_anyway = model.attention.type == "full" and engine[0] not in APPROXIMATE
+        exact = execution.attention if exact_anyway else resolve_engine("auto", *engine[1:])
+        return dataclasses.replace(execution, exact=exact)
     except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead
         raise ValueError(str(error)) from error
 

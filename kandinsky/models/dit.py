@@ -10,6 +10,7 @@ Paper: Kandinsky 5.0 (CrossDiT); state-dict keys are the published checkpoints'.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -51,6 +52,7 @@ class BlockInputs:
     time_embed: Tensor  # (B, E)
     tables: RequestTables
     attention: Attention  # visual self-attention, dense or NABLA's
+    exact: Attention  # the same in `Execution.exact_blocks`
     execution: Execution
 
 
@@ -72,7 +74,8 @@ class Execution:
     block with what its forward takes, compiled perhaps. hand_out: the visual blocks one after the other, each ready
     to run until the next one is asked for. chunk_tokens: queries, keys, values and feed-forwards are computed for so
     many tokens at a time; None: for all. around: what wraps the passage through all visual blocks. writes_over: whether
-    blocks write over the hidden states that they are given.
+    blocks write over the hidden states that they are given. exact: what computes visual self-attention, densely, in the
+    blocks numbered in exact_blocks. calls: where blocks are counted by that, as "exact" or "engine".
     """
 
     attention: Attention = sdpa
@@ -82,6 +85,9 @@ class Execution:
     chunk_tokens: int | None = None
     around: Callable[[RunBlocks], RunBlocks] = unchanged
     writes_over: bool = False
+    exact: Attention = sdpa
+    exact_blocks: frozenset[int] = frozenset()
+    calls: Counter[str] | None = None
 
     def within(self, wrap: Callable[[RunBlocks], RunBlocks]) -> Execution:
         """The same, with `wrap` around all that is around the blocks already."""
@@ -180,14 +186,19 @@ class DiffusionTransformer3D(nn.Module):
         attention = execution.attention
         if tables.nabla is not None:
             attention = functools.partial(nabla_attention, tables=tables.nabla, kernel=execution.block_sparse)
-        return hidden, BlockInputs(text, mask, time_embed, tables, attention, execution)
+        return hidden, BlockInputs(text, mask, time_embed, tables, attention, execution.exact, execution)
 
     def run_blocks(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """All visual blocks, (B, N, D) -> (B, N, D)."""
         execution, rope = inputs.execution, inputs.tables.visual_rope
-        shared = (inputs.text, inputs.time_embed, rope, inputs.text_mask, inputs.attention, execution.chunk_tokens)
-        for block in execution.hand_out(self.visual_transformer_blocks):
-            hidden = execution.run_block(block, hidden, *shared)
+        shared = (inputs.text, inputs.time_embed, rope, inputs.text_mask)
+        exact = [self.visual_transformer_blocks[number] for number in execution.exact_blocks]
+        for block in execution.hand_out(self.visual_transformer_blocks):  # all of them, or those that a cache asks for
+            is_exact = block in exact
+            attention = inputs.exact if is_exact else inputs.attention
+            hidden = execution.run_block(block, hidden, *shared, attention, execution.chunk_tokens)
+            if execution.calls is not None:
+                execution.calls["exact" if is_exact else "engine"] += 1
         return hidden
 
     def head(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:

@@ -39,7 +39,7 @@ OUTPUT: dict[str, Kinds] = {
 }  # fmt: skip
 STOPPED: dict[str, Kinds] = {
     "request": dict, "config": dict, "dtype": str, "step": int, "branches": list, "image_names": list,
-    "evaluations": int, "seconds": dict, "adapters": list, "items": list,
+    "evaluations": int, "attention_calls": dict, "seconds": dict, "adapters": list, "items": list,
 }  # fmt: skip
 ITEM: dict[str, Kinds] = {  # of a condition, see sampling/conditioning.py
     "name": str, "frame": int, "frames": int, "hold": str, "from_step": int, "starts": bool, "marked": bool,
@@ -127,13 +127,17 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
     record = _checked_record(record, STOPPED, about)
     config = _config(record, about)
     request = _request(record["request"], config, about)
-    guided = abs(request.guidance_weight - 1) > 1e-6
+    guided, calls = abs(request.guidance_weight - 1) > 1e-6, record["attention_calls"]
     for name, ok in (
         ("step", request.first_step <= record["step"] < request.num_steps),
         ("dtype", record["dtype"] in DTYPES),
         ("branches", record["branches"] == (["cond", "uncond"] if guided else ["cond"])),
         ("image_names", all(isinstance(one, str) for one in record["image_names"])),
         ("evaluations", 0 <= record["evaluations"] <= 2 * request.num_steps),
+        (
+            "attention_calls",
+            set(calls) <= {"engine", "exact"} and all(type(one) is int and one >= 0 for one in calls.values()),
+        ),
     ):
         if not ok:
             raise ValueError(f"{about} has {name} = {shown(record[name])}, which it can't have: {ADVICE}")

@@ -68,6 +68,7 @@ def save_run(path: str | Path, run: RunState, config: Mapping[str, Any], dtype: 
         "image_names": list(run.image_names),
         "items": [item.facts() for item in conditioning.items],
         "evaluations": run.evaluations,
+        "attention_calls": run.attention_calls,
         "seconds": run.seconds,
         "adapters": run.adapters,
     }
@@ -132,6 +133,7 @@ def load_run(path: str | Path) -> RunState:
         residuals={name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)},
         image_names=tuple(record["image_names"]),
         evaluations=record["evaluations"],
+        attention_calls=record["attention_calls"],
         seconds=record["seconds"],
         adapters=record["adapters"],
     )

@@ -204,6 +204,7 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             ),
         )
         watch = Stopwatch(dict(run.seconds), run.evaluations, devices=self._devices())
+        watch.attention_calls.update(run.attention_calls)
         output_type = "pil" if run.request.is_image else "uint8"
         return self._complete(run, save_path, progress, output_type, callback, True, watch)
 

@@ -7,6 +7,7 @@ came.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, partial
@@ -58,15 +59,20 @@ class DenoiseStage(Parts):
         device = self.placement.device("dit")
         sigmas = flow_timesteps(request.num_steps, request.scheduler_scale, request.schedule)
         attention = self.config.model.attention
-        nabla = NablaConfig(attention.P, attention.wT, attention.wH, attention.wW) if self.uses_nabla else None
+        kept = [attention.mass_kept(step, request.num_steps) for step in range(request.num_steps)]
+        nabla = NablaConfig(kept[0], attention.wT, attention.wH, attention.wW) if self.uses_nabla else None
+        num_blocks = len(self.dit.visual_transformer_blocks)
+        exact = [attention.exact_numbers(num_blocks, step, request.num_steps) for step in range(request.num_steps)]
         scale_factor = self.config.metrics.scale_factor
 
         # Everything that depends on the request's sizes alone, once and not at every step.
         shared = self.dit.request_tables(request.latent_size, 1, scale_factor, device, nabla)
 
         @cache
-        def tables(text_length: int) -> RequestTables:
-            return replace(shared, text_rope=text_rotary_table(text_length, self.dit.head_dim, device))
+        def tables(text_length: int, P: float) -> RequestTables:
+            blocks = shared.nabla if shared.nabla is None else shared.nabla.keeping(P)
+            text_rope = text_rotary_table(text_length, self.dit.head_dim, device)
+            return replace(shared, text_rope=text_rope, nabla=blocks)
 
         interval, every = request.guidance_interval, request.guidance_every
         guidance = guided_steps(request.num_steps, request.guidance_weight, interval, every, request.first_step)
@@ -78,13 +84,13 @@ class DenoiseStage(Parts):
             residuals = {name: residual.to(device) for name, residual in run.residuals.items()}
             block_cache.restore(residuals, done, len(request.samples))
         skipped_before = 0 if block_cache is None else block_cache.skipped
-        record = watch or Stopwatch()
+        record, calls = watch or Stopwatch(), Counter[str]()
 
         def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
             velocities = []
             samples = conditioning.model_input(latents).split(1)
             for i, (sample, text) in enumerate(zip(samples, branches[branch], strict=True)):
-                execution = self.execution
+                execution = replace(self.execution, exact_blocks=exact[state.step], calls=calls)
                 if block_cache is not None:
                     execution = execution.within(partial(block_cache.run_blocks, branch, i))
                 velocity = self.dit(
@@ -93,7 +99,7 @@ class DenoiseStage(Parts):
                     text.pooled_embeds,
                     timestep.expand(1),
                     text_mask=text.text_mask,
-                    tables=tables(text.text_embeds.shape[1]),
+                    tables=tables(text.text_embeds.shape[1], kept[state.step]),
                     execution=execution,
                 )
                 velocities.append(velocity)
@@ -167,6 +173,8 @@ class DenoiseStage(Parts):
                 run.residuals = self.team.from_branches(block_cache.saved())
             skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
             record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
+        for kind in ("engine", "exact"):
+            record.attention_calls[kind] += self.team.over_branches(calls[kind])
         generation = self.config.generation
         # Of several given frames none is moved away from the others: a loop's first is its last.
         if conditioning.is_given_the_first_frame_alone and generation.first_frame_normalization:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
     evaluations: int = 0
     skipped_evaluations: int = 0
+    # Visual blocks that ran, of all outputs, by how their attention was computed: "engine", or "exact" in its place.
+    attention_calls: Counter[str] = field(default_factory=Counter)
     devices: Sequence[torch.device] = ()
 
     _running: tuple[str, float] | None = None

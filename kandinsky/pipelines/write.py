@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,27 +36,33 @@ class WriteStage(Parts):
     def describe(self, run: RunState, index: int, watch: Stopwatch) -> dict[str, Any]:
         """What is needed to make an output again, and how long it took. Names are the command line's."""
         engine = self.execution.block_sparse if self.uses_nabla else self.execution.attention
+        engine_name, exact_name = (getattr(one, "__name__", str(one)) for one in (engine, self.execution.exact))
+        names = {"engine": f"nabla:{engine_name}" if self.uses_nabla else engine_name, "exact": exact_name}
+        calls = Counter[str]()
+        for kind, count in watch.attention_calls.items():
+            calls[names[kind]] += count  # under one name where both are the same
         request = run.request
         settings = dict(vars(request))
         sample = settings.pop("samples")[index]
-        names = one_each(run.image_names, request.num_prompts)
+        image_names = one_each(run.image_names, request.num_prompts)
         return {
             "task": self.config.task,
             "prompt": sample.text,
             "expanded_prompt": sample.expanded,
             "negative_prompt": sample.negative_caption,
-            "image": names[sample.prompt] if names else None,
+            "image": image_names[sample.prompt] if image_names else None,
             "seed": sample.seed,
             "conditions": [item.facts() for item in run.conditioning.items],
             **settings,
             "fps": FPS,
-            "attention_engine": getattr(engine, "__name__", str(engine)),
+            "attention_engine": engine_name,
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
             "processes": self.team.size,
             "dtype": self.dtype_name,
             "adapters": self.active_adapters(),
             "config": config_to_dict(self.config),
             "versions": media.versions(),
+            "attention_calls": dict(+calls),  # visual blocks that ran, of all outputs of this call
             "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output
             "seconds": dict(watch.seconds),
         }
@@ -63,6 +70,7 @@ class WriteStage(Parts):
     def _keep(self, run: RunState, watch: Stopwatch, save_path: str | Path | None) -> None:
         """Keep a run that was interrupted between two steps, and raise Stopped; come back where there is no room."""
         run.evaluations, run.seconds, run.adapters = watch.evaluations, watch.seconds, self.active_adapters()
+        run.attention_calls = dict(watch.attention_calls)
         kept: tuple[Path, str | Path] | None = None
         if save_path is not None:
             config = config_to_dict(self.config)

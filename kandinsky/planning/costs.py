@@ -168,9 +168,13 @@ def num_evaluations(request: Request) -> int:
 
 
 def forward_flops(config: Config, request: Request) -> float:
-    """Floating point operations of one evaluation of the visual blocks; NABLA's at the density that is assumed."""
+    """Floating point operations of one evaluation of the visual blocks; NABLA's at the density that is assumed, of an
+    average step."""
     dit, tokens, text = config.model.dit_params, num_tokens(config, request), text_tokens(config, request)
-    density = NABLA_DENSITY if config.model.attention.type == "nabla" else 1
+    how, steps = config.model.attention, range(request.num_steps)
+    exact = [len(how.exact_numbers(dit.num_visual_blocks, step, request.num_steps)) for step in steps]
+    share = sum(exact) / len(exact) / dit.num_visual_blocks
+    density = share + (1 - share) * NABLA_DENSITY if how.type == "nabla" else 1
     linear = 2 * tokens * (6 * dit.model_dim**2 + 2 * dit.model_dim * dit.ff_dim) + 4 * text * dit.model_dim**2
     attention = 4 * tokens * dit.model_dim * (density * tokens + text)
     return dit.num_visual_blocks * (linear + attention)

@@ -98,9 +98,9 @@ def with_compiled_blocks(
     Compilation itself happens when a block is first called, and so does its failure: where it is `required` a
     CompileError, otherwise a warning, and the blocks run as they are from then on.
     """
-    dense: Callable[..., Tensor] = execution.attention
-    if dense is not sdpa:
-        dense = opaque(dense, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    schema = "(Tensor q, Tensor k, Tensor v) -> Tensor"
+    engines: list[Callable[..., Tensor]] = [execution.attention, execution.exact]
+    dense, exact = (engine if engine is sdpa else opaque(engine, schema) for engine in engines)
     kernel: Callable[..., Tensor] = execution.block_sparse
     block_sparse = opaque(kernel, "(Tensor q, Tensor k, Tensor v, Tensor block_map) -> Tensor")
     # The function of the class, with the block as an argument like the others: so all blocks share what is made of it.
@@ -122,7 +122,7 @@ def with_compiled_blocks(
         return execution.run_block(*inputs)
 
     logger.info("the DiT's blocks are compiled when they first run: that evaluation takes longer")
-    return dataclasses.replace(execution, attention=dense, block_sparse=block_sparse, run_block=run_block)
+    return dataclasses.replace(execution, attention=dense, exact=exact, block_sparse=block_sparse, run_block=run_block)
 
 
 def keep_compiled_code() -> None:
@@ -177,24 +177,35 @@ def run_compiled(
 _numbers = itertools.count()
 
 
+def operation(name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
+    """`run` as one operation that a compiler neither looks into nor runs before the graph does.
+
+    fake: makes a tensor like the result, whose numbers nobody reads.
+    """
+    # Numbered, because names are for good; in order, because compiled code on disk is found by them.
+    made = torch.library.custom_op(f"kandinsky::{name}_{next(_numbers)}", run, mutates_args=(), schema=schema)
+    made.register_fake(fake)
+    return made
+
+
 @functools.cache
 def opaque(kernel: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
-    """`kernel` as one operation that a compiler neither looks into nor runs before the graph does.
+    """`kernel` as one `operation`.
 
     Its result has the shape of its first argument q (B, heads, N, d), and the tokens before the heads in memory: most
     kernels leave it so, and what comes next reads it so.
     """
-    name = getattr(kernel, "__name__", "attention")
 
     def run(*tensors: Tensor) -> Tensor:
         return kernel(*tensors).transpose(1, 2).contiguous().transpose(1, 2)
 
-    # Numbered, because names are for good; in order, because compiled code on disk is found by them.
-    operation = torch.library.custom_op(f"kandinsky::{name}_{next(_numbers)}", run, mutates_args=(), schema=schema)
-    operation.register_fake(lambda q, *others: torch.empty_like(q.transpose(1, 2).contiguous()).transpose(1, 2))
+    def fake(q: Tensor, *others: Tensor) -> Tensor:
+        return torch.empty_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
+
+    made = operation(getattr(kernel, "__name__", "attention"), run, fake, schema)
 
     @functools.wraps(kernel)
     def call(*tensors: Tensor) -> Tensor:
-        return operation(*tensors)
+        return made(*tensors)
 
     return call

@@ -66,6 +66,7 @@ class SequenceParallel:
             inputs,
             tables=replace(tables, visual_rope=RotaryTable(cos, sin)),
             attention=functools.partial(self.attend, inputs.attention, length),
+            exact=functools.partial(self.attend, inputs.exact, length),
         )
         return self.gather(run_blocks(self.shard(hidden, 1, whole), local), length)
 

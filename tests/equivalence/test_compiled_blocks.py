@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -161,6 +162,29 @@ def test_other_engines_are_one_operation_of_the_graph() -> None:
     for length in (7, 12):
         assert_same(functools.partial(build_dit(), execution=execution), plain, make_inputs(length))
     assert graphs.frame_count == 1 and len(calls) == 2 * 3
+
+
+def test_a_share_that_changes_and_exact_blocks_take_two_more_graphs() -> None:
+    """However many shares there are: from the second on it is a number that the graph is given."""
+    plain, dit, graphs = build_dit(), build_dit(), CompileCounter()
+    execution = with_compiled_blocks(PLAIN, graphs)
+    tables = dit.request_tables(LATENT_SIZE, 7, (1.0, 2.0, 2.0), "cpu", SPARSE)
+    assert tables.nabla is not None
+    for P, exact, expected in (
+        (0.5, (), 1),
+        (0.6, (), 2),
+        (0.7, (), 2),
+        (0.7, (1,), 3),
+        (0.8, (0, 2), 3),
+        (0.9, (), 3),
+    ):
+        of_step = dataclasses.replace(tables, nabla=tables.nabla.keeping(P))
+        blocks = frozenset(exact)
+        with torch.no_grad():
+            ours = dit(*make_inputs(), tables=of_step, execution=dataclasses.replace(execution, exact_blocks=blocks))
+            reference = plain(*make_inputs(), tables=of_step, execution=Execution(exact_blocks=blocks))
+        assert largest_difference(ours, reference) <= SAME
+        assert graphs.frame_count == expected
 
 
 def test_what_a_kernel_raises_is_not_taken_for_the_compilers_failure() -> None:

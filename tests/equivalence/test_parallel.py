@@ -157,6 +157,22 @@ def nabla(team: DistributedTeam | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team, nabla=True), width=256, height=128, num_frames=9)
 
 
+def exact(team: DistributedTeam | None, folder: Path) -> Tensor:
+    """In some steps and blocks, and another share for each half of the steps; with what was counted."""
+    pipe = pipeline("t2v", team, nabla=True)
+    more = {"P": (0.9, 0.2), "exact_steps": (0.0, 0.2), "exact_blocks": (-1,)}
+    attention = dataclasses.replace(pipe.config.model.attention, **more)
+    pipe.config = dataclasses.replace(pipe.config, model=dataclasses.replace(pipe.config.model, attention=attention))
+    watches: list[Any] = []
+    pipe.describe = lambda run, index, watch: watches.append(watch) or {"loop": False, "conditions": []}
+    pipe.decode_and_write = lambda latents, *_: latents
+    sizes = {"width": 256, "height": 128, "num_frames": 5, "num_steps": STEPS, "guidance_interval": (0.1, 0.9)}
+    latents = call(pipe, output_type="pt", **sizes)
+    calls = watches[0].attention_calls
+    assert calls["engine"] + calls["exact"] == 2 * (STEPS + 5)
+    return torch.cat((latents.flatten(), torch.tensor([calls["engine"], calls["exact"]])))
+
+
 def magcache(team: DistributedTeam | None, folder: Path) -> Tensor:
     """Guidance in some steps only: the two branches skip different evaluations, and a half has those of its branch."""
     pipe = pipeline("t2v", team, make_cache=MAGCACHE)
@@ -342,6 +358,7 @@ CASES: dict[str, Case] = {
     "given frames": given_frames,
     **{f"directed: {how}": functools.partial(directed, how) for how in ("video", "mask", "overlap", "overlap, i2v")},
     "nabla": nabla,
+    "exact": exact,
     "magcache": magcache,
     **{f"sharded: {name}": functools.partial(sharded, name) for name in SHARDED},
     "decode t2v": functools.partial(decoded, "t2v"),
@@ -353,7 +370,7 @@ CASES: dict[str, Case] = {
     "written": written,
     "refused": refused,
 }
-WITH_BRANCHES = ("t2v", "magcache", "sharded: magcache", "i2i", "resumed")
+WITH_BRANCHES = ("t2v", "exact", "magcache", "sharded: magcache", "i2i", "resumed")
 TO_THE_BIT = ("decode t2v", "decode t2i", "without memory")
 
 
