@@ -13,12 +13,12 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from kandinsky.common.given import as_number, as_whole, shortened, shown
 from kandinsky.config.defaults import fill_defaults
 from kandinsky.config.original_names import our_config
-from kandinsky.config.rules import check_config, join_key, not_allowed
+from kandinsky.config.rules import check_config, hints_of, join_key, not_allowed
 from kandinsky.config.schema import Config
 from kandinsky.config.yaml_files import read_yaml, with_overrides
 
@@ -163,7 +163,7 @@ def _is_section(hint: Any) -> TypeGuard[type]:
 
 def _yaml_fields(cls: type) -> dict[str, Any]:
     """Name -> type of the fields that a YAML file may set."""
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.metadata.get("in_yaml", True)}
 
 
@@ -247,9 +247,9 @@ def _describe(hint: Any) -> str:
 
 def _construct(cls: type, values: dict[str, Any], key: str) -> Any:
     """The dataclass from its checked values; a section that is missing is one with nothing in it."""
-    arguments, hints = dict(values), get_type_hints(cls)
+    arguments = dict(values)
     for field in dataclasses.fields(cls):
-        hint = hints[field.name]
+        hint = hints_of(cls)[field.name]
         dotted = join_key(key, field.name)
         if _is_section(hint):
             arguments[field.name] = _construct(hint, values.get(field.name, {}), dotted)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from kandinsky.common.given import shown
@@ -83,9 +85,15 @@ def check_config(config: Config) -> None:
         rule(config)
 
 
+@functools.cache
+def hints_of(cls: type, include_extras: bool = False) -> Mapping[str, Any]:
+    """typing.get_type_hints of a section's class: it compiles every annotation, most of the time of reading a file."""
+    return get_type_hints(cls, include_extras=include_extras)
+
+
 def _check_ranges(section: Any, key: str = "") -> None:
     """Every value against what its field allows; None where a field may be left out."""
-    for name, hint in get_type_hints(type(section), include_extras=True).items():
+    for name, hint in hints_of(type(section), include_extras=True).items():
         value, dotted = getattr(section, name), join_key(key, name)
         if dataclasses.is_dataclass(value):
             _check_ranges(value, dotted)

@@ -6,6 +6,7 @@ All of it is arithmetic on configs; what the arithmetic is worth, test_memory_mo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from math import prod
@@ -36,6 +37,7 @@ PUBLISHED = sorted(p.stem.removeprefix("config_") for p in CONFIGS.glob("*.yaml"
 SMALL_CARDS = {8: "8gb", 12: "12gb", 16: "16gb", 24: "24gb"}
 
 
+@functools.cache
 def config_of(name: str, preset: str | None = None, *overrides: str) -> Config:
     presets = [] if preset is None else [preset_file(preset)]
     return load_config(CONFIGS / f"config_{name}.yaml", overrides, presets)
