@@ -5,7 +5,7 @@
 #   make rehearse    whole requests of every variant, as if on a GPU; tables of memory,
 #                    operations, and of the bytes that decoding moves
 #   make gpu     the first hour on a GPU: what the code assumes, measured; DRY=1 without one
-#   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each)
+#   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each); all signals
 # Another Python, environment or package source: make demo PYTHON=python3.12 VENV=/tmp/venv PIP_ARGS="--index-url ..."
 
 PYTHON   ?= python3
@@ -71,7 +71,7 @@ gpu: $(VENV)/.dev-installed
 	$(PY) tools/first_hour.py $(if $(DRY),--dry) $(ARGS)
 
 fuzz: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -n 2 tests/robustness -k test_fuzz_ $(ARGS)
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -n 2 tests/robustness -k "test_fuzz_ or test_signals" $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(PY) -m ruff format --check .
