@@ -93,7 +93,7 @@ def hints_of(cls: type, include_extras: bool = False) -> Mapping[str, Any]:
 
 def _check_ranges(section: Any, key: str = "") -> None:
     """Every value against what its field allows; None where a field may be left out."""
-    for name, hint in hints_of(type(section), include_extras=True).items():
+    for name, hint in hints_of(section.__class__, include_extras=True).items():
         value, dotted = getattr(section, name), join_key(key, name)
         if dataclasses.is_dataclass(value):
             _check_ranges(value, dotted)
