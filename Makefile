@@ -5,6 +5,7 @@
 #   make rehearse    whole requests of every variant, as if on a GPU; tables of memory,
 #                    operations, and of the bytes that decoding moves
 #   make gpu     the first hour on a GPU: what the code assumes, measured; DRY=1 without one
+#   make exhaustive  make test and what it leaves out because another case shows it, all signals, hostile input
 #   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each); all signals
 # Another Python, environment or package source: make demo PYTHON=python3.12 VENV=/tmp/venv PIP_ARGS="--index-url ..."
 
@@ -23,10 +24,10 @@ BENCH := $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wi
 export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 rehearse gpu fuzz lint check bench clean
+.PHONY: help demo test exhaustive test-avx2 rehearse gpu fuzz lint check bench clean
 
 help:
-	@sed -n '2,9s/^# *//p' Makefile
+	@sed -n '2,10s/^# *//p' Makefile
 
 # Each set of packages has a stamp that is older than its list when there is something to install.
 $(VENV)/.runtime-installed: requirements.txt
@@ -55,10 +56,14 @@ demo: $(VENV)/.runtime-installed
 test: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
+# What make test leaves out as well, and the 10,000 cases of each fuzzer.
+exhaustive: $(VENV)/.dev-installed
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=0 $(PY) -m pytest -n 2 -m "exhaustive or not exhaustive" --dist loadfile $(ARGS)
+
 # What depends on the processor, as on one with AVX2 and nothing later, in particular no arithmetic in bfloat16.
 test-avx2: $(VENV)/.dev-installed
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
-		$(PY) -m pytest -n 2 -m processor tests/unit tests/equivalence tests/e2e/test_published_layouts.py $(ARGS)
+		$(PY) -m pytest -n 2 -m "processor and not exhaustive" tests/unit tests/equivalence tests/e2e/test_published_layouts.py $(ARGS)
 
 # Whole requests of all variants, at their sizes, on a GPU that is not there; ARGS="5s_sft" for some.
 rehearse: $(VENV)/.dev-installed

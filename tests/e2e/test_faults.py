@@ -18,7 +18,9 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize("stage", ["load", "denoise", "decode", "write"])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in ("load", "denoise", "decode")), "write"]
+)
 def test_killed(stage: str, whole: bytes, tmp_path: Path) -> None:
     died = generate(tmp_path, stage)
     assert died.returncode == -signal.SIGKILL, died.stderr

@@ -36,7 +36,11 @@ def test_what_is_in_the_repository_was_run(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.exhaustive] * path.stem.endswith(("i2i", "i2v"))) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_runs_from_top_to_bottom(path: Path, tiny: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     expected = outputs_of(notebook)
