@@ -52,7 +52,7 @@ class Bench:
             for attempt in (1, 2):
                 report({"stage": "loading"})
                 try:
-                    worker = self._worker(task.order.model, task.order.request)
+                    worker = self._worker(task.order.model, task.order.largest)
                     with self._lock:
                         self._current = task.id, worker
                         if early := self._early(task.id):

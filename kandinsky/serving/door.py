@@ -24,7 +24,8 @@ LONGEST_CLIENT = 64  # characters
 
 class Door:
     def __init__(self, engine: Engine, keys: Keys) -> None:
-        self.engine, self.keys, self.bodies = engine, keys, Bodies()
+        self.engine, self.keys = engine, keys
+        self.bodies = Bodies(engine.catalogue.limits.files)
 
     async def submit(
         self, request: Request, body: Body, kind: Literal["video", "image"], tasks: Sequence[str] = ()
@@ -34,8 +35,8 @@ class Door:
 
         def submit() -> list[Job]:
             size = None if body.picture is None else body.picture.size
-            orders = self.engine.catalogue.orders(body.fields, size, tasks)
-            return self.engine.submit(kind, client, orders, body.picture, body.picture_name)
+            orders = self.engine.catalogue.orders(body.fields, size, tasks, body.files)
+            return self.engine.submit(kind, client, orders, body.picture, body.picture_name, body.files)
 
         return await run_in_threadpool(submit)
 

@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import atomic_path, discard, remove_leftovers
-from kandinsky.outputs import latents_file, media, resume
+from kandinsky.outputs import media
 from kandinsky.planning.machine import Machine
+from kandinsky.serving import job_files
+from kandinsky.serving.directed import Files, extras_from
+from kandinsky.serving.job_files import PICTURES
 from kandinsky.serving.lanes import Lane, Outcome, Task
 from kandinsky.serving.store import ENDED, Job, State, Store
-from kandinsky.serving.variants import Catalogue, Order, request_from, settings_of
+from kandinsky.serving.variants import NO_FILES, Catalogue, Order, request_from, settings_of
 from kandinsky.serving.watching import Live, Watchers
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PICTURES = "pictures"  # the folder of what jobs begin with
 ATTEMPTS = 3  # at a job with which the whole server dies
 REMEMBERED = 1000  # clients whose turn is known
 AGAIN = 1.0  # seconds until a row that could not be written is tried again
@@ -119,9 +121,10 @@ class Engine:
         orders: Sequence[Order],
         picture: Image.Image | None = None,
         picture_name: str | None = None,
+        files: Files = NO_FILES,
         remix_of: str | None = None,
     ) -> list[Job]:
-        """Queue them, all or none. picture: what they begin with.
+        """Queue them, all or none. picture: what they begin with; files: the others, which are copied.
 
         Raises QueueFull; ValueError for what can't fit on the machine; OSError or sqlite3.Error on a full disk.
         """
@@ -138,6 +141,7 @@ class Engine:
                 magcache=order.magcache,
                 loras=[list(pair) for pair in order.loras],
                 picture=picture_name if picture is not None else None,
+                extras=order.extras.as_dict,
                 remix_of=remix_of,
             )
             for order in orders
@@ -150,6 +154,12 @@ class Engine:
                     written.append(self.picture_path(job))
                     with atomic_path(written[-1]) as temporary:
                         picture.save(temporary, format="PNG", compress_level=1)
+            for job in jobs:
+                for field, given in self.given_files(job).items():
+                    for (path, _), source in zip(given, files[field], strict=True):
+                        written.append(path)
+                        with atomic_path(path) as temporary:
+                            shutil.copyfile(source, temporary)
             with self._changed:
                 self._check_room(len(jobs))
                 self.store.add(jobs)
@@ -161,15 +171,22 @@ class Engine:
         return jobs
 
     def remix(self, job: Job, client: str, prompt: str) -> Job:
-        """A new job with the settings, the seed and the picture of an old one. Errors are those of `submit`."""
+        """A new job with the settings, the seed and the files of an old one. Errors are those of `submit`."""
         variant = self.catalogue[job.model]
-        settings = settings_of(job.request, job.magcache, job.loras) | {"prompt": prompt, "model": job.model}
+        settings = settings_of(job.request, job.magcache, job.loras, job.extras)
+        settings |= {"prompt": prompt, "model": job.model}
+        for segment in settings.get("segments", []):
+            segment["prompt"] = prompt
         source = None if job.picture is None else media.load_image(self.picture_path(job))
         size = None if source is None else source.size
         if variant.makes_images:
             del settings["seconds"]
-        (order,) = self.catalogue.orders({name: value for name, value in settings.items() if value is not None}, size)
-        (new,) = self.submit(job.kind, client, [order], source, job.picture, job.id)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        files = {field: [path for path, _ in given] for field, given in self.given_files(job).items()}
+        (order,) = self.catalogue.orders(settings, size, files=files)
+        names = dataclasses.replace(order.extras, files=tuple(map(tuple, job.extras.get("files", []))))
+        order = dataclasses.replace(order, extras=names)
+        (new,) = self.submit(job.kind, client, [order], source, job.picture, files, job.id)
         return new
 
     def cancel(self, job_id: str) -> Job:
@@ -226,18 +243,13 @@ class Engine:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def picture_path(self, job: Job) -> Path:
-        return self.folder / PICTURES / f"{job.id}.png"
+        return job_files.picture_path(self.folder, job)
+
+    def given_files(self, job: Job) -> dict[str, list[tuple[Path, str]]]:
+        return job_files.given_files(self.folder, job)
 
     def output_path(self, job: Job) -> Path:
         return self.folder / job.file_name
-
-    def files_of(self, job: Job) -> list[Path]:
-        """All that may lie there of a job."""
-        output = self.output_path(job)
-        return [
-            *(output, media.sidecar_path(output), media.preview_path(output), output.with_suffix(".thumbnail.webp")),
-            *(latents_file.latents_path(output), resume.stopped_path(output), self.picture_path(job)),
-        ]
 
     # --- what it will take --------------------------------------------------------------------------------------------
 
@@ -262,10 +274,10 @@ class Engine:
         if last is None or "denoise" not in last.seconds:
             return None
         try:
-            before = variant.work(request_from(last.request, variant.config))
+            before = variant.work(self._order_of(last).requests)
         except ValueError:  # the config has changed since
             return None
-        now = variant.work(order.request)
+        now = variant.work(order.requests)
         denoise = last.seconds["denoise"]
         return denoise * now[0] / before[0] + (sum(last.seconds.values()) - denoise) * now[1] / before[1]
 
@@ -276,10 +288,9 @@ class Engine:
         for state in states:
             for job in self.store.in_state(state):
                 try:
-                    request = request_from(job.request, self.catalogue[job.model].config)
+                    seconds = self.seconds_for(self._order_of(job))
                 except ValueError:  # it will fail at once
                     continue
-                seconds = self.seconds_for(Order(job.model, request))
                 if seconds is None:
                     return None
                 live = self.live.get(job.id)
@@ -352,7 +363,8 @@ class Engine:
             return Outcome("failed", str(error), "invalid_request_error")
         loras = tuple((name, str(there[name].absolute()), scale) for name, scale in order.loras)
         picture = None if job.picture is None else self.picture_path(job)
-        task = Task(job.id, order, self.output_path(job), picture, job.picture, loras)
+        files = {field: [path for path, _ in given] for field, given in self.given_files(job).items()}
+        task = Task(job.id, order, self.output_path(job), picture, job.picture, loras, files)
         live = self.live[job.id]
 
         def report(event: dict[str, Any]) -> None:
@@ -368,8 +380,9 @@ class Engine:
         return lane.make(task, report)
 
     def _order_of(self, job: Job) -> Order:
-        request = request_from(job.request, self.catalogue[job.model].config)
-        return Order(job.model, request, job.magcache, tuple((name, scale) for name, scale in job.loras))
+        config = self.catalogue[job.model].config
+        request, loras = request_from(job.request, config), tuple((name, scale) for name, scale in job.loras)
+        return Order(job.model, request, job.magcache, loras, extras_from(job.extras, config))
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         """Write down how a job ended; on a full disk again and again, until there is room or the engine stops."""
@@ -405,15 +418,13 @@ class Engine:
         for stage, seconds in outcome.seconds.items():
             self.stage_seconds[job.model, stage] += seconds
         if state == "cancelled":
-            for path in self.files_of(job):
-                if path != self.picture_path(job):  # for a second try
-                    discard(path)
+            kept = job_files.inputs_of(self.folder, job)  # for a second try
+            job_files.discard_files(self.folder, job, kept)
         self.watchers.news(job.id)
 
     def _remove(self, job: Job) -> None:
         self.store.remove(job.id)
-        for path in self.files_of(job):
-            discard(path)
+        job_files.discard_files(self.folder, job)
         self.watchers.news(job.id)
 
     def _check_room(self, more: int) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kandinsky.common.given import shortened, shown
+from kandinsky.common.untrusted import parse_json
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "text": {"type": "string"},
@@ -21,7 +22,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "flag": {"type": "boolean"},
     "texts": {"type": "array", "items": {"type": "string"}},
     "pair": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+    "numbers": {"type": "array", "items": {"type": "number"}},
+    "rows": {"type": "array", "items": {"type": "object"}},
     "picture": {"type": "string", "format": "binary"},
+    "pictures": {"type": "array", "items": {"type": "string", "format": "binary"}},
 }
 
 
@@ -55,7 +59,21 @@ FIELDS: dict[str, Field] = {
     "output_format": Field("text", "of pictures: png"),
     "input_reference": Field("picture", "the picture that a video begins with: a file, or a data: URL in JSON"),
     "image": Field("picture", "the picture that is edited: a file, or a data: URL in JSON"),
+    "video": Field("picture", "t2v: a video to start from; t2v and i2v with extend or segments: to go on from"),
+    "strength": Field("number", "how far from that, or from t2i's image: 0 (the same) to 1 (noise alone)", "strength"),
+    "mask": Field("picture", "white where that may change: a picture, or a video with one a frame"),
+    "last_image": Field("picture", "i2v: the picture that the video ends with; experimental with published weights"),
+    "loop": Field("flag", "i2v: the video ends as it begins; likewise", "loop"),
+    "keyframe": Field("pictures", "i2v: pictures that it passes through; likewise"),
+    "keyframe_seconds": Field("numbers", "the time of each, in the same order"),
+    "extend": Field("number", "so many seconds longer, segment by segment: the video, or what is made first"),
+    "segments": Field("rows", "in place of that: prompt, seconds, seed, negative_prompt of each, all as needed"),
+    "overlap": Field("whole", "frames that a segment goes on from, 4n + 1"),
+    "colour_match": Field("flag", "bring later segments' colours back to the first one's; not given: true"),
+    "fps": Field("whole", "frames a second of the file, computed between the 24 that are made"),
+    "upscale": Field("whole", "2 or 4: the file is so many times as large"),
 }
+FILES = ("video", "mask", "last_image", "keyframe")
 PICTURES = ("input_reference", "image", "image[]", "images")
 # OpenAI's, without effect here.
 IGNORED = (
@@ -66,10 +84,14 @@ ASKING = (
     *("model", "prompt", "negative_prompt", "size", "width", "height", "seed", "steps", "guidance"),
     *("guidance_interval", "guidance_every", "scheduler_scale", "expand_prompt", "magcache", "loras", "user"),
 )
-OF_VIDEOS = (*ASKING, "seconds", "input_reference")
-OF_IMAGES = (*ASKING, "n", "response_format", "output_format")
+DIRECTED = (
+    *("video", "strength", "mask", "last_image", "loop", "keyframe", "keyframe_seconds"),
+    *("extend", "segments", "overlap", "colour_match", "fps", "upscale"),
+)
+OF_VIDEOS = (*ASKING, "seconds", "input_reference", *DIRECTED)
+OF_IMAGES = (*ASKING, "n", "response_format", "output_format", "upscale")
 OF_EDITS = (*OF_IMAGES, "image")
-OF_JOBS = (*ASKING, "seconds", "n", "image", "input_reference")
+OF_JOBS = (*ASKING, "seconds", "n", "image", "input_reference", *DIRECTED)
 
 
 def checked(given: Mapping[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:
@@ -90,6 +112,15 @@ def checked(given: Mapping[str, Any], allowed: tuple[str, ...]) -> dict[str, Any
         if value is not None:
             values[name] = _value(name, FIELDS[name].kind, value)
     return values
+
+
+def checked_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A segment's values that are there; which there may be is for longer.py to say."""
+    found = {name: value for name, value in row.items() if value is not None}
+    for name in {"prompt", "negative_prompt"} & set(found):
+        if not isinstance(found[name], str):
+            raise ValueError(f"a segment's {name} is {shown(found[name])}; it must be text")
+    return found
 
 
 def schema(allowed: tuple[str, ...], required: tuple[str, ...] = ("prompt",)) -> dict[str, Any]:
@@ -130,6 +161,14 @@ def _value(name: str, kind: str, value: Any) -> Any:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{name} is {shown(value)}; it must be a list of texts")
         return texts
+    if kind == "numbers":
+        numbers = value if isinstance(value, list) else [value]
+        return [_number(one, "number") if isinstance(one, str) else one for one in numbers]
+    if kind == "rows":
+        rows = parse_json(value.encode(), name) if isinstance(value, str) else value
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{name} is {shown(value)}; it must be a list of objects")
+        return [checked_row(row) for row in rows]
     if kind == "pair":
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list):

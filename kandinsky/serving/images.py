@@ -61,12 +61,14 @@ def routes(door: Door) -> APIRouter:
     @router.post("/generations", openapi_extra=fields.schema(fields.OF_IMAGES))
     async def generate(request: Request) -> Any:
         """Draw pictures."""
-        return await made(request, await door.bodies.read(request, fields.OF_IMAGES), "t2i")
+        async with door.bodies.read(request, fields.OF_IMAGES) as body:
+            return await made(request, body, "t2i")
 
     @router.post("/edits", openapi_extra=fields.schema(fields.OF_EDITS, ("prompt", "image")))
     async def edit(request: Request) -> Any:
         """Edit a picture."""
-        return await made(request, await door.bodies.read(request, fields.OF_EDITS), "i2i")
+        async with door.bodies.read(request, fields.OF_EDITS) as body:
+            return await made(request, body, "i2i")
 
     @router.get("/{image_id}/content")
     def content(image_id: str) -> FileResponse:

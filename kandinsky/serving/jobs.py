@@ -27,10 +27,10 @@ def routes(door: Door) -> APIRouter:
     @router.post("", openapi_extra=fields.schema(fields.OF_JOBS))
     async def create(request: Request) -> dict[str, Any]:
         """Queue outputs of any model; with n, several."""
-        body = await door.bodies.read(request, fields.OF_JOBS)
-        orders = await run_in_threadpool(orders_of, door, body)
-        kind: Literal["video", "image"] = "image" if engine.catalogue[orders[0].model].makes_images else "video"
-        jobs = await door.submit(request, body, kind)
+        async with door.bodies.read(request, fields.OF_JOBS) as body:
+            orders = await run_in_threadpool(orders_of, door, body)
+            kind: Literal["video", "image"] = "image" if engine.catalogue[orders[0].model].makes_images else "video"
+            jobs = await door.submit(request, body, kind)
         return {"object": "list", "data": [views.job(job, engine, keys) for job in jobs]}
 
     @router.get("")
@@ -102,11 +102,20 @@ def routes(door: Door) -> APIRouter:
         """What the job begins with."""
         return file_response(engine.picture_path(door.job(job_id)))
 
+    @router.get("/{job_id}/given/{field}/{number}")
+    def given(job_id: str, field: str, number: int) -> FileResponse:
+        """A file that the job was given beside its picture: video, mask, last_image or keyframe."""
+        files = engine.given_files(door.job(job_id)).get(field, [])
+        if not 0 <= number < len(files):
+            raise NoSuchJob("the job was given no such file")
+        return file_response(*files[number])
+
     return router
 
 
 def orders_of(door: Door, body: Body) -> list[Order]:
-    return door.engine.catalogue.orders(body.fields, None if body.picture is None else body.picture.size)
+    size = None if body.picture is None else body.picture.size
+    return door.engine.catalogue.orders(body.fields, size, files=body.files)
 
 
 def plan_routes(door: Door) -> APIRouter:
@@ -118,23 +127,23 @@ def plan_routes(door: Door) -> APIRouter:
 
         What is not known yet is null: memory until a first model is loaded, seconds until one of its jobs was made.
         """
-        body = await door.bodies.read(request, fields.OF_JOBS)
 
-        def work_out() -> dict[str, Any]:
+        def work_out(body: Body) -> dict[str, Any]:
             order = (orders := orders_of(door, body))[0]
             seconds = engine.seconds_for(order)
             return {
                 "object": "plan",
                 "model": order.model,
                 "count": len(orders),
-                "settings": settings_of(order.as_dict, order.magcache, order.loras),
-                "num_frames": order.request.num_frames,
+                "settings": settings_of(order.as_dict, order.magcache, order.loras, order.extras.as_dict),
+                "num_frames": order.num_frames,
                 "seconds": None if seconds is None else round(seconds * len(orders), 2),
                 "seconds_until_free": engine.seconds_until_free(),
                 "memory": memory_of(door, order),
             }
 
-        return await run_in_threadpool(work_out)
+        async with door.bodies.read(request, fields.OF_JOBS) as body:
+            return await run_in_threadpool(work_out, body)
 
     return router
 

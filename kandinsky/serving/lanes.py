@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +21,7 @@ class Task:
     picture: Path | None = None
     picture_name: str | None = None  # for the record
     loras: tuple[tuple[str, str, float], ...] = ()  # name, path, scale
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)  # what else it is given, by field
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Frames that a segment goes on from, by task. A picture is what I2V models were trained with; several frames tell a
 # T2V model of motion too.
-OVERLAPS = {"i2v": 1, "t2v": 9}
+OVERLAPS = {"i2v": 1, "t2v": 5}
 HOW = {
     "i2v": "image to video from the last frame",
     "t2v": "text to video with the latents of the last frames held",
@@ -382,4 +382,6 @@ def _facts(video: LongVideo, records: Sequence[Mapping[str, Any]]) -> dict[str, 
         "segments": segments,
     }
     total = there + sum(record["added_frames"] for record in records)
-    return {**records[0], "num_frames": total, "extended": extended}
+    stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
+    seconds = {stage: sum(record["seconds"].get(stage, 0.0) for record in records) for stage in stages}
+    return {**records[0], "num_frames": total, "seconds": seconds, "extended": extended}

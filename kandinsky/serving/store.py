@@ -21,7 +21,7 @@ State = Literal["queued", "running", "done", "failed", "cancelled"]
 STATES = ("queued", "running", "done", "failed", "cancelled")
 ENDED = ("done", "failed", "cancelled")
 DATABASE = "jobs.sqlite"
-VERSION = 1  # of the table
+VERSION = 2  # of the table; one of version 1 gets the column that it lacks
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     magcache INTEGER NOT NULL,
     loras TEXT NOT NULL,
     picture TEXT,
+    extras TEXT NOT NULL DEFAULT '{}',
     remix_of TEXT,
     state TEXT NOT NULL,
     step INTEGER NOT NULL,
@@ -47,7 +48,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, number);
 """
-AS_JSON = ("request", "loras", "seconds")
+AS_JSON = ("request", "loras", "extras", "seconds")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Job:
     magcache: bool = False
     loras: list[list[Any]] = field(default_factory=list)  # name, scale
     picture: str | None = None  # what its client calls the picture that it begins with
+    extras: dict[str, Any] = field(default_factory=dict)  # `Extras.as_dict` (directed.py)
     remix_of: str | None = None
     state: State = "queued"
     step: int = 0
@@ -77,7 +79,7 @@ class Job:
 
     @property
     def num_steps(self) -> int:
-        return int(self.request["num_steps"])
+        return sum(int(one["num_steps"]) for one in [self.request, *self.extras.get("further", [])])
 
     @property
     def file_name(self) -> str:
@@ -100,7 +102,9 @@ class Store:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version not in (0, VERSION):
+            if version == 1:
+                self._database.execute("ALTER TABLE jobs ADD COLUMN extras TEXT NOT NULL DEFAULT '{}'")
+            elif version not in (0, VERSION):
                 raise ValueError(f"{folder / DATABASE} is of another version of this software: name another folder")
             self._database.executescript(f"{TABLE} PRAGMA user_version = {VERSION};")
         except sqlite3.DatabaseError as error:

@@ -23,11 +23,13 @@ from kandinsky.config.schema import MAX_SECONDS, Config
 from kandinsky.planning.costs import forward_flops, num_evaluations
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import Plan, default_request, make_plan, weight_files
-from kandinsky.request import FPS, MAX_SEED, Request, recorded_request, resolve_request
+from kandinsky.request import FPS, Request, recorded_request
+from kandinsky.serving.directed import NOTHING_MORE, Extras, Files, resolve, settings_of_extras, with_seed
 from kandinsky.serving.fields import FIELDS, split_size
 from kandinsky.serving.limits import Limits
 
-NEEDS_PICTURE = ("i2v", "i2i")
+NEEDS_PICTURE, VIDEO_TASKS = ("i2v", "i2i"), ("t2v", "i2v")
+NO_FILES: Files = {}
 REMEMBERED = 100  # plans
 
 
@@ -39,11 +41,28 @@ class Order:
     request: Request
     magcache: bool = False
     loras: tuple[tuple[str, float], ...] = ()  # names in the server's folder, and scales
+    extras: Extras = NOTHING_MORE
 
     @property
     def as_dict(self) -> dict[str, Any]:
         """The request, as JSON keeps it."""
         return dataclasses.asdict(self.request)
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Of each segment; of most the request alone."""
+        return self.request, *self.extras.further
+
+    @property
+    def largest(self) -> Request:
+        """What has to fit: segments are made one after the other."""
+        return max(self.requests, key=lambda one: one.num_frames)
+
+    @property
+    def num_frames(self) -> int:
+        """Of the output, before more are made of them."""
+        further = sum(one.num_frames - self.extras.overlap for one in self.extras.further)
+        return self.request.num_frames + further - self.extras.overlap * (self.extras.is_long and self.extras.has_clip)
 
 
 @dataclass(frozen=True)
@@ -79,10 +98,18 @@ class Variant:
     def default(self) -> Request:
         return default_request(self.config)
 
-    def work(self, request: Request) -> tuple[float, float]:
-        """How much of it there is to denoise and how much else, in units that mean something beside each other only."""
-        flops = forward_flops(self.config, request) * num_evaluations(request)
-        return flops, float(request.width * request.height * request.num_frames)
+    def work(self, requests: Iterable[Request]) -> tuple[float, float]:
+        """How much there is to denoise and how much else, in units that mean something beside each other only."""
+        flops = pixels = 0.0
+        for one in requests:
+            flops += (
+                forward_flops(self.config, one)
+                * num_evaluations(one)
+                * (one.num_steps - one.first_step)
+                / one.num_steps
+            )
+            pixels += one.width * one.height * one.num_frames
+        return flops, pixels
 
     def describe(self, loras: Sequence[str]) -> dict[str, Any]:
         """What a client needs to know to ask well."""
@@ -114,7 +141,9 @@ class Variant:
         }
 
 
-def settings_of(request: Mapping[str, Any], magcache: bool, loras: Iterable[Sequence[Any]]) -> dict[str, Any]:
+def settings_of(
+    request: Mapping[str, Any], magcache: bool, loras: Iterable[Sequence[Any]], extras: Mapping[str, Any]
+) -> dict[str, Any]:
     """What makes an output again, under the names of a request's fields; `request` as `dataclasses.asdict` has it."""
     (sample,) = request["samples"]
     return {
@@ -131,6 +160,7 @@ def settings_of(request: Mapping[str, Any], magcache: bool, loras: Iterable[Sequ
         "expand_prompt": request["expand_prompts"],
         "magcache": magcache,
         "loras": [f"{name}:{scale:g}" for name, scale in loras],
+        **settings_of_extras(request, extras),
     }
 
 
@@ -154,7 +184,7 @@ class Catalogue:
     def plan(self, order: Order, machine: Machine, dtype: str | None) -> Plan:
         """`Variant.plan`, remembered: it reads headers of weights, and words and seeds make no difference to it."""
         same = tuple(dataclasses.replace(one, text="", negative_caption="", seed=0) for one in order.request.samples)
-        request = dataclasses.replace(order.request, samples=same)
+        request = dataclasses.replace(order.largest, samples=same)
         key = order.model, request, order.magcache, machine, dtype
         if (plan := self._plans.get(key)) is None:
             plan = self._plans[key] = self[order.model].plan(request, machine, dtype, order.magcache)
@@ -170,15 +200,20 @@ class Catalogue:
         return {path.stem if path.is_file() else path.name: path for path in found}
 
     def orders(
-        self, fields: Mapping[str, Any], picture: tuple[int, int] | None, tasks: Sequence[str] = ()
+        self,
+        fields: Mapping[str, Any],
+        picture: tuple[int, int] | None,
+        tasks: Sequence[str] = (),
+        files: Files = NO_FILES,
     ) -> list[Order]:
-        """What the fields of a request come to, an order for each output. `picture`: the size of the one that came.
+        """What the fields of a request come to, an order for each output. `picture`: the size of the one that came;
+        `files`: the others, which have their clients' names.
 
         tasks: what may be made; none: anything. Raises ValueError in the words of the command line.
         """
-        variant = self._choose(fields, picture, tasks)
+        variant = self._choose(fields, picture, tasks, files)
         self._check_lengths(fields)
-        wishes = {FIELDS[name].wish: value for name, value in fields.items() if FIELDS[name].wish}
+        wishes = {wish: value for name, value in fields.items() if (wish := FIELDS[name].wish) is not None}
         if (size := fields.get("size")) is not None and (sides := split_size(size)) is not None:
             if wishes.keys() & {"width", "height"}:
                 raise ValueError("both size and width or height are given: leave one of them out")
@@ -186,25 +221,36 @@ class Catalogue:
         count = as_whole(fields.get("n", 1))
         if count is None or not 1 <= count <= self.limits.images:
             raise ValueError(f"n is {shown(fields['n'])}; it must be a whole number from 1 to {self.limits.images}")
-        sizes = [] if picture is None else [picture]
+        names = [(name, path.name) for name, paths in files.items() for path in paths]
         text = fields.get("prompt")
-        if text is None:
-            raise ValueError("there is no prompt: say what to show")
-        request = resolve_request(variant.config, text, image_sizes=sizes, **wishes)  # type: ignore[arg-type]
-        pixels = request.width * request.height * request.num_frames
-        if pixels > self.limits.pixels:
-            raise ValueError(
-                f"{request.num_frames} frames of {request.width}x{request.height} are {pixels / 1e6:.0f} million "
-                f"pixels, and this server makes at most {self.limits.pixels / 1e6:.0f} in a job: ask for something "
-                "smaller or shorter"
-            )
+        request, extras = resolve(variant.config, text, picture, fields, files, names, wishes, self.limits)
         loras = self._loras(fields.get("loras", []), variant)
         magcache = fields.get("magcache", variant.config.magcache.enabled)
         variant.with_magcache(magcache)  # or refused
-        order = Order(variant.name, request, magcache, loras)
+        order = Order(variant.name, request, magcache, loras, extras)
+        self._check_pixels(order)
         return [_with_seed(order, i) for i in range(count)]
 
-    def _choose(self, fields: Mapping[str, Any], picture: tuple[int, int] | None, tasks: Sequence[str]) -> Variant:
+    def _check_pixels(self, order: Order) -> None:
+        largest, extras, most = order.largest, order.extras, self.limits
+        pixels = largest.width * largest.height * largest.num_frames
+        if pixels > most.pixels:
+            raise ValueError(
+                f"{largest.num_frames} frames of {largest.width}x{largest.height} are {pixels / 1e6:.0f} million "
+                f"pixels, and this server makes at most {most.pixels / 1e6:.0f} in a job: ask for something smaller or "
+                "shorter"
+            )
+        frames = order.num_frames * max(1.0, (extras.fps or FPS) / FPS)
+        written = largest.width * largest.height * frames * extras.upscale**2
+        if written > most.written:
+            raise ValueError(
+                f"with fps and upscale its frames would be {written / 1e6:.0f} million pixels, and this server writes "
+                f"at most {most.written / 1e6:.0f}: ask for less of them"
+            )
+
+    def _choose(
+        self, fields: Mapping[str, Any], picture: tuple[int, int] | None, tasks: Sequence[str], files: Files
+    ) -> Variant:
         name = fields.get("model")
         if name is not None:
             variant = self[name]
@@ -218,7 +264,8 @@ class Catalogue:
         able_variants = [one for one in self.variants.values() if not tasks or one.config.task in tasks]
         if not able_variants:
             raise ValueError(f"this server has no model for {' or '.join(tasks)}; it has {', '.join(self.variants)}")
-        fitting = [one for one in able_variants if one.needs_picture == (picture is not None)]
+        wanted = _tasks_of(fields, picture is not None, files)
+        fitting = [one for one in able_variants if one.config.task in wanted]
         return (fitting or able_variants)[0]  # of the latter the request says why not
 
     def _check_lengths(self, fields: Mapping[str, Any]) -> None:
@@ -245,12 +292,21 @@ class Catalogue:
         return tuple(found.items())
 
 
+def _tasks_of(fields: Mapping[str, Any], has_picture: bool, files: Files) -> tuple[str, ...]:
+    """Which tasks may be meant."""
+    if files.get("video"):
+        return VIDEO_TASKS if {"extend", "segments"} & set(fields) else ("t2v",)
+    if files.get("last_image") or files.get("keyframe") or fields.get("loop"):
+        return ("i2v",)
+    if not has_picture:
+        return ("t2v", "t2i")
+    return ("t2i",) if files.get("mask") or "strength" in fields else NEEDS_PICTURE
+
+
 def _with_seed(order: Order, further: int) -> Order:
     """The order of a later output of one request: seeds count up."""
-    (sample,) = order.request.samples
-    seed = ((sample.seed or 0) + further) % (MAX_SEED + 1)
-    request = dataclasses.replace(order.request, samples=(dataclasses.replace(sample, seed=seed),))
-    return dataclasses.replace(order, request=request)
+    request, extras = with_seed(order.request, further), order.extras.with_seeds(further)
+    return dataclasses.replace(order, request=request, extras=extras)
 
 
 def request_from(values: Mapping[str, Any], config: Config) -> Request:

@@ -12,8 +12,8 @@ from kandinsky.serving import fields, views
 from kandinsky.serving.door import Door, file_response
 from kandinsky.serving.errors import Refused
 from kandinsky.serving.thumbnails import thumbnail_of
+from kandinsky.serving.variants import VIDEO_TASKS
 
-VIDEO_TASKS = ("t2v", "i2v")
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -29,9 +29,9 @@ def routes(door: Door) -> APIRouter:
 
     @router.post("", openapi_extra=fields.schema(fields.OF_VIDEOS))
     async def create(request: Request) -> dict[str, Any]:
-        """Queue a video; with a picture, one that begins with it."""
-        body = await door.bodies.read(request, fields.OF_VIDEOS)
-        (job,) = await door.submit(request, body, "video", VIDEO_TASKS)
+        """Queue a video; with a picture, one that begins with it; with a video, one that is made of it or goes on."""
+        async with door.bodies.read(request, fields.OF_VIDEOS) as body:
+            (job,) = await door.submit(request, body, "video", VIDEO_TASKS)
         return views.video(job)
 
     @router.get("")
@@ -62,12 +62,12 @@ def routes(door: Door) -> APIRouter:
 
     @router.post("/{video_id}/remix", openapi_extra=fields.schema(("prompt",)))
     async def remix(video_id: str, request: Request) -> dict[str, Any]:
-        """The same settings, seed and picture with another prompt."""
+        """The same settings, seed, picture and files with another prompt."""
         job = door.job(video_id, "video")
-        body = await door.bodies.read(request, ("prompt", "user"))
-        if "prompt" not in body.fields:
-            raise ValueError("there is no prompt: say what to show")
-        client = door.client_of(request, body)
+        async with door.bodies.read(request, ("prompt", "user")) as body:
+            if "prompt" not in body.fields:
+                raise ValueError("there is no prompt: say what to show")
+            client = door.client_of(request, body)
         return views.video(await run_in_threadpool(engine.remix, job, client, body.fields["prompt"]))
 
     return router

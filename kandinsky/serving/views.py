@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kandinsky.serving.directed import total_seconds
 from kandinsky.serving.engine import Engine
 from kandinsky.serving.gate import Keys
 from kandinsky.serving.store import ENDED, Job
@@ -23,8 +24,8 @@ def error_of(job: Job) -> dict[str, str] | None:
 
 def video(job: Job) -> dict[str, Any]:
     """OpenAI's object, with our settings beside it."""
-    settings = settings_of(job.request, job.magcache, job.loras)
-    seconds = settings["seconds"]
+    settings = settings_of(job.request, job.magcache, job.loras, job.extras)
+    seconds = total_seconds(job.request, job.extras)
     return {
         **settings,
         "id": job.id,
@@ -60,8 +61,9 @@ def job(job: Job, engine: Engine, keys: Keys) -> dict[str, Any]:
         "started_at": job.started,
         "ended_at": job.ended,
         "seconds": job.seconds,
-        "settings": {"model": job.model, **settings_of(job.request, job.magcache, job.loras)},
+        "settings": {"model": job.model, **settings_of(job.request, job.magcache, job.loras, job.extras)},
         "picture": job.picture,
+        "files": [list(pair) for pair in job.extras.get("files", [])],
         "remix_of": job.remix_of,
         "error": error_of(job),
         "urls": {

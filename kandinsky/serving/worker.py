@@ -7,6 +7,7 @@ after the step that runs, with what there is kept beside the output, where the j
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -28,12 +29,16 @@ from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import discard
 from kandinsky.config.reading import config_from_dict
 from kandinsky.outputs import media, resume
+from kandinsky.outputs.sources import Media
 from kandinsky.request import Request, recorded_request
+from kandinsky.serving.directed import extras_from, given_media, long_video, post_settings
+from kandinsky.serving.segments import LongVideo, make_long
 from kandinsky.serving.unfinished import what_is_left
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kandinsky.config.schema import Config
     from kandinsky.pipelines.base import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -64,8 +69,12 @@ class Making:
     """One job while it is made: what `Stopper` and the pipeline's callback ask about it."""
 
     def __init__(self, pipeline: Pipeline, job: Mapping[str, Any], setup: Mapping[str, Any], news: News) -> None:
-        self.pipeline, self.news, self.id = pipeline, news, job["make"]
+        self.news, self.id = news, job["make"]
         self.request: Request = recorded_request(job["request"], pipeline.config)
+        self.extras = extras_from(job["extras"], pipeline.config)
+        self.files = {field: [Path(path) for path in paths] for field, paths in job["files"].items()}
+        self.pipeline, self.asked = with_config(pipeline, post_settings(pipeline.config, self.extras)), pipeline.config
+        self.segment, self._steps_before = self.request, 0  # what is made of a longer video, and all its earlier steps
         self.output = Path(job["output"])
         self.picture = None if job["picture"] is None else Path(job["picture"])
         self.picture_name = Path(job["picture_name"] or "picture")
@@ -96,7 +105,13 @@ class Making:
         from kandinsky.pipelines.inputs import Inputs
 
         pictures = [] if self.picture is None else [media.load_image(self.picture)]
-        inputs = Inputs(pictures, [str(self.picture_name)] if pictures else [])
+        names = [str(self.picture_name)] if pictures else []
+        if self.extras.is_long:
+            self._run_long(Media(pictures, names))
+            return
+        config = self.pipeline.config
+        found, keyframes = given_media(config, self.request, self.extras, pictures, names, self.files)
+        inputs = Inputs(**vars(found), keyframes=keyframes)
         make: Callable[[], Any] = functools.partial(
             self.pipeline.generate, self.request, inputs, self.output, False, None, self, True
         )
@@ -114,6 +129,27 @@ class Making:
                 make = functools.partial(self.pipeline.resume, run, self.output, False, self)
         discard(resume.stopped_path(self.output))
 
+    def _run_long(self, first: Media) -> None:
+        """Segment after segment; what was stopped or kept goes on with what is there."""
+        image = None if self.picture is None else self.picture_name
+        video = long_video(self.asked, self.request, self.extras, image, self.files)
+        while True:
+            try:
+                make_long(self.pipeline, video, first, self.output, False, functools.partial(self._begin, video))
+                return
+            except resume.Stopped:
+                if self.is_stopping:
+                    raise
+                self._before = None
+
+    def _begin(self, video: LongVideo, number: int) -> Making:
+        """What the steps of a segment are told to."""
+        if self.is_cancelled:
+            raise Cancelled
+        self.segment, self._before = video.requests[number], None
+        self._steps_before = sum(one.num_steps for one in video.requests[:number])
+        return self
+
     def _rest(self) -> Callable[[], None] | None:
         name = None if self.picture is None else self.picture_name
         try:
@@ -126,8 +162,8 @@ class Making:
         """The pipeline's callback, after each step."""
         if self.is_cancelled:
             raise Cancelled
-        done = step + 1
-        is_last = done == self.request.num_steps
+        is_last = step + 1 == self.segment.num_steps
+        done = self._steps_before + step + 1
         self.news(id=self.id, step=done, stage="decoding" if is_last else "denoising")
         now = time.monotonic()
         if self.preview and not is_last and now >= self._next_preview:
@@ -145,7 +181,7 @@ class Making:
 
         from kandinsky.sampling.sampler import flow_timesteps
 
-        sigmas = flow_timesteps(self.request.num_steps, self.request.scheduler_scale)
+        sigmas = flow_timesteps(self.segment.num_steps, self.segment.scheduler_scale)
         sigma, next_sigma = float(sigmas[step]), float(sigmas[step + 1])
         every = -(-latents.shape[1] // PREVIEW_FRAMES)
         clean = torch.lerp(self._before[0, ::every], latents[0, ::every], sigma / (sigma - next_sigma))
@@ -218,6 +254,15 @@ class Worker:
                 self.pipeline.set_adapter([name for name, _ in scales], [scale for _, scale in scales])
             elif self.pipeline.active_adapters():
                 self.pipeline.disable_adapters()
+
+
+def with_config(pipeline: Pipeline, config: Config) -> Pipeline:
+    """The same models under another config."""
+    if config == pipeline.config:
+        return pipeline
+    other = copy.copy(pipeline)
+    other.config = config
+    return other
 
 
 def changed_at(path: Path) -> float:

@@ -107,6 +107,8 @@ class Worker:
                 "output": str(task.output),
                 "picture": None if task.picture is None else str(task.picture),
                 "picture_name": task.picture_name,
+                "extras": order.extras.as_dict,
+                "files": {field: list(map(str, paths)) for field, paths in task.files.items()},
             }
         )
         has_begun, stage = False, "encoding"

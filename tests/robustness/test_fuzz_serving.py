@@ -70,12 +70,15 @@ FIELDS: dict[str, Any] = {
     "model": "tiny_t2v", "prompt": "a red circle", "negative_prompt": "", "size": "128x128", "seconds": 0.3, "seed": 5,
     "steps": 3, "guidance": 2.0, "guidance_interval": [0.0, 1.0], "guidance_every": 1, "scheduler_scale": 3.0,
     "expand_prompt": None, "magcache": True, "loras": [], "user": "me", "n": 1, "width": 128, "height": 128,
-    "response_format": "url", "output_format": "png", "quality": "high",
+    "response_format": "url", "output_format": "png", "quality": "high", "strength": 0.5, "loop": True,
+    "keyframe_seconds": [0.2], "extend": 0.5, "segments": [{"prompt": "a", "seconds": 1}], "overlap": 5,
+    "colour_match": False, "fps": 48, "upscale": 2,
 }  # fmt: skip
 POSTS = ("videos", "images/generations", "images/edits", "jobs", "plan", "videos/{id}/remix", "jobs/{id}/cancel")
 POSTS += ("jobs/{id}/retry",)
 GETS = ("videos", "videos/{id}", "videos/{id}/content", "jobs", "jobs/{id}", "jobs/{id}/events", "jobs/{id}/preview")
 GETS += ("jobs/{id}/content", "jobs/{id}/thumbnail", "jobs/{id}/record", "jobs/{id}/picture", "images/{id}/content")
+GETS += ("jobs/{id}/given/video/0", "jobs/{id}/given/keyframe/9")
 GETS += ("models", "models/{id}", "../health", "../metrics", "../openapi.json", "../docs")
 QUERIES = ("limit", "after", "order", "state", "kind", "variant", "download", "signature")
 
@@ -89,7 +92,8 @@ def some_body(rng: Random) -> tuple[bytes, bytes]:
     if rng.random() < 0.3:
         content = spoiled_bytes(rng, PNG) if rng.random() < 0.5 else PNG
         url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        values[rng.choice(("image", "input_reference", "images"))] = rng.choice((url, [url], {"image_url": url}))
+        names = ("image", "input_reference", "images", "video", "mask", "last_image", "keyframe")
+        values[rng.choice(names)] = rng.choice((url, [url], {"image_url": url}))
     if rng.random() < 0.6:
         body = spoiled_json(rng, values) if rng.random() < 0.8 else json.dumps(values).encode()
         kind = rng.choice((b"application/json",) * 8 + (b"application/json; charset=utf-16", b"text/plain", b""))
@@ -102,7 +106,8 @@ def some_body(rng: Random) -> tuple[bytes, bytes]:
         parts += text.encode("utf-8", "surrogatepass") + b"\r\n"
     if rng.random() < 0.5:
         file = rng.choice(("a.png", *NASTY_TEXTS)).encode("utf-8", "surrogatepass")
-        parts += b'--x\r\nContent-Disposition: form-data; name="image"; filename="' + file + b'"\r\n\r\n'
+        name = rng.choice((b"image", b"video", b"mask", b"keyframe[]"))
+        parts += b'--x\r\nContent-Disposition: form-data; name="' + name + b'"; filename="' + file + b'"\r\n\r\n'
         parts += spoiled_bytes(rng, PNG) + b"\r\n"
     parts += b"--x--\r\n"
     kind = b"multipart/form-data; boundary=x"
@@ -148,6 +153,7 @@ def engine(tmp_path: Path) -> Iterator[Any]:
 
 def test_fuzz_requests(engine: Any, tmp_path: Path) -> None:
     from kandinsky.serving.app import create_app
+    from kandinsky.serving.job_files import files_of
 
     app, loop = create_app(engine), asyncio.new_event_loop()
     statuses: dict[int, int] = {}
@@ -187,6 +193,6 @@ def test_fuzz_requests(engine: Any, tmp_path: Path) -> None:
         loop.close()
     assert statuses[200] > 100 and statuses[400] > 100, statuses  # not all alike
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
-    known = {path.name for job in engine.page(10**6) for path in engine.files_of(job)}
+    known = {path.name for job in engine.page(10**6) for path in files_of(engine.folder, job)}
     for path in (tmp_path / "outputs").rglob("*"):
         assert path.name in known or path.name.startswith("jobs.sqlite") or path.name == "pictures", path

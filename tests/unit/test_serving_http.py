@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
 from kandinsky.config.reading import load_config
-from kandinsky.outputs.media import sidecar_path
+from kandinsky.outputs.media import sidecar_path, write_video
 from kandinsky.planning.machine import Machine
 from kandinsky.serving.app import create_app
 from kandinsky.serving.engine import Engine
@@ -208,6 +209,82 @@ def test_a_picture_begins_a_video(site: Site) -> None:
     assert (remix["remixed_from_video_id"], remix["seed"], remix["prompt"]) == (video["id"], 3, "it sleeps")
 
 
+@pytest.fixture(scope="module")
+def mp4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """25 frames of 64x48."""
+    path = tmp_path_factory.mktemp("mp4") / "clip.mp4"
+    write_video(np.zeros((25, 48, 64, 3), np.uint8), path, 24)
+    return path.read_bytes()
+
+
+def test_videos_masks_and_further_pictures(site: Site, mp4: bytes) -> None:
+    """They are chosen a model for, kept for the job, told of, used again by a remix, and go with it."""
+    sent = [("video", ("a cat.mp4", mp4)), ("mask", ("mask.png", png()))]
+    made = site.ask("POST", "/v1/videos", files=sent, data={"prompt": "a dog", "strength": "0.5"}).json()
+    assert (made["model"], made["strength"], made["size"]) == ("tiny_t2v", 0.5, "144x112"), made
+    done = site.done(made["id"])
+    assert done["files"] == [["video", "a cat.mp4"], ["mask", "mask.png"]]
+    assert site.ask("GET", f"/v1/jobs/{made['id']}/given/video/0").content == mp4
+    assert site.ask("GET", f"/v1/jobs/{made['id']}/given/mask/1").status_code == 404
+    remix = site.post(f"/v1/videos/{made['id']}/remix", prompt="a bird").json()
+    assert remix["strength"] == 0.5 and site.ask("GET", f"/v1/jobs/{remix['id']}/given/video/0").content == mp4
+    for one in (made, remix):
+        site.done(one["id"])
+        site.ask("DELETE", f"/v1/jobs/{one['id']}")
+    assert not list((site.engine.folder / "pictures").iterdir())
+
+    sent = [("input_reference", ("a.png", png())), ("last_image", ("b.png", png()))]
+    sent += [("keyframe", (f"{i}.png", png())) for i in range(2)]
+    data = {"prompt": "a dog", "keyframe_seconds": ["0.3", "0.6"], "fps": "48", "upscale": "2"}
+    made = site.ask("POST", "/v1/videos", files=sent, data=data).json()
+    assert made["model"] == "tiny_i2v" and made["keyframe_seconds"] == [0.3, 0.6], made
+    assert (made["fps"], made["upscale"]) == (48, 2)
+    loop = site.post("/v1/videos", prompt="a", input_reference=data_url(png()), loop=True).json()
+    assert (loop["model"], loop["loop"]) == ("tiny_i2v", True)
+    fields = {"prompt": "a", "image": data_url(png()), "strength": 0.5, "mask": data_url(png()), "n": 2}
+    drawn = site.post("/v1/jobs", **fields).json()["data"]
+    assert [one["model"] for one in drawn] == ["tiny_t2i"] * 2 and drawn[1]["files"] == [["mask", "mask.png"]]
+
+
+def test_longer_videos(site: Site, mp4: bytes) -> None:
+    """By seconds or by a list; their plan and their steps are those of all segments."""
+    made = site.post("/v1/jobs", model="tiny_t2v", prompt="a", seed=7, seconds=1, steps=4, extend=2).json()["data"][0]
+    assert made["steps"] == 4 * len(made["settings"]["segments"]) > 4
+    frames = [round(24 * one["seconds"]) for one in made["settings"]["segments"]]
+    assert frames[0] == 24 and sum(frames) == 72 and made["settings"]["segments"][1]["seed"] == 8
+    again = site.post("/v1/jobs", **made["settings"]).json()["data"][0]
+    assert again["settings"] == made["settings"]
+
+    rows = [{"seconds": 0.5}, {"prompt": "b", "seconds": 0.5, "seed": 3}]
+    form = {"prompt": "a", "segments": json.dumps(rows), "colour_match": "false", "overlap": "5"}
+    sent = {"files": {"video": ("v.mp4", mp4)}, "data": form}
+    plan = site.ask("POST", "/v1/plan", **sent).json()
+    assert plan["num_frames"] == 24 and plan["settings"]["overlap"] == 5 and plan["memory"]["refusal"] is None
+    made = site.ask("POST", "/v1/videos", **sent).json()
+    assert made["seconds"] == "1" and not made["colour_match"], made
+    assert [(one["prompt"], one["seconds"]) for one in made["segments"]] == [("a", 0.5), ("b", 0.5)]
+    remix = site.post(f"/v1/videos/{made['id']}/remix", prompt="c").json()
+    assert [one["prompt"] for one in remix["segments"]] == ["c", "c"]
+    assert [one["seed"] for one in remix["segments"]] == [one["seed"] for one in made["segments"]]
+
+
+def test_rows_of_the_version_before_are_taken_over(tmp_path: Path) -> None:
+    import sqlite3
+
+    from kandinsky.serving.store import DATABASE, Job, Store
+
+    store = Store(tmp_path)
+    store.add([Job("video_1", "video", "me", "tiny_t2v", {"num_steps": 3, "num_frames": 5}, 1.0)])
+    store.close()
+    with sqlite3.connect(tmp_path / DATABASE) as database:
+        database.executescript("ALTER TABLE jobs DROP COLUMN extras; PRAGMA user_version = 1;")
+    for _ in range(2):
+        store = Store(tmp_path)
+        job = store.get("video_1")
+        assert job is not None and job.extras == {} and job.num_steps == 3
+        store.close()
+
+
 def test_lists_page_through_all(site: Site) -> None:
     ids = [site.post("/v1/videos", prompt=f"video {i}").json()["id"] for i in range(5)]
     site.post("/v1/images/generations", prompt="a picture")
@@ -267,6 +344,48 @@ def test_a_plan_before_anything_is_queued(site: Site) -> None:
         ("images/edits", {"json": {"prompt": "a"}}, "needs a picture"),
         ("images/edits", {"json": {"prompt": "a", "image": data_url(b"none")}}, "can't read the image that was sent"),
         ("images/edits", {"json": {"prompt": "a", "image": data_url(png((8, 8)))}}, "the picture is 8x8 pixels"),
+        ("images/edits", {"json": {"prompt": "a", "mask": data_url(png())}}, "mask is a file, and this takes none"),
+        ("images/generations", {"json": {"prompt": "a", "fps": 48}}, "unknown field fps"),
+        ("videos", {"json": {"prompt": "a", "strength": 0.5}}, "strength is about what sampling starts from"),
+        ("videos", {"json": {"prompt": "a", "video": "/etc/passwd"}}, "nothing is fetched here"),
+        ("videos", {"files": {"video": ("a.mp4", b"none")}, "data": {"prompt": "a"}}, "can't read the video a.mp4"),
+        ("videos", {"json": {"prompt": "a", "mask": data_url(png())}}, "a mask is about what sampling starts from"),
+        ("videos", {"json": {"prompt": "a", "loop": True}}, "needs a picture"),
+        ("videos", {"json": {"prompt": "a", "keyframe_seconds": [1]}}, "0 pictures are sent as keyframe"),
+        (
+            "videos",
+            {
+                "json": {
+                    "prompt": "a",
+                    "input_reference": data_url(png()),
+                    "keyframe": data_url(png()),
+                    "keyframe_seconds": [9],
+                }
+            },
+            "a keyframe at 9 s is none",
+        ),
+        (
+            "videos",
+            {"json": {"prompt": "a", "input_reference": data_url(png()), "last_image": data_url(b"x")}},
+            "the last frame: can't read the image",
+        ),
+        ("videos", {"json": {"prompt": "a", "extend": "long"}}, "extend is 'long'; it must be a number of seconds"),
+        ("videos", {"json": {"prompt": "a", "extend": 1, "loop": True}}, "loop is about one video"),
+        ("videos", {"json": {"prompt": "a", "overlap": 5}}, "overlap is about segments: give extend or segments"),
+        ("videos", {"json": {"prompt": "a", "segments": "[1]"}}, "it must be a list of objects"),
+        ("videos", {"json": {"prompt": "a", "segments": []}}, "adds nothing"),
+        ("videos", {"json": {"prompt": "a", "segments": [{"size": 3}]}}, "segment 1: a segment has prompt, seconds"),
+        ("videos", {"json": {"prompt": "a", "segments": [{}] * 21}}, "at most 20 in a job"),
+        ("videos", {"json": {"prompt": "a", "extend": 100}}, "at most 20 in a job"),
+        ("videos", {"json": {"prompt": "a", "fps": 3}}, "runtime.fps = 3 is not allowed"),
+        ("videos", {"json": {"prompt": "a", "upscale": 3}}, "runtime.upscale = 3 is not allowed"),
+        (
+            "videos",
+            {"json": {"prompt": "a", "seconds": 20, "fps": 240, "upscale": 4, "size": "512x512"}},
+            "this server writes at most 4000",
+        ),
+        ("jobs", {"json": {"model": "tiny_t2i", "prompt": "a", "fps": 48}}, "runtime.fps = 48 is not allowed"),
+        ("jobs", {"json": {"model": "tiny_t2i", "prompt": "a", "extend": 1}}, "makes videos longer"),
     ],
 )
 def test_mistakes_are_one_sentence(site: Site, address: str, sent: dict[str, Any], words: str) -> None:

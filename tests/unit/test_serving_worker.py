@@ -18,6 +18,8 @@ from kandinsky.common.signals import Stopper
 from kandinsky.outputs import resume
 from kandinsky.outputs.preview import LatentRGB
 from kandinsky.request import resolve_request
+from kandinsky.serving.directed import Extras
+from kandinsky.serving.longer import resolve_long
 from kandinsky.serving.worker import Making, News, Worker
 from tests.unit.small_pipelines import PICTURE, build
 
@@ -61,7 +63,7 @@ def job(worker: Worker, output: Path, **more: Any) -> dict[str, Any]:
     asked = json.loads(json.dumps(dataclasses.asdict(request)))
     return {
         "make": "job", "request": asked, "magcache": False, "loras": [], "output": str(output), "picture": None,
-        "picture_name": None, **more,
+        "picture_name": None, "extras": {}, "files": {}, **more,
     }  # fmt: skip
 
 
@@ -88,6 +90,51 @@ def test_a_job_that_is_kept_after_every_step_is_the_same(
     assert told.outcome["outcome"] == "done" and kept == list(range(1, STEPS))
     assert (tmp_path / "kept.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_longer_video_is_kept_ended_and_gone_on_with(
+    make_worker: MakeWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a picture, two segments; what ends in the second goes on there to the same bytes; frames are doubled."""
+    PICTURE.save(tmp_path / "picture.png")
+    worker, told = make_worker("i2v")
+    config = worker.pipeline.config
+    video = resolve_long(
+        config, "a red cat", name="extend", seconds=0.17, image_sizes=[PICTURE.size], seed=1, num_steps=STEPS
+    )
+    first, extras = video.requests[0], Extras(further=video.requests[1:], is_long=True, overlap=video.overlap, fps=48)
+    assert len(video.requests) == 2
+    asked = {
+        "request": json.loads(json.dumps(dataclasses.asdict(first))),
+        "extras": json.loads(json.dumps(extras.as_dict)),
+        "picture": str(tmp_path / "picture.png"),
+        "picture_name": "cat.png",
+    }
+    worker.work({**job(worker, tmp_path / "whole.mp4"), **asked})
+    assert told.outcome["outcome"] == "done", told.outcome
+    assert [news["step"] for news in told.all() if "step" in news] == list(range(1, 2 * STEPS + 1))
+    record = json.loads((tmp_path / "whole.json").read_text())
+    assert record["image"] == "cat.png" and record["post"]["frames"] == 2 * record["num_frames"]
+    assert record["seconds"]["denoise"] > max(one["seconds"]["denoise"] for one in record["extended"]["segments"])
+
+    call = Making.__call__
+
+    def ends(making: Making, pipeline: Any, step: int, *rest: Any) -> None:
+        call(making, pipeline, step, *rest)
+        if step == 2 and making.segment == video.requests[1]:
+            making.stop()
+
+    monkeypatch.setattr(Making, "__call__", ends)
+    worker, told = make_worker("i2v", keep_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        worker.work({**job(worker, tmp_path / "part.mp4"), **asked})
+    assert told.outcome["outcome"] == "kept" and (tmp_path / "part.segments" / "0002.stopped.safetensors").exists()
+    monkeypatch.setattr(Making, "__call__", call)
+    worker, told = make_worker("i2v")
+    worker.work({**job(worker, tmp_path / "part.mp4"), **asked})
+    assert [news["step"] for news in told.all() if "step" in news] == list(range(STEPS + 4, 2 * STEPS + 1))
+    assert (tmp_path / "part.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert not (tmp_path / "part.segments").exists()
 
 
 def test_an_end_keeps_the_job_and_the_next_worker_goes_on(
