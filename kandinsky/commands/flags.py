@@ -120,7 +120,7 @@ def build_parser() -> Parser:
         "seed, negative_prompt of each segment",
     )
     parser.add_argument(
-        "--overlap", type=int, metavar="FRAMES", help="that a segment goes on from, 4n + 1; default: 1 for i2v, else 9"
+        "--overlap", type=int, metavar="FRAMES", help="that a segment goes on from, 4n + 1; default: 1 for i2v, else 5"
     )
     parser.add_argument(
         "--no_colour_match",

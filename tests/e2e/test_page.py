@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
+from kandinsky.outputs.media import write_video
 from tests.limits import PATIENCE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -131,6 +133,28 @@ def test_a_picture_is_dropped(page: Any, tmp_path: Path) -> None:
     page.fill("#i2v-steps input", "2")
     page.click("#i2v-make")
     page.wait_for_selector("#shown video")
+
+
+def test_a_video_is_the_source_and_goes_on(page: Any, tmp_path: Path) -> None:
+    """Its file, what is kept of it for "use these", and segments of a prompt each; all of the form."""
+    write_video(np.zeros((9, 64, 64, 3), np.uint8), tmp_path / "dark.mp4", 24)
+    page.click("button[role=tab]:has-text('Video')")
+    page.click("#t2v-directed button")
+    page.set_input_files("#t2v-video input[type=file]", str(tmp_path / "dark.mp4"))
+    page.wait_for_selector("#t2v-video:has-text('dark')")
+    page.fill("#t2v-prompt textarea", CIRCLE)
+    page.fill("#t2v-steps input", "2")
+    page.fill("#t2v-seed textarea, #t2v-seed input", "")
+    page.click("#t2v-make")
+    page.wait_for_selector("#shown .k-done:has-text('Strength')", state="attached")
+    made = page.get_attribute("#shown .k-done", "data-id")
+    page.fill("#t2v-then textarea", "a red circle moves right on a white background")
+    page.click("#t2v-make")
+    page.wait_for_selector(f"#shown .k-done:not([data-id='{made}']):has-text('Overlap')", state="attached")
+    # The first one's settings again: its video is there, and there are no segments.
+    page.locator(f"#gallery .k-card[data-id='{made}'] button[data-action=use]").click()
+    page.wait_for_function("document.querySelector('#t2v-then textarea').value === ''")
+    assert "dark" in page.text_content("#t2v-video")
 
 
 def test_narrow(page: Any) -> None:

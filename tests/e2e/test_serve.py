@@ -18,16 +18,20 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
 from kandinsky.config.reading import load_config
+from kandinsky.outputs.media import write_video
 from tests.limits import PATIENCE
 from tests.lora_files import write_lora
 
 openai = pytest.importorskip("openai")
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIGS = {name: REPOSITORY / "configs" / f"config_{name}.yaml" for name in ("tiny_t2v", "tiny_t2i", "tiny_i2i")}
+CONFIGS = {
+    name: REPOSITORY / "configs" / f"config_{name}.yaml" for name in ("tiny_t2v", "tiny_t2i", "tiny_i2i", "tiny_flf")
+}
 CIRCLE = "a red circle moves left on a white background"
 SQUARE = "a yellow square on a navy background"
 SHORT = {"steps": 2, "seed": 1}
@@ -127,7 +131,7 @@ def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def from_command_line(cli: ModuleType, folder: Path, model: str, prompt: str, *flags: str) -> bytes:
-    output = folder / f"cli.{'mp4' if 'v' in model.split('_')[1] else 'png'}"
+    output = folder / f"cli.{'png' if model in ('tiny_t2i', 'tiny_i2i') else 'mp4'}"
     words = ["--config", str(CONFIGS[model]), "--prompt", prompt, "--seed", "1", "--device", "cpu", *flags]
     assert cli.main([*words, "--output_filename", str(output)]) == 0
     return output.read_bytes()
@@ -208,6 +212,45 @@ def test_previews_magcache_and_cancelling(served: Served) -> None:
     assert served.ended(again["id"])["state"] == "done"
     record = served.http.get(f"/v1/jobs/{again['id']}/record").json()
     assert record["config"]["magcache"]["enabled"] and record["evaluations"]["skipped"] > 0
+
+
+def test_what_is_made_of_videos_and_further_pictures(served: Served, cli: ModuleType, tmp_path: Path) -> None:
+    """The bytes of the command line: a part of a video, a longer one that is processed after it, a last picture, and a
+    picture that is drawn anew."""
+    frames = np.full((9, 64, 64, 3), (40, 160, 60), dtype=np.uint8)
+    frames[:, :, 32:] = (120, 40, 140)
+    paths = {name: tmp_path / name for name in ("clip.mp4", "mask.png", "red.png", "blue.png")}
+    write_video(frames, paths["clip.mp4"], 24)
+    Image.linear_gradient("L").rotate(90).resize((64, 64)).save(paths["mask.png"])
+    for name in ("red", "blue"):
+        Image.new("RGB", (128, 128), name).save(paths[f"{name}.png"])
+
+    def made(model: str, files: dict[str, str], **fields: Any) -> bytes:
+        sent = {field: (name, paths[name].read_bytes()) for field, name in files.items()}
+        data = {"model": model, "prompt": CIRCLE, "steps": 2, "seed": 1, **fields}
+        response = served.http.post("/v1/jobs", data=data, files=sent)
+        assert response.status_code == 200, response.text
+        (job,) = response.json()["data"]
+        ended = served.ended(job["id"])
+        assert ended["state"] == "done", ended
+        return served.content(job["id"])
+
+    def expected(model: str, *flags: object) -> bytes:
+        words = ["--sample_steps", 2, *(paths.get(str(flag), flag) for flag in flags)]
+        return from_command_line(cli, tmp_path, model, CIRCLE, *map(str, words))
+
+    size = ("--width", 64, "--height", 64)
+    part = made("tiny_t2v", {"video": "clip.mp4", "mask": "mask.png"}, strength=1, size="64x64")
+    assert part == expected("tiny_t2v", "--video", "clip.mp4", "--mask", "mask.png", "--strength", 1, *size)
+    longer = made("tiny_t2v", {"video": "clip.mp4"}, extend=0.4, seconds=0.34, size="64x64", upscale=2)
+    words = ("--video", "clip.mp4", "--extend", 0.4, "--video_duration", 0.34, *size, "--upscale", 2)
+    assert longer == expected("tiny_t2v", *words)
+    last = made("tiny_flf", {"image": "red.png", "last_image": "blue.png"}, seconds=0.2)
+    assert last == expected("tiny_flf", "--image", "red.png", "--last_image", "blue.png", "--video_duration", 0.2)
+    drawn = made("tiny_t2i", {"image": "red.png"}, strength=0.5)
+    assert drawn == expected("tiny_t2i", "--image", "red.png", "--strength", 0.5)
+    outputs = served.folder / "outputs" / "served"
+    assert not list(outputs.glob("*.segments"))
 
 
 def resident(pid: int) -> int:

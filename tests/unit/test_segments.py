@@ -180,7 +180,7 @@ def test_lengths(pipes: dict[str, Pipeline]) -> None:
         divided(config, 20, 5)
     with pytest.raises(ValueError, match="segments; at most 1000"):
         divided(config, 4 * 1001, 1)
-    assert checked_overlap("t2v", None, None) == 9 and checked_overlap("t2v", None, 8) == 5
+    assert checked_overlap("t2v", None, None) == 5 and checked_overlap("t2v", None, 4) == 1
     for overlap, there in ((2, None), (0, None), (True, None), (9, 5)):
         with pytest.raises(ValueError, match="the overlap is"):
             checked_overlap("t2v", overlap, there)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import httpx
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
+Files: TypeAlias = "Mapping[str, Sequence[str]]"  # paths by field
 PATIENCE = 60.0  # seconds
 CLIENT = "X-Client-Id"
 
@@ -26,14 +29,14 @@ class Client:
             transport=transport, base_url="http://127.0.0.1", headers=headers, timeout=PATIENCE, trust_env=False
         )
 
-    async def submit(self, fields: dict[str, Any], picture: str | None, client: str) -> dict[str, Any]:
-        """Queue a job, with the picture in that file. client: whose turn it is. Raises Mistake."""
-        answer = await self._post("/v1/jobs", fields, picture, {CLIENT: client})
+    async def submit(self, fields: dict[str, Any], files: Files, client: str) -> dict[str, Any]:
+        """Queue a job, with files by field. client: whose turn it is. Raises Mistake."""
+        answer = await self._post("/v1/jobs", fields, files, {CLIENT: client})
         job: dict[str, Any] = answer["data"][0]
         return job
 
-    async def plan(self, fields: dict[str, Any], picture: str | None) -> dict[str, Any]:
-        return await self._post("/v1/plan", fields, picture, {})
+    async def plan(self, fields: dict[str, Any], files: Files) -> dict[str, Any]:
+        return await self._post("/v1/plan", fields, files, {})
 
     async def job(self, job_id: str) -> dict[str, Any]:
         return await self._json("GET", address(job_id))
@@ -52,14 +55,20 @@ class Client:
         """The PNG that a job begins with."""
         return (await self._ask("GET", f"{address(job_id)}/picture")).content
 
-    async def _post(
-        self, path: str, fields: dict[str, Any], picture: str | None, headers: dict[str, str]
-    ) -> dict[str, Any]:
-        if picture is None:
+    async def given(self, job_id: str, field: str, number: int) -> bytes:
+        """Another file that a job is given."""
+        return (await self._ask("GET", f"{address(job_id)}/given/{field}/{number}")).content
+
+    async def _post(self, path: str, fields: dict[str, Any], files: Files, headers: dict[str, str]) -> dict[str, Any]:
+        if not files:
             return await self._json("POST", path, json=fields, headers=headers)
-        content = await run_in_threadpool(Path(picture).read_bytes)
-        files = {"image": (Path(picture).name, content)}
-        return await self._json("POST", path, data=fields, files=files, headers=headers)
+        sent = []
+        for field, names in files.items():
+            for name in map(Path, names):
+                sent.append((field, (name.name, await run_in_threadpool(name.read_bytes))))
+        if "segments" in fields:
+            fields = {**fields, "segments": json.dumps(fields["segments"])}
+        return await self._json("POST", path, data=fields, files=sent, headers=headers)
 
     async def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         found: dict[str, Any] = (await self._ask(method, path, **options)).json()

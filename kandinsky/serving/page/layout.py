@@ -92,15 +92,22 @@ class Gallery:
             if job["model"] in tab.models:
                 picture = None
                 if job["picture"] is not None:
-                    picture = await run_in_threadpool(self._kept, job_id, await self.client.picture(job_id))
-                return {self.tabs: gr.Tabs(selected=task), **tab.filled(job["settings"], picture)}
+                    content = await self.client.picture(job_id)
+                    picture = await run_in_threadpool(self._kept, job_id, "picture.png", content)
+                files: dict[str, list[str]] = {}
+                for field, name in job["files"]:
+                    before = files.setdefault(field, [])
+                    content = await self.client.given(job_id, field, len(before))
+                    where = f"{job_id}/{field}{len(before)}"
+                    before.append(await run_in_threadpool(self._kept, where, name, content))
+                return {self.tabs: gr.Tabs(selected=task), **tab.filled(job["settings"], picture, files)}
         raise Mistake(f"this server has no model {job['model']} any more")
 
-    def _kept(self, job_id: str, picture: bytes) -> str:
-        """The picture, as if it had been uploaded again."""
-        path = self.uploads / job_id / "picture.png"
+    def _kept(self, folder: str, name: str, content: bytes) -> str:
+        """The file, as if it had been uploaded again."""
+        path = self.uploads / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture)
+        path.write_bytes(content)
         return str(path)
 
 

@@ -22,6 +22,11 @@ SETTINGS = {
     "scheduler_scale": "Scheduler scale",
     "magcache": "MagCache",
     "loras": "Adapters",
+    "strength": "Strength",
+    "loop": "Loop",
+    "overlap": "Overlap",
+    "fps": "Frames a second",
+    "upscale": "Larger",
 }
 TASKS = {"t2v": "Video", "i2v": "Animate", "t2i": "Picture", "i2i": "Edit"}  # short: four have to fit beside each other
 STAGES = {

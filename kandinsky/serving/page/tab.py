@@ -9,6 +9,7 @@ import gradio as gr
 
 from kandinsky.serving.page import markup
 from kandinsky.serving.page.client import Client, Mistake
+from kandinsky.serving.page.directed import Directed
 from kandinsky.serving.page.watch import QUIET, Watch
 
 PROMPTS = {
@@ -41,13 +42,13 @@ class Tab:
             }
             # Neither decoded nor changed here: the API looks at it.
             self.picture = gr.Image(
-                label="Picture",
+                label="Picture" if self.needs_picture else "Picture to start from, with a strength",
                 type="filepath",
                 image_mode=None,
                 sources=["upload", "clipboard"],
                 buttons=[],
                 height=220,
-                visible=self.needs_picture,
+                visible=self.needs_picture or task == "t2i",
                 elem_id=f"{task}-picture",
             )
             start = self._of_model(first)
@@ -72,6 +73,7 @@ class Tab:
                 self.new = gr.Button("New", size="sm", min_width=60, scale=0, elem_id=f"{task}-new")
             with gr.Accordion("Advanced settings", open=False, elem_id=f"{task}-advanced"):
                 self._advanced(start)
+            self.directed = Directed(task)
             self.plan = gr.HTML(elem_id=f"{task}-plan", padding=False)
             self.make = gr.Button("Make it", variant="primary", elem_id=f"{task}-make")
         self.clock = gr.Timer(AGAIN)
@@ -108,7 +110,7 @@ class Tab:
 
     @property
     def form(self) -> list[gr.components.Component]:
-        return [self.picture, *self.fields.values()]
+        return [self.picture, *self.directed.components.values(), *self.fields.values()]
 
     def _of_model(self, model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Of the components in OF_MODEL, what they have for a model."""
@@ -120,23 +122,29 @@ class Tab:
         values["loras"] = {"choices": model["loras"], "value": [], "visible": bool(model["loras"])}
         return values
 
-    def asked(self, values: tuple[Any, ...]) -> tuple[dict[str, Any], str | None]:
-        """The fields of a request and the file of its picture, from the values of `form`."""
+    def asked(self, values: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """The fields of a request and its files by field, from the values of `form`."""
         picture, *others = values
-        fields = dict(zip(self.fields, others, strict=True))
+        count = len(self.directed.components)
+        fields = dict(zip(self.fields, others[count:], strict=True))
+        directed, files = self.directed.asked(others[:count], picture is not None)
+        if picture is not None and (self.needs_picture or self.task == "t2i"):
+            files["image"] = [picture]
         fields["expand_prompt"] = EXPANSION.get(fields["expand_prompt"])
         if not self.models.get(fields["model"], {}).get("max_seconds"):
             del fields["seconds"]
         given = {name: value for name, value in fields.items() if value not in (None, "", []) or name in KEPT_EMPTY}
-        return {name: number(value) for name, value in given.items()}, picture if self.needs_picture else None
+        return {name: number(value) for name, value in given.items()} | directed, files
 
-    def filled(self, settings: Mapping[str, Any], picture: str | None) -> dict[gr.components.Component, Any]:
-        """The form with a job's settings."""
+    def filled(
+        self, settings: Mapping[str, Any], picture: str | None, files: Mapping[str, list[str]]
+    ) -> dict[gr.components.Component, Any]:
+        """The form with a job's settings and files."""
         shown = shown_in_form(settings)
         values: dict[gr.components.Component, Any] = {
             component: shown[name] for name, component in self.fields.items() if name in shown
         }
-        return values | ({self.picture: picture} if self.needs_picture else {})
+        return values | {self.picture: picture} | self.directed.filled(settings, files)
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -144,10 +152,10 @@ class Tab:
         """What the form's buttons do. refreshed: the event that brings the gallery up to date."""
 
         async def make(request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
-            fields, picture = self.asked(values)
+            fields, files = self.asked(values)
             session = request.session_hash or ""
             try:
-                job = await self.client.submit(fields, picture, f"page {session}")
+                job = await self.client.submit(fields, files, f"page {session}")
             except Mistake as error:
                 yield gr.skip(), *watch.refused(error)
                 return
@@ -156,11 +164,11 @@ class Tab:
                 yield seed, *shown
 
         async def plan(*values: Any) -> tuple[Any, Any]:
-            fields, picture = self.asked(values)
-            if self.needs_picture and picture is None:
+            fields, files = self.asked(values)
+            if self.needs_picture and not files.keys() & {"image", "video"}:
                 return "<p class=k-plan>Give a picture to see what it will take.</p>", gr.Timer(active=False)
             try:
-                found = await self.client.plan({**fields, "prompt": fields["prompt"] or "-"}, picture)
+                found = await self.client.plan({**fields, "prompt": fields["prompt"] or "-"}, files)
             except Mistake as error:
                 return markup.mistake(str(error)), gr.Timer(active=False)
             return markup.plan(found), gr.Timer(active=found["memory"] is None)
@@ -175,7 +183,8 @@ class Tab:
         self.again.click(lambda seed: seed, self.last_seed, self.fields["seed"], **QUIET)
         self.new.click(lambda: "", None, self.fields["seed"], **QUIET)
         self.fields["model"].input(of_model, self.fields["model"], [self.fields[name] for name in OF_MODEL], **QUIET)
-        changes = [self.picture.change, *(one.change for name, one in self.fields.items() if name not in WITHOUT_PLAN)]
+        fields = {**self.fields, **self.directed.components}
+        changes = [self.picture.change, *(one.change for name, one in fields.items() if name not in WITHOUT_PLAN)]
         gr.on([page.load, self.clock.tick, *changes], trigger_mode="always_last", **planned)
 
 
