@@ -80,7 +80,7 @@ def test_addresses_of_the_server_are_named(tmp_path: Path) -> None:
     pytest.importorskip("fastapi")
     from kandinsky.serving.app import create_app
     from kandinsky.serving.engine import Engine
-    from kandinsky.serving.fields import FIELDS
+    from kandinsky.serving.fields import DIRECTED, FIELDS
     from kandinsky.serving.variants import Catalogue, Variant
 
     config = load_config(REPOSITORY / "configs" / "config_tiny_t2v.yaml")
@@ -102,6 +102,8 @@ def test_addresses_of_the_server_are_named(tmp_path: Path) -> None:
     fields = re.search(r"Besides OpenAI's fields there are (.*?)\.", DOCS["serving"], re.DOTALL)
     assert fields is not None
     assert set(re.findall(r"`([a-z_]+)`", fields[1])) <= set(FIELDS)
+    directed = {name for cell, _ in table_rows(DOCS["serving"], "field") for name in re.findall(r"`([a-z_]+)`", cell)}
+    assert directed == set(DIRECTED)
 
 
 def load_module(path: Path) -> dict:
