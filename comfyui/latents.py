@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CUT = "kandinsky5_cut"  # how many frames were there before, and whether the last latent frame is the first one
 EXACT = "kandinsky5_scaled"  # what samples were made from; other nodes hand unknown keys on
 CHANNELS = 16
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import comfy.model_management
 import folder_paths
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,8 +22,10 @@ from kandinsky.config.reading import load_config, with_settings
 from kandinsky.loading.assemble import load_pipeline, with_magcache
 from kandinsky.loading.devices import DTYPES
 from kandinsky.outputs import media
+from kandinsky.outputs.post import Post, check
 from kandinsky.outputs.preview import load_latent_rgb
 from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.decode import frames_before
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.pipelines.write import write_outputs
@@ -33,8 +34,10 @@ from kandinsky.request import MAX_SEED, resolve_request
 from kandinsky.text.embeddings import TextEmbeddings
 
 from . import weights
+from .directed import GIVEN, Frames, Given, Join, Source, frames_of, settled
 from .hosting import Progress, stop_where_asked
-from .latents import from_native, to_native
+from .images import to_picture
+from .latents import CUT, from_native, to_native
 
 CATEGORY = "Kandinsky 5"
 MODEL, PROMPT, RECORD = "KANDINSKY5_MODEL", "KANDINSKY5_PROMPT", "KANDINSKY5_RECORD"
@@ -263,6 +266,7 @@ class Sample:
                 "magcache": ("BOOLEAN", {"default": False, "tooltip": "skip evaluations that change little"}),
             },
             "optional": {
+                "given": (GIVEN,),
                 "scheduler_scale": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1}),
                 "guidance_every": ("INT", {"default": 0, "min": 0, "max": 1000}),
             },
@@ -284,16 +288,18 @@ class Sample:
         steps: int,
         guidance: float,
         magcache: bool,
+        given: Given | None = None,
         scheduler_scale: float = 0.0,
         guidance_every: int = 0,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         stop_where_asked()
         pipeline = model.ready()
         pipeline = with_magcache(pipeline, magcache or pipeline.config.magcache.enabled)
-        request = resolve_request(
+        request, found, keyframes = settled(
             pipeline.config,
             prompt.text,
-            image_sizes=[one.size for one in prompt.pictures],
+            prompt.pictures,
+            given or Given(),
             time_length=None if seconds < 0 else seconds,
             width=width or None,
             height=height or None,
@@ -311,13 +317,14 @@ class Sample:
         samples = tuple(dataclasses.replace(one, expanded=prompt.expanded) for one in request.samples)
         request = dataclasses.replace(request, samples=samples)
         inputs = Inputs(
-            images=prompt.pictures,
-            image_names=["given without a file name"] * len(prompt.pictures),
+            **vars(found),
+            keyframes=keyframes,
             prompt_embeds=prompt.embeds,
             negative_prompt_embeds=prompt.negative_embeds,
         )
         made_latents = pipeline.sample(request, inputs, callback=Progress(request))
-        return to_native(made_latents.latents, pipeline.vae.scaling_factor), made_latents.records[0]
+        latent, record = to_native(made_latents.latents, pipeline.vae.scaling_factor), made_latents.records[0]
+        return {**latent, CUT: (frames_before(record), request.loop)}, record
 
 
 class Decode:
@@ -334,7 +341,9 @@ class Decode:
     def decode(self, model: Model, latent: dict[str, Any]) -> tuple[Tensor]:
         stop_where_asked()
         pipeline = model.pipeline
-        pixels = pipeline.decode(from_native(latent, pipeline.vae.scaling_factor))  # (B, 3, T, H, W), uint8
+        before, is_loop = latent.get(CUT, (0, False))
+        decode = pipeline.decode_loop if is_loop else pipeline.decode
+        pixels = decode(from_native(latent, pipeline.vae.scaling_factor))[:, :, before:]  # (B, 3, T, H, W), uint8
         stop_where_asked()
         return (pixels.permute(0, 2, 3, 4, 1).flatten(0, 1).float() / 255,)
 
@@ -349,17 +358,29 @@ class Save:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         prefix = ("STRING", {"default": "kandinsky5/video"})
-        return {"required": {"frames": ("IMAGE",), "record": (RECORD,), "filename_prefix": prefix}}
+        rate = {"default": 0, "min": 0, "max": 240, "tooltip": "computed between the 24 that are made; 0: those"}
+        return {
+            "required": {"frames": ("IMAGE",), "record": (RECORD,), "filename_prefix": prefix},
+            "optional": {"fps": ("INT", rate), "upscale": ("INT", {"default": 1, "min": 1, "max": 4})},
+        }
 
-    def save(self, frames: Tensor, record: dict[str, Any], filename_prefix: str) -> dict[str, Any]:
+    def save(
+        self, frames: Tensor, record: dict[str, Any], filename_prefix: str, fps: int = 0, upscale: int = 1
+    ) -> dict[str, Any]:
         stop_where_asked()
         count, height, width, _ = frames.shape
-        expected = record["num_frames"], record["height"], record["width"]
+        expected = frames_of(record), record["height"], record["width"]
         if (count, height, width) != expected:
             raise ValueError(
                 f"there are {count} frames of {width}x{height}, and the record is of {expected[0]} of "
                 f"{expected[2]}x{expected[1]}: save what other nodes have changed with one of ComfyUI's own"
             )
+        runtime = dict(record["config"]["runtime"])
+        runtime |= ({"fps": fps} if fps else {}) | ({"upscale": upscale} if upscale > 1 else {})
+        post = Post.of(runtime)
+        if not post.does_nothing:
+            check(post, count == 1)
+        record = {**record, "config": {**record["config"], "runtime": runtime}}
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory(), width, height
         )
@@ -372,14 +393,6 @@ class Save:
         return {"ui": {"images": [shown], "animated": (count > 1,)}}
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """The first of an IMAGE, (frames, height, width, 3 or 4) in 0..1. Raises ValueError where there is none."""
-    if image.ndim != 4 or not len(image):
-        raise ValueError(f"the picture is {tuple(image.shape)}; it must be an IMAGE with one picture")
-    pixels = (image[0, :, :, :3].float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.cpu().numpy())
-
-
 NODE_CLASS_MAPPINGS = {
     "Kandinsky5Load": Load,
     "Kandinsky5Lora": Lora,
@@ -387,6 +400,9 @@ NODE_CLASS_MAPPINGS = {
     "Kandinsky5Sample": Sample,
     "Kandinsky5Decode": Decode,
     "Kandinsky5Save": Save,
+    "Kandinsky5Source": Source,
+    "Kandinsky5Frames": Frames,
+    "Kandinsky5Join": Join,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "Kandinsky5Load": "Kandinsky 5: load",
@@ -395,4 +411,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "Kandinsky5Sample": "Kandinsky 5: sample",
     "Kandinsky5Decode": "Kandinsky 5: decode",
     "Kandinsky5Save": "Kandinsky 5: save",
+    "Kandinsky5Source": "Kandinsky 5: start from, go on from",
+    "Kandinsky5Frames": "Kandinsky 5: further pictures",
+    "Kandinsky5Join": "Kandinsky 5: join",
 }

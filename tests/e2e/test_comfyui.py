@@ -29,7 +29,7 @@ from tests.lora_files import write_lora
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = {path.stem: path for path in (REPOSITORY / "comfyui" / "workflows").glob("*.json")}
-NODES = ("Load", "Lora", "Encode", "Sample", "Decode", "Save")
+NODES = ("Load", "Lora", "Encode", "Sample", "Decode", "Save", "Source", "Frames", "Join")
 LOAD, ENCODE, SAMPLE, DECODE, SAVE = "12345"  # ids of the workflows' nodes
 
 
@@ -225,6 +225,122 @@ def test_weights_are_found_in_comfyuis_folders(host: ComfyUI) -> None:
     assert find("text_encoder_path", "auto", config) == models / "text_encoders" / "text_encoder"
 
 
+# ------------------------------------------------------------------------------------------------- what is given besides
+
+
+def node(graph: dict[str, Any], key: str, name: str, **inputs: Any) -> None:
+    graph[key] = {"class_type": name if name == "LoadImage" else f"Kandinsky5{name}", "inputs": inputs}
+
+
+def made_by_command_line(cli: ModuleType, output: Path, config: str, graph: dict[str, Any], *flags: object) -> bytes:
+    """With the words, the seed and the steps of a graph."""
+    words = ["--config", REPOSITORY / f"configs/config_{config}.yaml", "--device", "cpu", *flags]
+    words += ["--prompt", graph[ENCODE]["inputs"]["text"], "--seed", graph[SAMPLE]["inputs"]["seed"]]
+    words += ["--sample_steps", graph[SAMPLE]["inputs"]["steps"], "--output_filename", output]
+    assert cli.main([str(word) for word in words]) == 0
+    return output.read_bytes()
+
+
+def test_from_a_video_in_part_and_after_it(host: ComfyUI, cli: ModuleType, tmp_path: Path) -> None:
+    """The command line's bytes, of the frames that another sampling node has made; more frames, and larger ones."""
+    graph = short_graph(host, "t2v")
+    first = host.output_of(DECODE, graph)[0]
+    for i, frame in enumerate((first * 255).round().byte().numpy()):
+        (tmp_path / "clip").mkdir(exist_ok=True)
+        Image.fromarray(frame).save(tmp_path / "clip" / f"{i}.png")
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :, 64:] = 1
+    Image.fromarray((mask[0] * 255).byte().numpy()).save(tmp_path / "mask.png")
+    source = host.classes["Kandinsky5Source"]()
+    (given,) = source.give(first, "start from", 0.5, 0, mask)
+    with pytest.raises(ValueError, match="already: leave one"):
+        source.give(first, "go on from", 0.5, 0, given=given)
+    with pytest.raises(ValueError, match="a mask is of frames that sampling starts from"):
+        source.give(first, "go on from", 0.5, 0, mask)
+
+    model, prompt = host.output_of(LOAD, graph)[0], host.output_of(ENCODE, graph)[0]
+    sampler, sizes = host.classes["Kandinsky5Sample"](), {"width": 0, "height": 0, "seconds": -1.0}
+    latent, record = sampler.sample(model, prompt, 1, steps=2, guidance=-1.0, magcache=False, given=given, **sizes)
+    (frames,) = host.classes["Kandinsky5Decode"]().decode(model, latent)
+    shown = host.classes["Kandinsky5Save"]().save(frames, record, "part", fps=48, upscale=2)["ui"]["images"][0]
+    flags = ("--video", tmp_path / "clip", "--strength", 0.5, "--mask", tmp_path / "mask.png", "--fps", 48)
+    graph[SAMPLE]["inputs"]["seed"] = 1
+    expected = made_by_command_line(cli, tmp_path / "part.mp4", "tiny_t2v", graph, *flags, "--upscale", 2)
+    assert (host.base / "output" / shown["filename"]).read_bytes() == expected
+    with pytest.raises(ValueError, match="--upscale is 3; it must be 2 or 4"):
+        host.classes["Kandinsky5Save"]().save(frames, record, "part", upscale=3)
+
+
+def test_from_a_picture_without_an_editing_model(host: ComfyUI, cli: ModuleType, tmp_path: Path) -> None:
+    graph = short_graph(host, "t2i")
+    node(graph, "7", "LoadImage", image="example.png")
+    node(graph, "8", "Source", frames=["7", 0], how="start from", strength=0.5, overlap=0)
+    graph[SAMPLE]["inputs"]["given"] = ["8", 0]
+    picture = host.base / "input" / "example.png"
+    flags = ("--image", picture, "--strength", 0.5)
+    assert saved(host, host.run(graph)).read_bytes() == made_by_command_line(
+        cli, tmp_path / "a.png", "tiny_t2i", graph, *flags
+    )
+    graph["8"]["inputs"]["how"] = "go on from"
+    with pytest.raises(ValueError, match="what goes on is a video"):
+        host.run(graph)
+
+
+def test_further_pictures_and_loops(host: ComfyUI, cli: ModuleType, tmp_path: Path) -> None:
+    Image.new("RGB", (128, 128), "blue").save(host.base / "input" / "blue.png")
+    graph = short_graph(host, "i2v", seconds=0.4)
+    graph[LOAD]["inputs"]["config"] = "tiny_flf"
+    node(graph, "7", "LoadImage", image="blue.png")
+    node(graph, "8", "Frames", where="at seconds", seconds=0.17, picture=["7", 0])
+    node(graph, "9", "Frames", where="last", seconds=0.0, picture=["7", 0], given=["8", 0])
+    graph[SAMPLE]["inputs"]["given"] = ["9", 0]
+    blue, flags = host.base / "input" / "blue.png", ("--image", host.base / "input" / "example.png")
+    flags = (*flags, "--video_duration", 0.4)
+    between = (*flags, "--keyframe", f"0.17:{blue}", "--last_image", blue)
+    output = saved(host, host.run(graph))
+    assert output.read_bytes() == made_by_command_line(cli, tmp_path / "a.mp4", "tiny_flf", graph, *between)
+    del graph["9"]["inputs"]["picture"], graph["9"]["inputs"]["given"], graph["8"]
+    graph["9"]["inputs"]["where"] = "loop"
+    loop = saved(host, host.run(graph))
+    assert loop.read_bytes() == made_by_command_line(cli, tmp_path / "b.mp4", "tiny_flf", graph, *flags, "--loop")
+    graph["9"]["inputs"]["where"] = "last"
+    with pytest.raises(ValueError, match="leave the picture out, and else give one"):
+        host.run(graph)
+
+
+@pytest.mark.parametrize(("task", "overlap"), [("t2v", 5), ("i2v", 1)])
+def test_what_goes_on_is_joined(host: ComfyUI, task: str, overlap: int) -> None:
+    """The pixels of a segment of `--extend`; the record is true of the whole."""
+    from kandinsky.outputs.colour import colours_of, corrected
+    from kandinsky.pipelines.inputs import Inputs
+    from kandinsky.serving.segments import Part, request_of
+
+    graph = short_graph(host, task)
+    first = (host.output_of(DECODE, graph)[0] * 255).round().byte().numpy()
+    graph["7"] = {"class_type": "Kandinsky5Sample", "inputs": {**graph[SAMPLE]["inputs"], "seed": 3}}
+    node(graph, "8", "Source", frames=[DECODE, 0], how="go on from", strength=0.6, overlap=0)
+    graph["7"]["inputs"]["given"] = ["8", 0]
+    node(graph, "9", "Decode", model=[LOAD, 0], latent=["7", 0])
+    node(graph, "10", "Join", before=[DECODE, 0], after=["9", 0], record=["7", 1], colour_match=True)
+    node(graph, "11", "Save", frames=["10", 0], record=["10", 1], filename_prefix="long")
+    shown = host.run(graph)
+    pipeline = host.output_of(LOAD, graph)[0].pipeline
+    request = request_of(pipeline.config, Part(graph[ENCODE]["inputs"]["text"], 4, 3), (128, 128), overlap, num_steps=2)
+    pictures = [Image.fromarray(first[-1])] if task == "i2v" else []
+    pixels = pipeline.generate(request, Inputs(pictures, overlap=first[-overlap:]), progress=False)
+    added = pixels[0].permute(1, 2, 3, 0).numpy()
+    joined = (host.output_of("10", graph)[0] * 255).round().byte().numpy()
+    assert (joined[:5] == first).all() and len(joined) == 9
+    assert (joined[5:] == corrected(added, colours_of(added), colours_of(first))).all()
+    name = shown["11"]["images"][0]["filename"]
+    record = json.loads((host.base / "output" / name).with_suffix(".json").read_text())
+    assert record["num_frames"] == 9 and record["extended"]["added_frames"] == 4
+    with pytest.raises(ValueError, match="goes on from nothing"):
+        host.classes["Kandinsky5Join"]().join(
+            *(2 * [host.output_of(DECODE, graph)[0]]), record | {"conditions": []}, True
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------- interrupts
 
 
@@ -397,7 +513,7 @@ def test_a_clone_in_custom_nodes_is_all_that_it_takes(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     first, second = run.stdout.splitlines()
-    assert first == "kandinsky-5.fork 6 True True True"
+    assert first == "kandinsky-5.fork 9 True True True"
     assert second.startswith("another package called kandinsky is loaded, from [PosixPath('/elsewhere')]: ComfyUI can")
 
 
