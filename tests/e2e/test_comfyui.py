@@ -225,7 +225,7 @@ def test_weights_are_found_in_comfyuis_folders(host: ComfyUI) -> None:
     assert find("text_encoder_path", "auto", config) == models / "text_encoders" / "text_encoder"
 
 
-# ------------------------------------------------------------------------------------------------- what is given besides
+# ------------------------------------------------------------------------------------------------ what is given besides
 
 
 def node(graph: dict[str, Any], key: str, name: str, **inputs: Any) -> None:
