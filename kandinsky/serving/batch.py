@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from kandinsky.clips import Clip
 from kandinsky.config.schema import Config
+from kandinsky.keyframes import keyframe_words, read_keyframes
 from kandinsky.outputs import media
 from kandinsky.outputs.sources import open_source, read_mask, read_source
 from kandinsky.pictures import check_is_path
@@ -58,6 +59,8 @@ class Job:
     output: Path
     clip: Clip | None = None  # to start from
     mask: Path | None = None
+    last_image: Path | None = None
+    keyframes: tuple[tuple[float, Path], ...] = ()  # seconds and pictures
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,15 @@ def _plan(
     prompt = values.pop("prompt", "")
     name = values.pop("output", None)
     files: dict[str, Path] = {}
-    for kind in ("image", "video", "mask"):
+    for kind in ("image", "video", "mask", "last_image"):
         if kind in values:
             check_is_path(values[kind])
             files[kind] = (images_folder / values.pop(kind)).absolute()
     image = files.get("image", None if image is None else image.absolute())
     if image is not None and image not in sizes:
         sizes[image] = media.load_image(image).size
+    words = [word.strip() for word in values.pop("keyframe", "").split("|") if word.strip()]
+    keyframes = tuple((seconds, images_folder.absolute() / name) for seconds, name in keyframe_words(words))
     if "seed" not in values:
         values["seed"] = seed_of(row.number, prompt) if seed is None else seed_after(seed, row.number - 1)
     if "negative_prompt" in values:
@@ -165,11 +170,12 @@ def _plan(
     )
     if mask is not None:
         read_mask(request, mask)  # what is wrong with it is to be told now
+    read_keyframes(config, request.num_frames, files.get("last_image"), request.loop, keyframes)
     stem = f"{row.number:04d}_{media.output_stem(prompt, values['seed'])}"
     output = Path(os.path.normpath(folder / (name or stem + suffix_of(request))))
     if not output.is_relative_to(os.path.normpath(folder)):
         raise ValueError(f"its output {output} is outside of {folder}: name a file in it, or another --output_dir")
-    return Job(row, request, image, output, clip, mask)
+    return Job(row, request, image, output, clip, mask, files.get("last_image"), keyframes)
 
 
 def name_on_any_disk(output: Path) -> str:
@@ -264,7 +270,8 @@ def _run_window(
 
 
 def _begun(pipeline: Pipeline, job: Job, progress: bool) -> Callable[[], None] | None:
-    if _starts_from_source(pipeline, job):  # a record doesn't name all of its files: another row's steps might go on
+    # A record doesn't name all of these files: another row's steps might go on.
+    if _starts_from_source(pipeline, job) or job.last_image is not None or job.keyframes:
         return None
     try:
         return what_is_left(pipeline, job.request, job.image, job.output, progress)
@@ -308,7 +315,8 @@ def _media(pipeline: Pipeline, job: Job) -> dict[str, Any]:
     """Fields of `Inputs`: the pictures, or what is started from in their place."""
     images = _images(job)
     if not _starts_from_source(pipeline, job):
-        return {"images": images}
+        given = job.last_image, job.request.loop, job.keyframes
+        return {"images": images, "keyframes": read_keyframes(pipeline.config, job.request.num_frames, *given)}
     mask = None if job.mask is None else read_mask(job.request, job.mask)
     name = str(job.image if job.clip is None else job.clip.path)
     return {"source": read_source(job.request, job.clip, images), "source_name": name, "mask": mask}

@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = (
     *("prompt", "negative_prompt", "seed", "width", "height", "seconds"),
-    *("image", "video", "strength", "mask", "output"),
+    *("image", "video", "strength", "mask", "last_image", "loop", "keyframe", "output"),
 )
 WHOLE_NUMBERS = ("seed", "width", "height")
 NUMBERS = ("seconds", "strength")
+YES_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 MOST_TOLD = 20  # of the rows that something is wrong with
 
@@ -234,6 +235,11 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
             whole = as_whole(value)
             typed[name] = int(number) if whole is None else whole
+        elif name == "loop":
+            word = str(value).lower()
+            if word not in YES_NO:
+                raise ValueError(f"loop is {shown(value)}; it must be true or false")
+            typed[name] = YES_NO[word]
         elif not isinstance(value, str):
             raise ValueError(f"{name} is {shown(value)}; it must be text")
     return typed

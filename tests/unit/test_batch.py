@@ -335,6 +335,31 @@ def test_a_long_file_is_worked_through_in_windows(tmp_path: Path, monkeypatch: p
     ]
 
 
+def test_rows_with_further_pictures(tmp_path: Path) -> None:
+    """They give what one call gives, to the byte; times and words that can't be are told with the row."""
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+    pipe = build("i2v")
+    text = "prompt,seed,seconds,image,last_image,loop,keyframe\na cat,3,0.5,a.png,b.png,,0.17:b.png | 0.34:a.png\n"
+    path = write(tmp_path, "rows.csv", text + "a dog,4,0.5,a.png,,yes,\n")
+    jobs = resolve_jobs(pipe.config, path, read_prompts(path), tmp_path / "out", num_steps=2)
+    assert [outcome.error for outcome in batch.run_in_turn(pipe, jobs, progress=False)] == [None, None]
+    wishes: dict[str, Any] = {"time_length": 0.5, "num_steps": 2, "progress": False}
+    keyframes = {0.17: tmp_path / "b.png", 0.34: tmp_path / "a.png"}
+    given = [{"seed": 3, "last_image": tmp_path / "b.png", "keyframes": keyframes}, {"seed": 4, "loop": True}]
+    for job, more in zip(jobs, given, strict=True):
+        path = tmp_path / "alone.mp4"
+        pipe.run(job.row.values["prompt"], images=[tmp_path / "a.png"], save_path=path, **wishes, **more)
+        assert job.output.read_bytes() == path.read_bytes()
+    for cells, says in (
+        (",maybe,", "loop is 'maybe'"),
+        (",,9:b.png", "keyframe at 9.0 s is none"),
+        ("no.png,,", "the last"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            plan(tmp_path, "wrong.csv", f"prompt,image,last_image,loop,keyframe\na,a.png,{cells}\n", "config_tiny_i2v")
+
+
 def test_rows_that_start_from_a_video(tmp_path: Path) -> None:
     """They give what one call gives, to the byte; what is wrong with a row's files is told with the others."""
     (tmp_path / "clip").mkdir()
