@@ -163,8 +163,8 @@ def build_parser() -> Parser:
         type=Path,
         metavar="FILE",
         help="instead of a prompt: .txt with one a line, or .csv, .tsv or .jsonl with the column prompt and, as "
-        "needed, negative_prompt, seed, width, height, seconds, image, video, strength, mask, last_image, loop, keyframe, output; -: lines of "
-        "standard input, as they come",
+        "needed, negative_prompt, seed, width, height, seconds, image, video, strength, mask, last_image, loop, "
+        "keyframe, output; -: lines of standard input, as they come",
     )
     parser.add_argument(
         "--resume", action="store_true", help="of a prompts file or segments, leave out what is there already"
