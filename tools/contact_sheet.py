@@ -47,6 +47,11 @@ def frames_shown(clip: np.ndarray, count: int = 7) -> list[np.ndarray]:
     return [clip[i] for i in np.linspace(0, len(clip) - 1, count).round().astype(int)]
 
 
+def around_seam(clip: np.ndarray, count: int = 7) -> list[np.ndarray]:
+    """The same of a video that goes round, from its middle over its end and its beginning to its middle."""
+    return frames_shown(np.roll(clip, len(clip) // 2, axis=0), count)
+
+
 def captioned_sheet(blocks: Sequence[Block], columns: int = 1) -> np.ndarray:
     """uint8 (H, W, 3), black on white, ``columns`` blocks beside one another. Raises ValueError for unequal sizes."""
     sizes = {tile.shape for _, tiles in blocks for tile in tiles}
@@ -94,14 +99,15 @@ def _cell(lines: Sequence[str], tiles: Sequence[np.ndarray], width: int, strip_h
     return np.concatenate([np.asarray(strip), pictures], axis=0)
 
 
-def read_block(path: Path, frames: int = 7, source: Path | None = None) -> Block:
-    """A video's frames or an image, after the picture that it was made from, and the prompt from the JSON beside it, or
+def read_block(path: Path, frames: int = 7, source: Path | None = None, seam: bool = False) -> Block:
+    """A video's frames, maybe with its seam in the middle, or an image, after the picture that it was made from, and the prompt from the JSON beside it, or
     the file's name where there is none."""
     if path.suffix.lower() in VIDEOS:
         import imageio.v2 as imageio
 
         with imageio.get_reader(path, format="FFMPEG") as reader:
-            tiles = frames_shown(np.stack(list(reader.iter_data())), frames)  # type: ignore[attr-defined]
+            clip = np.stack(list(reader.iter_data()))  # type: ignore[attr-defined]
+        tiles = around_seam(clip, frames) if seam else frames_shown(clip, frames)
     else:
         tiles = [np.asarray(_read_image(path))]
     if source is not None:
@@ -139,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="for --held_out of i2v: the first frame alone, the last one too, or that it is to go round",
     )
     parser.add_argument("--frames", type=int, default=7, help="frames of each video (default: %(default)s)")
+    parser.add_argument("--seam", action="store_true", help="of loops: from the middle over the seam to the middle")
     parser.add_argument("--columns", type=int, help="files beside one another (default: 1, of --held_out images more)")
     parser.add_argument("--output", type=Path, required=True, help="the PNG to write")
     args = parser.parse_args(arguments)
@@ -149,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = args.columns or 1
     if args.files:
         sources = args.sources or [None] * len(args.files)
-        blocks = [read_block(path, args.frames, source) for path, source in zip(args.files, sources, strict=True)]
+        blocks = [read_block(path, args.frames, one, args.seam) for path, one in zip(args.files, sources, strict=True)]
     else:
         from tools import eval_tiny  # not at the top: it draws its own sheets with this module
 

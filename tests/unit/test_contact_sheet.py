@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from kandinsky.outputs import media
-from tools.contact_sheet import GAP, LINE, STRIP, TILE_GAP, captioned_sheet, frames_shown, main
+from tools.contact_sheet import GAP, LINE, STRIP, TILE_GAP, around_seam, captioned_sheet, frames_shown, main
 
 
 def plain(level: int, size: int = 64) -> np.ndarray:
@@ -29,6 +29,11 @@ def test_rows_of_frames_under_captions() -> None:
     strips = sheet[:STRIP], sheet[STRIP + 64 : 2 * STRIP + 64]
     assert all(strip.min() < 60 and strip.max() == 255 for strip in strips)  # something is written there
     assert not np.array_equal(*strips)
+
+
+def test_a_seam_is_in_the_middle() -> None:
+    clip = np.stack([plain(10 * i) for i in range(8)])
+    assert [int(frame.mean()) // 10 for frame in around_seam(clip, 8)] == [4, 5, 6, 7, 0, 1, 2, 3]
 
 
 def test_columns_and_captions_of_several_lines() -> None:
