@@ -100,8 +100,8 @@ def _cell(lines: Sequence[str], tiles: Sequence[np.ndarray], width: int, strip_h
 
 
 def read_block(path: Path, frames: int = 7, source: Path | None = None, seam: bool = False) -> Block:
-    """A video's frames, maybe with its seam in the middle, or an image, after the picture that it was made from, and the prompt from the JSON beside it, or
-    the file's name where there is none."""
+    """A video's frames, maybe with its seam in the middle, or an image, after the picture that it was made from, and
+    the prompt from the JSON beside it, or the file's name where there is none."""
     if path.suffix.lower() in VIDEOS:
         import imageio.v2 as imageio
 
