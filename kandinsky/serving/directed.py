@@ -8,13 +8,14 @@ and what is wrong with them is told by their names alone. Knows configs and file
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky.clips import open_clip
-from kandinsky.common.given import shown
+from kandinsky.common.given import as_number, shown
 from kandinsky.config.reading import with_settings
 from kandinsky.config.schema import Config
 from kandinsky.frames import FPS
@@ -251,12 +252,12 @@ def _resolve_long(
 def _checked_times(fields: Mapping[str, Any], count: int) -> tuple[float, ...]:
     """As many as there are keyframes; whether the video has them is for `read_keyframes` to say."""
     times = fields.get("keyframe_seconds", [])
-    if not isinstance(times, list) or len(times) != count or any(isinstance(one, str) for one in times):
+    if len(times) != count or not all(math.isfinite(as_number(one)) for one in times):
         raise ValueError(
             f"keyframe_seconds is {shown(times)}, and {count} pictures are sent as keyframe: give the time of each, in "
             "seconds, in the same order"
         )
-    return tuple(times)
+    return tuple(map(as_number, times))
 
 
 def _keyframes(config: Config, request: Request, seconds: Sequence[float], files: Files) -> tuple[Keyframe, ...]:

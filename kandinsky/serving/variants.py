@@ -294,12 +294,15 @@ class Catalogue:
 
 def _tasks_of(fields: Mapping[str, Any], has_picture: bool, files: Files) -> tuple[str, ...]:
     """Which tasks may be meant."""
+    is_longer = bool({"extend", "segments"} & set(fields))
     if files.get("video"):
-        return VIDEO_TASKS if {"extend", "segments"} & set(fields) else ("t2v",)
+        return VIDEO_TASKS if is_longer else ("t2v",)
     if files.get("last_image") or files.get("keyframe") or fields.get("loop"):
         return ("i2v",)
     if not has_picture:
-        return ("t2v", "t2i")
+        return ("t2v",) if is_longer else ("t2v", "t2i")
+    if is_longer:
+        return ("i2v",)
     return ("t2i",) if files.get("mask") or "strength" in fields else NEEDS_PICTURE
 
 
