@@ -354,7 +354,14 @@ def test_a_plan_before_anything_is_queued(site: Site) -> None:
         ("videos", {"json": {"prompt": "a", "keyframe_seconds": [1]}}, "0 pictures are sent as keyframe"),
         (
             "videos",
-            {"json": {"prompt": "a", "keyframe_seconds": [{}], "keyframe": data_url(png())}},
+            {
+                "json": {
+                    "prompt": "a",
+                    "keyframe_seconds": [{}],
+                    "keyframe": data_url(png()),
+                    "input_reference": data_url(png()),
+                }
+            },
             "give the time of each",
         ),
         (
