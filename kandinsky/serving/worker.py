@@ -151,7 +151,8 @@ class Making:
         return self
 
     def _rest(self) -> Callable[[], None] | None:
-        name = None if self.picture is None else self.picture_name
+        # What is started from is no picture that the record names.
+        name = None if self.picture is None or self.pipeline.config.task == "t2i" else self.picture_name
         try:
             return what_is_left(self.pipeline, self.request, name, self.output, False, self)
         except ValueError as error:
