@@ -25,6 +25,7 @@ OF_TASK = {
 FILES = ("video", "mask", "last_image", "keyframe")
 STRENGTH = 0.6
 MADE = "24, as it is made"
+PLAIN = {"extend": 0, "overlap": 0, "loop": False, "colour_match": True, "upscale": 1, "fps": MADE}  # as if not given
 
 
 class Directed:
@@ -41,14 +42,14 @@ class Directed:
         place: dict[str, Any] = {"elem_id": f"{self.task}-{name}"}
         if name == "video":
             words = "Video to start from, or to go on from" if self.task == "t2v" else "Video to go on from"
-            return gr.File(label=words, type="filepath", height=110, **place)
+            return gr.File(label=words, type="filepath", height=140, **place)
         if name == "mask":
-            return gr.File(label="Mask: white may change; a picture or a video", type="filepath", height=110, **place)
+            return gr.File(label="Mask: white may change; a picture or a video", type="filepath", height=140, **place)
         if name in ("last_image", "keyframe"):
             several = name == "keyframe"
             words = "Pictures between (experimental)" if several else "Last picture (experimental)"
             count: Literal["multiple", "single"] = "multiple" if several else "single"
-            return gr.File(label=words, file_count=count, file_types=["image"], type="filepath", height=110, **place)
+            return gr.File(label=words, file_count=count, file_types=["image"], type="filepath", height=140, **place)
         if name == "strength":
             info = "of what is started from: 0 the same, 1 noise alone"
             return gr.Slider(0, 1, STRENGTH, step=0.05, label="Strength", info=info, **place)
@@ -57,12 +58,12 @@ class Directed:
         if name == "keyframe_seconds":
             return gr.Textbox(label="Their seconds", placeholder="0.5, 1", **place)
         if name == "extend":
-            return gr.Number(label="So many seconds longer", minimum=0, step=0.5, value=None, **place)
+            return gr.Number(label="So many seconds longer", minimum=0, step=0.5, value=0, **place)
         if name == "then":
             return gr.Textbox(label="Or: and then", info="a prompt a line, each a segment more", lines=2, **place)
         if name == "overlap":
-            info = "frames that a segment goes on from, 4n + 1"
-            return gr.Number(label="Overlap", info=info, precision=0, minimum=1, value=None, **place)
+            info = "frames that a segment goes on from, 4n + 1; 0: as usual"
+            return gr.Number(label="Overlap", info=info, precision=0, minimum=0, value=0, **place)
         if name == "colour_match":
             return gr.Checkbox(value=True, label="Keep the first segment's colours", **place)
         if name == "fps":
@@ -74,6 +75,9 @@ class Directed:
         given = {
             name: value for name, value in zip(self.components, values, strict=True) if value not in (None, "", [])
         }
+        for name, plain in PLAIN.items():
+            if given.get(name) == plain:
+                del given[name]
         files = {name: _listed(given.pop(name)) for name in FILES if name in given}
         lines = [line.strip() for line in given.pop("then", "").splitlines() if line.strip()]
         if lines:  # the first one has the prompt above, where no video comes before it
@@ -84,9 +88,6 @@ class Directed:
         starts = ("video" in files and not {"extend", "segments"} & set(given)) or (self.task == "t2i" and has_picture)
         if not starts:
             given.pop("strength", None)
-        for name, plain in (("loop", False), ("colour_match", True), ("upscale", 1), ("fps", MADE)):
-            if given.get(name) == plain:
-                del given[name]
         if "keyframe_seconds" in given:
             given["keyframe_seconds"] = [_number(one.strip()) for one in given["keyframe_seconds"].split(",")]
         if "fps" in given:
@@ -101,9 +102,9 @@ class Directed:
             "strength": settings.get("strength", STRENGTH),
             "loop": settings.get("loop", False),
             "keyframe_seconds": seconds,
-            "extend": None,
+            "extend": 0,
             "then": "\n".join(segment["prompt"] for segment in segments[1:]),
-            "overlap": settings.get("overlap"),
+            "overlap": settings.get("overlap", 0),
             "colour_match": settings.get("colour_match", True),
             "fps": str(settings.get("fps", MADE)),
             "upscale": settings.get("upscale", 1),

@@ -25,6 +25,7 @@ OF_MODEL = (  # what begins with values of the model
     *("negative_prompt", "magcache", "loras"),
 )
 KEPT_EMPTY = ("prompt", "negative_prompt", "magcache")  # where nothing is another thing than what the model has
+OF_VIDEO = ("size", "seconds")
 WITHOUT_PLAN = ("prompt", "negative_prompt", "seed")
 
 
@@ -134,6 +135,9 @@ class Tab:
         if not self.models.get(fields["model"], {}).get("max_seconds"):
             del fields["seconds"]
         given = {name: value for name, value in fields.items() if value not in (None, "", []) or name in KEPT_EMPTY}
+        if "video" in files:  # whose own length and shape count where nobody has changed the form's
+            usual = self.models.get(fields["model"], {}).get("defaults", {})
+            given = {name: value for name, value in given.items() if name not in OF_VIDEO or value != usual.get(name)}
         return {name: number(value) for name, value in given.items()} | directed, files
 
     def filled(
