@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kandinsky.coarse import check_coarse
 from kandinsky.common.given import as_number, as_whole, shown
 from kandinsky.common.limits import MAX_PATCHES, MAX_TEXT_TOKENS, NABLA_PIXELS, PATCH_PIXELS
 from kandinsky.config.schema import Config
@@ -167,6 +168,7 @@ def resolve_request(
         strength=strength,
         loop=checked_loop(loop),
     )
+    check_coarse(config, request.num_steps, width, height, has_source=starts or clip is not None)
     if config.runtime.cfg_parallel > 1 and abs(request.guidance_weight - 1) < 1e-6:
         raise ValueError(
             "runtime.cfg_parallel = 2 gives the negative prompt to half of the processes, and guidance_weight 1 does "

@@ -42,7 +42,16 @@ FIXED_BY_A_FILE = (
     *("prompt", "prompts_file", "image", "last_image", "loop", "keyframe"),
     *("video", "strength", "mask", "extend", "segments"),
     *("negative_prompt", "width", "height", "video_duration"),
-    *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every", "scheduler_scale", "lora"),
+    *(
+        "sample_steps",
+        "seed",
+        "guidance_weight",
+        "guidance_interval",
+        "guidance_every",
+        "coarse_steps",
+        "scheduler_scale",
+        "lora",
+    ),
 )
 CHOICES = {
     "compile": ("auto", "on", "off"),
@@ -149,6 +158,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--guidance_every", type=int, metavar="N", help="of these steps, each N-th evaluates the negative prompt"
     )
+    parser.add_argument(
+        "--coarse_steps",
+        metavar="SHARE[:SCALE]",
+        help="make the first steps, that share of all, with each side times SCALE (0.5); 0: none; default: none",
+    )
     parser.add_argument("--scheduler_scale", type=float, help="shift of the schedule towards noise")
     parser.add_argument("--seed", type=int, help="the same seed gives the same video; not given: a new one every time")
     parser.add_argument("--output_filename", type=Path, help="default: a new name in --output_dir, replacing nothing")
@@ -230,6 +244,9 @@ def build_parser() -> Parser:
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """What stands over the YAML: key=value as given, and the flags that stand for one."""
     flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
+    if args.coarse_steps is not None:
+        share, _, scale = args.coarse_steps.partition(":")
+        flags.append(f"generation.coarse_steps={{share: {share}, scale: {scale or 0.5}}}")
     if args.lora:  # as JSON, which YAML reads: whatever is in a path stays a path
         flags.append(f"model.loras={json.dumps(args.lora, ensure_ascii=False)}")
     return [*args.overrides, *flags]

@@ -75,6 +75,7 @@ def check_config(config: Config) -> None:
         _check_model,
         _check_exact,
         _check_magcache,
+        _check_coarse,
         _check_streaming,
         _check_parts,
         _check_shards,
@@ -162,6 +163,12 @@ def _check_magcache(config: Config) -> None:
         "false, as there are no magcache.mag_ratios to go by; measure them, and write them into the file, with: "
         f"python tools/calibrate_magcache.py --config {config.source} --prompt '...' --write",
     )
+
+
+def _check_coarse(config: Config) -> None:
+    share, is_cached = config.generation.coarse_steps.share, config.magcache.enabled
+    allowed = "0 with magcache.enabled: what it keeps is of one size, and its ratios are; take one of the two"
+    _require(share == 0 or not is_cached, "generation.coarse_steps.share", share, allowed)
 
 
 def _check_streaming(config: Config) -> None:

@@ -230,6 +230,16 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoarseConfig:
+    """First steps on a smaller grid: see sampling/coarse.py."""
+
+    # Of the steps, the first ones; 0: none.
+    share: Annotated[float, Allowed(lambda share: 0 <= share < 1, "0 (off) or more, and less than 1")] = 0.0
+    # Of each side, rounded to what the model divides.
+    scale: Annotated[float, Allowed(lambda scale: 0 < scale < 1, "more than 0 and less than 1")] = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """What a request gets that does not say otherwise."""
 
@@ -247,6 +257,7 @@ class GenerationConfig:
     first_frame_normalization: bool = True  # i2v: the first frames get the mean and contrast of those after them
     # Each of the first frames by itself; or all together, as in diffusers.
     first_frame_statistics: Literal["each", "together"] = "each"
+    coarse_steps: CoarseConfig = CoarseConfig()  # off
     given_frames: Literal["first", "any"] = "first"  # i2v: which frames the checkpoint has learnt to be given
     visual_cond: Literal["zeros", "image"] = "zeros"  # i2v: what stands in the condition channels of the first frame
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from kandinsky.checkpoints.dit_layout import FLOATS
 from kandinsky.checkpoints.headers import Header, read_metadata
+from kandinsky.coarse import coarse_steps
 from kandinsky.common.given import as_number, shortened, shown
 from kandinsky.common.limits import MAX_TEXT_TOKENS
 from kandinsky.common.untrusted import parse_json
@@ -53,7 +54,7 @@ SETTLED = (
     *("model.guidance_interval", "model.guidance_every", "model.text_embedder", "generation.width"),
     *("generation.height", "generation.time_length", "generation.resolutions", "generation.negative_caption"),
     *("generation.noise_device", "generation.noise_dtype", "generation.expand_prompts", "generation.schedule"),
-    "generation.visual_cond",
+    *("generation.visual_cond", "generation.coarse_steps"),
 )
 # What latents that are decoded have not settled.
 USED_IN_DECODING = ("model.vae", "runtime")
@@ -146,8 +147,9 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
 
     dit, count = config.model.dit_params, len(request.samples)
     shape = (count, *request.latent_size, dit.in_visual_dim)
-    needed: dict[str, TensorKind] = {"latents": (("F32",), shape), "conditioning.noise": (("F32",), shape)}
-    possible: dict[str, TensorKind] = {"difference": (("F32",), shape)}
+    at_step = (count, *latent_size_at(config, request, record["step"]), dit.in_visual_dim)
+    needed: dict[str, TensorKind] = {"latents": (("F32",), at_step), "conditioning.noise": (("F32",), shape)}
+    possible: dict[str, TensorKind] = {"difference": (("F32",), at_step)}
     if dit.visual_cond or dit.instruct_type == "channel":
         needed["conditioning.extra"] = (("F32",), (*shape[:-1], dit.in_visual_dim + 1))
     _check_items(record["items"], request, about)
@@ -167,6 +169,14 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
             possible[f"residual.{branch}.{i}"] = (FLOATS, (1, tokens, dit.model_dim))
     _check_tensors(needed, possible, header, what)
     return request
+
+
+def latent_size_at(config: Config, request: Request, step: int) -> tuple[int, int, int]:
+    """(latent frames, rows, columns) of what enters a step, which may be one on a smaller grid."""
+    coarse = coarse_steps(config, request.num_steps, request.width, request.height)
+    if coarse is None or step >= coarse.steps:
+        return request.latent_size
+    return dataclasses.replace(request, width=coarse.width, height=coarse.height).latent_size
 
 
 def _check_items(items: list[Any], request: Request, about: str) -> None:

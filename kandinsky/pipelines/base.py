@@ -40,6 +40,7 @@ from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.pipelines.write import WriteStage, convert
 from kandinsky.request import Request, warn_about_size
 from kandinsky.run_state import RunState
+from kandinsky.sampling.coarse import grids_of
 from kandinsky.sampling.sampler import SamplerState, flow_timesteps
 from kandinsky.text.embeddings import TextEmbeddings
 
@@ -154,7 +155,8 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             conditioning = self.condition(request, inputs, images)
         first = request.first_step
         sigmas = flow_timesteps(request.num_steps, request.scheduler_scale, request.schedule)
-        state = SamplerState(conditioning.start(float(sigmas[first]), first).float(), first)
+        grids = grids_of(conditioning, self._coarse(request))
+        state = SamplerState(grids.at(first).start(float(sigmas[first]), first).float(), first)
         return RunState(request, conditioning, branches, state, image_names=tuple(inputs.image_names))
 
     @one_at_a_time

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.models.dit import RequestTables
+from kandinsky.models.dit import Grid, RequestTables
 from kandinsky.models.numerics import require_finite
 from kandinsky.models.rope import text_rotary_table
 from kandinsky.outputs.preview import Previews
@@ -27,6 +27,7 @@ from kandinsky.pipelines.culprits import blame, require_finite_latents
 from kandinsky.pipelines.parts import Parts, StepCallback
 from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.run_state import RunState
+from kandinsky.sampling.coarse import enlarged, grids_of
 from kandinsky.sampling.conditioning import normalize_first_frames
 from kandinsky.sampling.sampler import (
     NUM_TRAIN_TIMESTEPS,
@@ -55,7 +56,8 @@ class DenoiseStage(Parts):
         Keeps `run` up to date: an end before the last step can be gone on from. The evaluations that it took are
         written into `watch`.
         """
-        request, conditioning, branches, state = run.request, run.conditioning, run.branches, run.state
+        request, branches, state = run.request, run.branches, run.state
+        grids = grids_of(run.conditioning, self._coarse(request))
         device = self.placement.device("dit")
         sigmas = flow_timesteps(request.num_steps, request.scheduler_scale, request.schedule)
         attention = self.config.model.attention
@@ -66,13 +68,18 @@ class DenoiseStage(Parts):
         scale_factor = self.config.metrics.scale_factor
 
         # Everything that depends on the request's sizes alone, once and not at every step.
-        shared = self.dit.request_tables(request.latent_size, 1, scale_factor, device, nabla)
+        @cache
+        def shared(size: Grid) -> RequestTables:
+            # Positions on a coarse grid reach as far as on the full one: the published scales of smaller sizes do.
+            scale = [s * (own / full) for s, own, full in zip(scale_factor, size, request.latent_size, strict=True)]
+            return self.dit.request_tables(size, 1, scale, device, nabla)
 
         @cache
-        def tables(text_length: int, P: float) -> RequestTables:
-            blocks = shared.nabla if shared.nabla is None else shared.nabla.keeping(P)
+        def tables(size: Grid, text_length: int, P: float) -> RequestTables:
+            of_size = shared(size)
+            blocks = of_size.nabla if of_size.nabla is None else of_size.nabla.keeping(P)
             text_rope = text_rotary_table(text_length, self.dit.head_dim, device)
-            return replace(shared, text_rope=text_rope, nabla=blocks)
+            return replace(of_size, text_rope=text_rope, nabla=blocks)
 
         interval, every = request.guidance_interval, request.guidance_every
         guidance = guided_steps(request.num_steps, request.guidance_weight, interval, every, request.first_step)
@@ -88,7 +95,8 @@ class DenoiseStage(Parts):
 
         def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
             velocities = []
-            samples = conditioning.model_input(latents).split(1)
+            samples = grids.at(state.step).model_input(latents).split(1)
+            _, *size, _ = latents.shape
             for i, (sample, text) in enumerate(zip(samples, branches[branch], strict=True)):
                 execution = replace(self.execution, exact_blocks=exact[state.step], calls=calls)
                 if block_cache is not None:
@@ -99,7 +107,7 @@ class DenoiseStage(Parts):
                     text.pooled_embeds,
                     timestep.expand(1),
                     text_mask=text.text_mask,
-                    tables=tables(text.text_embeds.shape[1], kept[state.step]),
+                    tables=tables(tuple(size), text.text_embeds.shape[1], kept[state.step]),
                     execution=execution,
                 )
                 velocities.append(velocity)
@@ -131,13 +139,19 @@ class DenoiseStage(Parts):
                 yield step
 
         def on_step_end(step: int, latents: Tensor) -> Tensor:
-            entered, next_sigma = step + 1, float(sigmas[step + 1])
+            entered, sigma, next_sigma = step + 1, float(sigmas[step]), float(sigmas[step + 1])
+            conditioning = grids.at(step)
             latents = conditioning.hold(latents, next_sigma, entered)
-            if previews is not None:
-                sigma = float(sigmas[step])
+            if previews is not None or entered == grids.switch:
                 # As far along the step's straight line as it takes to get to sigma 0.
                 clean = torch.lerp(state.latents, latents, sigma / (sigma - next_sigma))
-                previews(step, request.num_steps, conditioning.hold(clean, 0.0, entered))
+                clean = conditioning.hold(clean, 0.0, entered)
+            if previews is not None:
+                previews(step, request.num_steps, clean)
+            if entered == grids.switch:
+                conditioning, latents = grids.full, grids.to_full(clean, next_sigma)
+                if state.difference is not None:
+                    state.difference = enlarged(state.difference, latents)
             if callback is None:
                 return latents
             tensors: dict[str, Any] = {
@@ -175,8 +189,10 @@ class DenoiseStage(Parts):
             record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
         for kind in ("engine", "exact"):
             record.attention_calls[kind] += self.team.over_branches(calls[kind])
+        if state.step < grids.switch:  # it ends early, and is as large as was asked for all the same
+            latents = enlarged(latents, run.conditioning.noise)
         generation = self.config.generation
         # Of several given frames none is moved away from the others: a loop's first is its last.
-        if conditioning.is_given_the_first_frame_alone and generation.first_frame_normalization:
+        if run.conditioning.is_given_the_first_frame_alone and generation.first_frame_normalization:
             return normalize_first_frames(latents, generation.first_frame_statistics)
         return latents

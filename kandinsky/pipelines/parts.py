@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kandinsky.checkpoints.lora_file import AdapterConfig
+from kandinsky.coarse import CoarseSteps, coarse_steps
 from kandinsky.config.schema import Config
 from kandinsky.models.dit import DiffusionTransformer3D, Execution, RunBlocks
 from kandinsky.models.vae_flux import AutoencoderKL
@@ -22,6 +23,7 @@ from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import MapTiles
 from kandinsky.models.vae_tiny import TinyDecoder
 from kandinsky.outputs.preview import LatentRGB
+from kandinsky.request import Request
 from kandinsky.sampling.sampler import Branch, Guidance, Velocity
 from kandinsky.text.embeddings import PromptEncoder
 from kandinsky.text.expansion import PromptExpander
@@ -188,6 +190,10 @@ class Parts:
     def dtype_name(self) -> str:
         """Of the DiT. Not that of any parameter: time embedding and modulations keep what their file has."""
         return str(self.dit.visual_embeddings.in_layer.weight.dtype).removeprefix("torch.")
+
+    def _coarse(self, request: Request) -> CoarseSteps | None:
+        """The first steps of a request that are on a smaller grid; None: none."""
+        return coarse_steps(self.config, request.num_steps, request.width, request.height)
 
     @property
     def uses_nabla(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ class WriteStage(Parts):
             "seed": sample.seed,
             "conditions": [item.facts() for item in run.conditioning.items],
             **settings,
+            "coarse_steps": None if (coarse := self._coarse(request)) is None else dataclasses.asdict(coarse),
             "fps": FPS,
             "attention_engine": engine_name,
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
+from kandinsky.coarse import coarse_steps
 from kandinsky.config.schema import Config
 from kandinsky.planning.activations import NABLA_DENSITY
 from kandinsky.planning.machine import Machine
@@ -91,6 +92,12 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
         )
     if (words := unexpanded(config, request, machine, models)) is not None:
         yield words
+    if (coarse := coarse_steps(config, request.num_steps, request.width, request.height)) is not None:
+        share = denoising_flops(config, request) / (num_evaluations(request) * forward_flops(config, request))
+        yield (
+            f"coarse steps: the first {coarse.steps} of {request.num_steps} at {coarse.width}x{coarse.height}; "
+            f"{share:.2f} of the operations of all at full size"
+        )
     yield from _moving(config, machine, models)
     if machine.gpu_memory is None:
         return
@@ -159,12 +166,27 @@ def _moving(config: Config, machine: Machine, models: Models) -> Iterator[str]:
     )
 
 
-def num_evaluations(request: Request) -> int:
-    """Evaluations of the model for one sample: one a step, and of the guided steps each `guidance_every`-th another."""
+def num_evaluations(request: Request, first_steps: int | None = None) -> int:
+    """Evaluations of the model for one sample: one a step, and of the guided steps each `guidance_every`-th another.
+
+    first_steps: in so many steps, the first ones; None: in all.
+    """
     begin, end = request.guidance_interval
-    steps = request.num_steps
-    guided = sum(begin <= step / steps < end for step in range(steps)) if request.guidance_weight != 1 else 0
+    steps = request.num_steps if first_steps is None else first_steps
+    is_guided = request.guidance_weight != 1
+    guided = sum(begin <= step / request.num_steps < end for step in range(steps)) if is_guided else 0
     return steps + ceil(guided / request.guidance_every)
+
+
+def denoising_flops(config: Config, request: Request) -> float:
+    """Floating point operations of the visual blocks in all evaluations for one sample."""
+    coarse = coarse_steps(config, request.num_steps, request.width, request.height)
+    every = num_evaluations(request)
+    if coarse is None:
+        return every * forward_flops(config, request)
+    early = num_evaluations(request, coarse.steps)
+    small = replace(request, width=coarse.width, height=coarse.height)
+    return early * forward_flops(config, small) + (every - early) * forward_flops(config, request)
 
 
 def forward_flops(config: Config, request: Request) -> float:

@@ -20,7 +20,7 @@ from kandinsky.common.untrusted import is_plain_name, reason
 from kandinsky.config.reading import with_settings
 from kandinsky.config.rules import split_lora
 from kandinsky.config.schema import MAX_SECONDS, Config
-from kandinsky.planning.costs import forward_flops, num_evaluations
+from kandinsky.planning.costs import denoising_flops
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import Plan, default_request, make_plan, weight_files
 from kandinsky.request import FPS, Request, recorded_request
@@ -102,12 +102,7 @@ class Variant:
         """How much there is to denoise and how much else, in units that mean something beside each other only."""
         flops = pixels = 0.0
         for one in requests:
-            flops += (
-                forward_flops(self.config, one)
-                * num_evaluations(one)
-                * (one.num_steps - one.first_step)
-                / one.num_steps
-            )
+            flops += denoising_flops(self.config, one) * (one.num_steps - one.first_step) / one.num_steps
             pixels += one.width * one.height * one.num_frames
         return flops, pixels
 

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("outputs",),
     ("run_state",),
     ("text", "sampling", "request", "clips", "keyframes"),
-    ("models", "sizes", "frames", "pictures"),
+    ("models", "sizes", "coarse", "frames", "pictures"),
     ("attention", "checkpoints"),
     ("config",),
     ("common",),
@@ -34,7 +34,7 @@ FLOOR_OF = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for 
 
 # Rooms, and files of rooms, that come without torch, so that `test.py --help` and a mistyped flag answer at once.
 WITHOUT_TORCH = (
-    *("__init__", "config", "sizes", "frames", "pictures", "request", "clips", "keyframes"),
+    *("__init__", "config", "sizes", "coarse", "frames", "pictures", "request", "clips", "keyframes"),
     *("common", "checkpoints", "planning", "serving", "commands"),
     *("outputs.media", "outputs.records", "outputs.latents_file", "outputs.resume", "outputs.sources", "text.prompts"),
     "outputs.post",

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.config.schema import DiTConfig, MagCacheConfig
+from kandinsky.config.schema import CoarseConfig, DiTConfig, MagCacheConfig
 from kandinsky.loading.dit import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run
@@ -151,6 +151,14 @@ def given_frames(team: DistributedTeam | None, folder: Path) -> Tensor:
     pipe = pipeline("i2v", team)
     more = {"last_image": Image.new("RGB", (80, 48), "red"), "keyframes": {0.25: Image.new("RGB", (80, 48), "blue")}}
     return latents_of(pipe, ["a red cat", "a dog"], width=80, height=48, num_frames=13, **more)
+
+
+def coarse(team: DistributedTeam | None, folder: Path) -> Tensor:
+    """First steps on a smaller grid, of one token for each of four processes and none to spare; a picture is held."""
+    pipe = pipeline("i2v", team)
+    generation = dataclasses.replace(pipe.config.generation, coarse_steps=CoarseConfig(share=0.5))
+    pipe.config = dataclasses.replace(pipe.config, generation=generation)
+    return latents_of(pipe, width=64, height=32, num_frames=5, num_steps=4)
 
 
 def nabla(team: DistributedTeam | None, folder: Path) -> Tensor:
@@ -357,6 +365,7 @@ CASES: dict[str, Case] = {
     **{name: functools.partial(task, name) for name in TASKS},
     "given frames": given_frames,
     **{f"directed: {how}": functools.partial(directed, how) for how in ("video", "mask", "overlap", "overlap, i2v")},
+    "coarse": coarse,
     "nabla": nabla,
     "exact": exact,
     "magcache": magcache,
