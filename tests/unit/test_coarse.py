@@ -207,7 +207,7 @@ def test_everything_becomes_coarse() -> None:
 
 
 def test_pooled_noise_is_noise() -> None:
-    """Of unit variance in every cell, also where cells do not divide the grid evenly; and the mean of what lies there."""
+    """Of unit variance in every cell, also where cells do not divide the grid evenly; and the mean of what is there."""
     noise = torch.randn(64, 4, 10, 6, 16, generator=torch.Generator().manual_seed(0))
     for rows, columns in ((5, 3), (7, 4)):
         small = pooled_noise(noise, rows, columns)
@@ -272,5 +272,5 @@ def test_refusals(name: str, override: str, asked: dict[str, Any], message: str)
 
 
 def test_magcache_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 with magcache.enabled"):
+    with pytest.raises(ValueError, match=r"0 with magcache\.enabled"):
         config_of("tiny_t2v", "generation.coarse_steps.share=0.5", "magcache.enabled=true")
