@@ -170,6 +170,7 @@ OTHER_FLAGS = {
     "device": "",
     "guidance_interval": "",
     "guidance_every": "",
+    "coarse_steps": "",
     "help": "",
     "image": "test_tasks",
     "cfg_parallel": "test_launch",
@@ -234,6 +235,15 @@ def test_cheaper_guidance(generate: Generate) -> None:
         assert facts[entry] == value
         assert facts["evaluations"] == {"all": 6, "skipped": 0}
         assert not np.array_equal(pixels(path), pixels(everywhere))
+
+
+def test_coarse_steps(generate: Generate) -> None:
+    everywhere, plain = generate("--sample_steps", "4")
+    path, facts = generate("--sample_steps", "4", "--coarse_steps", "0.5")
+    assert (plain["coarse_steps"], facts["coarse_steps"]) == (None, {"steps": 2, "width": 64, "height": 64})
+    assert pixels(path).shape == pixels(everywhere).shape and not np.array_equal(pixels(path), pixels(everywhere))
+    _, facts = generate("--sample_steps", "4", "--coarse_steps", "0.3:0.75")
+    assert facts["coarse_steps"] == {"steps": 1, "width": 96, "height": 96}
 
 
 @pytest.mark.parametrize("name", FLAGS)
