@@ -63,45 +63,34 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def draw_quality(lines: list[dict[str, Any]], machine: str, path: Path) -> None:
     """Of `benchmarks/quality.py`'s summary: PSNR and VMAF against operations and processor seconds, as shares of the
     plain run's. What is known to be worse stands at the right, as a scale."""
-    figure, rows = plt.subplots(2, 2, figsize=(11, 8.5), sharey="row")
+    figure, rows = plt.subplots(2, 2, figsize=(12, 9), sharey="row", sharex=True)
     costs = {"operations share": "operations, plain run = 1", "seconds share": "processor seconds, plain run = 1"}
+    marks = [line for line in lines if "seconds share" in line and not line["known"] and line["psnr worst"] < 100]
+    grey = COLOURS["diffusers"]
     for axes_row, (name, title) in zip(rows, {"psnr": "PSNR, dB", "vmaf": "VMAF"}.items(), strict=True):
         for axes, (cost, label) in zip(axes_row, costs.items(), strict=True):
-            marks = [line for line in lines if cost in line and not line["known"] and line["psnr worst"] < 100]
-            marks.sort(key=lambda line: line[name])
-            for i, line in enumerate(marks):
-                colour = COLOURS["ours"] if "256" not in line["config"] and "10s" not in line["config"] else FLOOR
-                x, y = line[cost], line[name]
-                axes.plot(x, y, "o", color=colour, markersize=5)
-                left = i % 2 == 1
-                axes.annotate(
-                    line["name"],
-                    (x, y),
-                    xytext=(-5 if left else 5, 3 if left else -7),
-                    textcoords="offset points",
-                    ha="right" if left else "left",
-                    fontsize=7,
-                )
+            for i, line in enumerate(sorted(marks, key=lambda line: line[name])):
+                is_large = line["config"].endswith("_10s")
+                axes.plot(line[cost], line[name], "o", color=FLOOR if is_large else COLOURS["ours"], markersize=4)
+                # To the right and to the left in turn, so that neighbours do not cover each other.
+                where = {"xytext": (-5, 3), "ha": "right"} if i % 2 else {"xytext": (5, -7), "ha": "left"}
+                place = (line[cost], line[name])
+                axes.annotate(line["name"], place, textcoords="offset points", fontsize=7, **where)
             for line in lines:
                 if line["known"]:
                     axes.axhline(line[name], color=COLOURS["diffusers compiled"], linewidth=0.5, linestyle=":")
-                    if cost == "seconds share":
-                        axes.text(
-                            1.01,
-                            line[name],
-                            line["name"],
-                            fontsize=6,
-                            color=COLOURS["diffusers"],
-                            va="center",
-                            transform=axes.get_yaxis_transform(),
-                        )
-            axes.set_xlim(0, 1.3)
+                    if axes is axes_row[1]:
+                        at = {"transform": axes.get_yaxis_transform(), "va": "center"}
+                        axes.text(1.01, line[name], line["name"], fontsize=6, color=grey, **at)
             axes.tick_params(labelsize=8)
             if name == "vmaf":
                 axes.set_xlabel(label, fontsize=8)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
         axes_row[0].set_ylabel(title, fontsize=8)
+    shares = [line[cost] for line in marks for cost in costs]
+    rows[0, 0].set_xlim(min(shares) - 0.12, max(shares) + 0.12)
+    rows[0, 0].text(0.01, 0.01, "red: 256x256", fontsize=7, color=FLOOR, transform=rows[0, 0].transAxes)
     cases = max(line["cases"] for line in lines)
     figure.suptitle(f"to the plain run of the same seed, {cases} held-out captions; {machine}", fontsize=9)
     figure.tight_layout()
