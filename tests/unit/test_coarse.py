@@ -15,7 +15,7 @@ from kandinsky.coarse import coarse_steps
 from kandinsky.config.reading import load_config
 from kandinsky.config.schema import CoarseConfig, Config
 from kandinsky.outputs.records import latent_size_at, recorded_config
-from kandinsky.outputs.resume import Stopped, load_run, read_record
+from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.planning.costs import denoising_flops, forward_flops, num_evaluations
@@ -114,6 +114,8 @@ def arguments(pipe: Pipeline) -> tuple[Any, Inputs]:
         pipe.config,
         ["a red cat", "a dog in the snow"],
         image_sizes=[PICTURE.size] if has_picture else [],
+        width=32,
+        height=32,
         seed=3,
         num_steps=STEPS,
         guidance_weight=3.0,
@@ -147,8 +149,6 @@ def test_the_same_bytes_from_every_step(task: str, tmp_path: Path) -> None:
         )
         with_coarse(build(task)).resume(run, folder / name, progress=False)
         assert made(folder) == made(tmp_path / "whole"), step
-    record = read_record(stopped.value.path) if stopped.value.path.exists() else None
-    assert record is None or record["config"]["generation"]["coarse_steps"] == {"share": 0.5, "scale": 0.5}
 
 
 def test_a_run_goes_on_with_the_grids_that_it_began_with() -> None:
