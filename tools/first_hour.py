@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from kandinsky.attention.engines import AUTO_ORDER
-from kandinsky.common.limits import ELEMENTS_AT_ONCE, STAGING_BYTES
+from kandinsky.common.limits import LEAST_FRAMES_ON_GPU, STAGING_BYTES
 from kandinsky.planning.machine import CUDA_CONTEXT, GPU_SLACK, HOST_OF_GPU_RUN, Machine
 from kandinsky.runtime.compile import BREAK_EVEN_EVALUATIONS
 from tools import gpu_measurements
@@ -103,7 +103,10 @@ ASSUMED = (
     Assumption("bytes of a staging buffer", STAGING_BYTES, "staging", "best bytes", LIMITS, "STAGING_BYTES ="),
     Assumption("NABLA's map on a GPU", "sort", "nabla_map", "faster", "kandinsky/attention/nabla.py",
                "return sorted_heaviest(mass, P)"),
-    Assumption("elements of the VAE's chunks", ELEMENTS_AT_ONCE, "vae_chunks", "fastest", LIMITS, "ELEMENTS_AT_ONCE ="),
+    Assumption("frames of the VAE's chunks", LEAST_FRAMES_ON_GPU, "vae_chunks", "fastest", LIMITS,
+               "LEAST_FRAMES_ON_GPU ="),
+    Assumption("the VAE in channels-last memory, times as fast", "more than 1", "vae_chunks",
+               "channels last, times as fast", "kandinsky/loading/vae.py", "memory_format = torch.channels_last"),
 )  # fmt: skip
 
 

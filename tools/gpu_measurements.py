@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kandinsky.attention.engines import AUTO_ORDER, ENGINES, disagreement, obstacle
 from kandinsky.attention.nabla import sorted_heaviest
-from kandinsky.common.limits import ELEMENTS_AT_ONCE, STAGING_BYTES
+from kandinsky.common.limits import LEAST_FRAMES_ON_GPU, STAGING_BYTES
 from kandinsky.config.schema import DiTConfig
 from kandinsky.models import causal_conv
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
@@ -53,7 +53,7 @@ class Sizes:
 
 REAL = Sizes(
     torch.device("cuda", 0), 2**30, 8192, ((28, 64), (32, 128)), 47616, (2**24 // 744, 744), (31, 64, 96), DiTConfig(),
-    (128, 256, 512, 512), (5, 32, 32), torch.bfloat16,
+    (128, 256, 512, 512), (5, 64, 64), torch.bfloat16,
 )  # fmt: skip
 DRY = Sizes(
     torch.device("cpu"), 2**20, 64, ((2, 64),), 128, (64, 32), (1, 4, 4),
@@ -254,23 +254,31 @@ def nabla_map(sizes: Sizes) -> Figures:
 
 @torch.no_grad()
 def vae_chunks(sizes: Sizes) -> Figures:
-    """Decoding a window of a video in chunks of several sizes: seconds, and on a GPU the allocator's peak."""
+    """Decoding a window of a video in chunks of several lengths, and in the other memory format: seconds a frame, and
+    on a GPU the allocator's peak."""
     device = sizes.device
     vae = AutoencoderKLHunyuanVideo(block_out_channels=sizes.vae_channels, norm_num_groups=min(32, *sizes.vae_channels))
     vae = vae.to(device, sizes.dtype)
     latents = torch.randn(1, 16, *sizes.vae_window, device=device, dtype=sizes.dtype)
+    frames = 4 * sizes.vae_window[0] - 3
     figures: Figures = {}
-    for factor in (1, 4, 16, 64):
-        elements = factor * ELEMENTS_AT_ONCE
-        with mock.patch.object(causal_conv, "ELEMENTS_AT_ONCE", elements):
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            figures[f"{elements}"] = seconds(lambda: vae.decode(latents), device, 3)
-            if device.type == "cuda":
-                figures[f"peak {elements}"] = torch.cuda.max_memory_allocated(device)
-    timed = [name for name in figures if name.isdigit()]
-    figures["fastest"] = int(min(timed, key=lambda name: figures[name]))
+
+    def measure(name: str, at_once: int) -> None:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        with mock.patch.object(causal_conv, "frames_at_once", lambda x: at_once):
+            figures[name] = seconds(lambda: vae.decode(latents), device, 3) / frames
+        if device.type == "cuda":
+            figures[f"peak {name}"] = torch.cuda.max_memory_allocated(device)
+
+    measure("contiguous", LEAST_FRAMES_ON_GPU)
+    vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    lengths = (2, LEAST_FRAMES_ON_GPU, frames)
+    for at_once in lengths:
+        measure(str(at_once), at_once)
+    figures["fastest"] = min(lengths, key=lambda at_once: figures[str(at_once)])
+    figures["channels last, times as fast"] = figures["contiguous"] / figures[str(LEAST_FRAMES_ON_GPU)]
     return figures
 
 

@@ -25,7 +25,11 @@ STAGING_BYTES = 2**25
 # Tokens at a time, where a visual block runs in parts or memory is short.
 CHUNK_TOKENS = 8192
 
-# Of a video VAE's layer, how much is worked on at once: elements of its input, as far as whole frames allow. With fewer
-# than two frames, copying the history costs more than the frame itself.
+# Of a video VAE's layer, how much is worked on at once, as far as whole frames allow. On a CPU elements of its input,
+# by what stays in caches; with fewer than two frames, copying the history costs more than the frame itself.
 ELEMENTS_AT_ONCE = 2**21
 LEAST_FRAMES_AT_ONCE = 2
+# On a GPU bytes: what is smaller than that is launched at once. Of frames that are larger the history of two is a third
+# of six, and with six the decoder takes as much memory as on a CPU, whose kernels want copies.
+GPU_BYTES_AT_ONCE = 2**26
+LEAST_FRAMES_ON_GPU = 6

@@ -18,11 +18,36 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kandinsky.models.causal_conv import CausalConv3d, FrameOperation, convolve, new_video, padded_windows
+from kandinsky.models.causal_conv import (
+    CausalConv3d,
+    FrameOperation,
+    convolve,
+    new_video,
+    padded_windows,
+    unchanged,
+)
 from kandinsky.models.numerics import upcast
 from kandinsky.models.vae_tiling import DiagonalGaussian, MapTiles, TiledAxis, VAETiling, apply_tiled
 
 GROUP_NORM_EPS = 1e-6
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, T, C) of every channel in every frame of x (B, C, T, H, W), in float32.
+
+    Where it can be by batch norm's kernel, which reads x once and leaves no copy of it in float32.
+    """
+    running = [upcast(x.new_zeros(x.shape[1])) for _ in range(2)]  # asked for, and no use to us
+
+    def of(frame: Tensor) -> tuple[Tensor, Tensor]:
+        if x.device.type in ("cpu", "cuda"):
+            return torch.batch_norm_update_stats(frame, *running, momentum=0.0)
+        variance, mean = torch.var_mean(upcast(frame), (0, 2, 3), correction=0)
+        return mean, variance
+
+    found = [of(frame) for sample in x.split(1) for frame in sample.unbind(2)]
+    means, variances = (torch.stack(values).unflatten(0, (x.shape[0], -1)) for values in zip(*found, strict=True))
+    return means, variances
 
 
 def norm_and_silu(norm: nn.GroupNorm, x: Tensor) -> FrameOperation:
@@ -30,19 +55,21 @@ def norm_and_silu(norm: nn.GroupNorm, x: Tensor) -> FrameOperation:
     if torch.is_grad_enabled():
         return lambda frames: F.silu(norm(frames))  # the frames are all of x
 
-    means, powers = [], []  # of every channel in every frame
-    for frame in x.unbind(2):
-        pixels = upcast(frame).flatten(2)  # (B, C, H*W)
-        means.append(pixels.mean(-1))
-        powers.append(torch.linalg.vecdot(pixels, pixels) / pixels.shape[-1])
-    groups = (norm.num_groups, -1)
-    mean = torch.stack(means, dim=-1).unflatten(1, groups).mean((2, 3))  # (B, groups)
-    power = torch.stack(powers, dim=-1).unflatten(1, groups).mean((2, 3))
-    deviation = torch.sqrt((power - mean.square()).clamp(min=0) + norm.eps)
-    factor = upcast(norm.weight).unflatten(0, groups) / deviation.unsqueeze(-1)  # (B, groups, C / groups)
-    offset = upcast(norm.bias).unflatten(0, groups) - factor * mean.unsqueeze(-1)
+    groups = norm.num_groups, -1
+    means, variances = (values.unflatten(2, groups) for values in channel_statistics(x))  # (B, T, groups, C / groups)
+    mean = means.mean((1, 3)).unsqueeze(-1)
+    variance = (variances.mean((1, 3)) + means.var((1, 3), correction=0)).unsqueeze(-1)
+    factor = upcast(norm.weight).unflatten(0, groups) / torch.sqrt(variance + norm.eps)  # (B, groups, C / groups)
+    offset = upcast(norm.bias).unflatten(0, groups) - factor * mean
     factor, offset = (value.flatten(1)[:, :, None, None, None] for value in (factor, offset))
-    return lambda frames: F.silu(torch.addcmul(offset, frames, factor), inplace=True).to(x.dtype)
+
+    def normalise(frames: Tensor, out: Tensor) -> Tensor:
+        if frames.device.type == "cpu" and out.dtype != factor.dtype:
+            # On a CPU operations of mixed dtypes make copies in the wider one: all of it in that, and cast once.
+            return out.copy_(F.silu(torch.addcmul(offset, frames, factor), inplace=True))
+        return F.silu(torch.addcmul(offset, frames, factor, out=out), inplace=True)
+
+    return normalise
 
 
 class ResnetBlock(nn.Module):
@@ -56,10 +83,12 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        def shortcut(begin: int, end: int) -> Tensor:
+            frames = x[:, :, begin:end]
+            return self.conv_shortcut(frames) if hasattr(self, "conv_shortcut") else frames
+
         hidden = self.conv1(x, norm_and_silu(self.norm1, x))
-        hidden = self.conv2(hidden, norm_and_silu(self.norm2, hidden), out=hidden)
-        shortcut = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
+        return self.conv2(hidden, norm_and_silu(self.norm2, hidden), out=hidden, add=shortcut)
 
 
 class FrameCausalAttention(nn.Module):
@@ -163,10 +192,15 @@ class Upsample(nn.Module):
         bias = None if conv.bias is None else conv.bias.repeat(time).to(dtype)
 
         out = None
-        for begin, end, window in padded_windows(x, lambda frames: frames.to(dtype), border=1, taps=taps):
+        for begin, end, window in padded_windows(x, unchanged, border=1, taps=taps, dtype=dtype):
             for (i, j), kernel in kernels.items():
-                view = window[..., i : i + rows + kernel.shape[3] - 1, j : j + columns + kernel.shape[4] - 1]
-                phases = convolve(view, kernel, bias, conv.stride, self.conv.is_by_frame(view))
+                if self.conv.for_cpu:
+                    view = window[..., i : i + rows + kernel.shape[3] - 1, j : j + columns + kernel.shape[4] - 1]
+                    phases = convolve(view, kernel, bias, conv.stride, self.conv.is_by_frame(view))
+                else:
+                    # A GPU's kernels copy a view that has gaps: a row and a column of results too many cost less.
+                    phases = convolve(window, kernel, bias, conv.stride, self.conv.is_by_frame(window))
+                    phases = phases[..., i : i + rows, j : j + columns]
                 own, *earlier = phases.chunk(time, dim=1)
                 if out is None:
                     size = (time * (frames - 1) + 1, height * rows, width * columns)
@@ -176,7 +210,8 @@ class Upsample(nn.Module):
                 for phase in earlier:  # input frame n > 0 makes the output frames 2n - 1 and 2n
                     first = max(begin, 1)
                     pixels[:, :, time * first - 1 : time * (end - 1) : time] = phase[:, :, first - begin :]
-            del window
+                    del phase
+                del phases, own, earlier  # before the next ones are made
         assert out is not None
         return out
 

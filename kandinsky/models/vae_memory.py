@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_AT_ONCE
+from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_ON_GPU
 
 GB = 2**30  # bytes, as memory is sold
 
@@ -58,13 +58,10 @@ class Decoding:
         if frames == 1:
             # Normalising: input, input in float32, result in float32. Convolution: input, two padded copies, result.
             return (inner * size + max(2 * inner * FLOAT32, (2 * inner + outer) * work)) * pixels
-        few = min(frames, max(LEAST_FRAMES_AT_ONCE, ELEMENTS_AT_ONCE // (inner * pixels)))
-        # First convolution: input and result; a few padded frames with two of history, the same in the kernel's layout,
-        # the history again; twice the few frames that come out.
-        convolution = (inner + outer) * frames * size + ((2 * few + 6) * inner + 2 * few * outer) * work
-        # Shortcut, where channels change: input, hidden, result; a few frames that go in, and twice what comes out.
-        shortcut = 0 if inner == outer else (inner + 2 * outer) * (frames * size + few * work)
-        return max(convolution, shortcut) * pixels
+        # First convolution of the block: input and result; a window of a few padded frames with two of history, and
+        # what comes of it. On a CPU fewer frames, and the same again in the kernel's layout.
+        few = min(frames, max(LEAST_FRAMES_ON_GPU, ELEMENTS_AT_ONCE // (inner * pixels)))
+        return ((inner + outer) * frames * size + ((few + 2) * inner + few * outer) * work) * pixels
 
     def peak_bytes(self, tile: int) -> int:
         """Bytes besides the weights at the peak of decoding all of it, in squares of `tile` pixels.

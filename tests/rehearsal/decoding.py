@@ -29,7 +29,12 @@ def rehearse_decoding(config: Config, tile: int | None = None) -> tuple[FakeGPU,
     with FakeGPU() as gpu:
         with torch.device("meta"):
             vae = kind().bfloat16()
-        state = {key: torch.empty(x.shape, dtype=x.dtype, device=DEVICE) for key, x in vae.state_dict().items()}
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}  # as loading leaves them
+        state = {
+            key: torch.empty(x.shape, dtype=x.dtype, device=DEVICE,
+                             memory_format=last.get(x.dim(), torch.contiguous_format))
+            for key, x in vae.state_dict().items()
+        }  # fmt: skip
         vae.load_state_dict(state, assign=True)
         del state
         frames, rows, columns = request.latent_size
