@@ -64,9 +64,11 @@ def norm_and_silu(norm: nn.GroupNorm, x: Tensor) -> FrameOperation:
     factor, offset = (value.flatten(1)[:, :, None, None, None] for value in (factor, offset))
 
     def normalise(frames: Tensor, out: Tensor) -> Tensor:
-        if frames.device.type == "cpu" and out.dtype != factor.dtype:
-            # On a CPU operations of mixed dtypes make copies in the wider one: all of it in that, and cast once.
-            return out.copy_(F.silu(torch.addcmul(offset, frames, factor), inplace=True))
+        if frames.device.type == "cpu" and frames.dtype != factor.dtype:
+            # There operations of mixed dtypes make copies in the wider one: better one, in which all is done.
+            wide = out.copy_(frames) if out.dtype == factor.dtype else upcast(frames)
+            F.silu(torch.addcmul(offset, wide, factor, out=wide), inplace=True)
+            return out if wide is out else out.copy_(wide)
         return F.silu(torch.addcmul(offset, frames, factor, out=out), inplace=True)
 
     return normalise

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_ON_GPU
+from kandinsky.common.limits import ELEMENTS_AT_ONCE, LEAST_FRAMES_AT_ONCE, LEAST_FRAMES_ON_GPU
 
 GB = 2**30  # bytes, as memory is sold
 
@@ -59,9 +59,11 @@ class Decoding:
             # Normalising: input, input in float32, result in float32. Convolution: input, two padded copies, result.
             return (inner * size + max(2 * inner * FLOAT32, (2 * inner + outer) * work)) * pixels
         # First convolution of the block: input and result; a window of a few padded frames with two of history, and
-        # what comes of it. On a CPU fewer frames, and the same again in the kernel's layout.
-        few = min(frames, max(LEAST_FRAMES_ON_GPU, ELEMENTS_AT_ONCE // (inner * pixels)))
-        return ((inner + outer) * frames * size + ((few + 2) * inner + few * outer) * work) * pixels
+        # what comes of it. A CPU takes fewer frames, and the same again in its kernels' layout.
+        on_gpu = min(frames, LEAST_FRAMES_ON_GPU)
+        on_cpu = min(frames, max(LEAST_FRAMES_AT_ONCE, ELEMENTS_AT_ONCE // (inner * pixels)))
+        window = max(times * ((few + 2) * inner + few * outer) for times, few in ((1, on_gpu), (2, on_cpu)))
+        return ((inner + outer) * frames * size + window * work) * pixels
 
     def peak_bytes(self, tile: int) -> int:
         """Bytes besides the weights at the peak of decoding all of it, in squares of `tile` pixels.
