@@ -175,7 +175,7 @@ class MultiheadAttention(nn.Module):
         k = self._split(self.to_key, context, chunk_tokens, self.key_norm, rope)  # (B, h, M, d)
         v = self._split(self.to_value, context, chunk_tokens)  # (B, h, M, d)
         out = attention(q, k, v, mask) if mask is not None else attention(q, k, v)
-        return self.out_layer(rearrange(out, "b h n d -> b n (h d)"))
+        return self.out_layer(out.transpose(1, 2).flatten(2))  # heads side by side again: (B, N, D)
 
     def _split(
         self,
@@ -188,10 +188,10 @@ class MultiheadAttention(nn.Module):
         """One projection of x (B, N, D) as heads (B, h, N, d), normalised and rotated where there is a norm."""
 
         def project(x: Tensor, tokens: slice) -> Tensor:
+            heads = layer(x).unflatten(-1, (self.num_heads, -1))  # (B, n, h, d)
             if norm is None:
-                return rearrange(layer(x), "b n (h d) -> b n h d", h=self.num_heads)
-            heads = rearrange(layer(x), "b n (h d) -> b h n d", h=self.num_heads)
-            return norm_and_rotate(heads, norm, rope and rope.of(tokens)).transpose(1, 2)
+                return heads
+            return norm_and_rotate(heads.transpose(1, 2), norm, rope and rope.of(tokens)).transpose(1, 2)
 
         return by_chunks(project, x, chunk_tokens).transpose(1, 2)
 

@@ -37,11 +37,12 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Where it can be by batch norm's kernel, which reads x once and leaves no copy of it in float32.
     """
-    running = [upcast(x.new_zeros(x.shape[1])) for _ in range(2)]  # asked for, and no use to us
+    # Running statistics are asked for, and no use to us.
+    running_mean, running_variance = (upcast(x.new_zeros(x.shape[1])) for _ in range(2))
 
     def of(frame: Tensor) -> tuple[Tensor, Tensor]:
         if x.device.type in ("cpu", "cuda"):
-            return torch.batch_norm_update_stats(frame, *running, momentum=0.0)
+            return torch.batch_norm_update_stats(frame, running_mean, running_variance, momentum=0.0)
         variance, mean = torch.var_mean(upcast(frame), (0, 2, 3), correction=0)
         return mean, variance
 

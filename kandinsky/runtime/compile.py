@@ -22,6 +22,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def run_compiled(
     if text_mask is not None:
         torch._dynamo.mark_dynamic(text_mask, 3)
     try:
-        with torch._dynamo.config.patch(recompile_limit=LARGEST_NUMBER_OF_GRAPHS):
+        with _more_graphs():
             return compiled(block, x, text, time_embed, rope, text_mask, attention, chunk_tokens)
     except Exception as error:
         if not type(error).__module__.startswith(COMPILERS):
@@ -172,6 +173,14 @@ def run_compiled(
             f"the DiT's blocks could not be compiled ({type(reason).__name__}: {first_line(reason)}): run with "
             "--compile off (runtime.compile=off), which computes the same, slower"
         ) from error
+
+
+@functools.cache
+def _more_graphs() -> AbstractContextManager[Any]:
+    """Lets PyTorch make `LARGEST_NUMBER_OF_GRAPHS`. Made once: every one that is made leaves a class and a context
+    variable behind, and a video has thousands of calls."""
+    patch: AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=LARGEST_NUMBER_OF_GRAPHS)
+    return patch
 
 
 _numbers = itertools.count()
