@@ -124,10 +124,12 @@ def work_on(
     except KeyboardInterrupt as stop:
         return interrupted(stop, args, words, launch)
     except Exception as error:
-        # torch's; by name, because torch may not be imported here
-        if "OutOfMemoryError" in [kind.__name__ for kind in type(error).__mro__]:
-            memory = "out of GPU memory: --plan says what fits; or try a smaller --width and --height, or less duration"
-            return fail(launch, memory)
+        from kandinsky.common.out_of_memory import of_the_host, ran_out_of_memory
+
+        if ran_out_of_memory(error):
+            whose = "host" if of_the_host(error) else "GPU"
+            advice = "--plan says what fits; or try a smaller --width and --height, or less duration"
+            return fail(launch, f"out of {whose} memory: {advice} ({' '.join(str(error).split())})")
         if args.data_parallel:
             logging.error("failed unexpectedly", exc_info=error)
             return 1

@@ -12,12 +12,16 @@ there before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
+import importlib
+import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +38,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from benchmarks.memory import status, write_checkpoint
+from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.config.reading import load_config
 from kandinsky.config.schema import Config, DiTConfig
 from kandinsky.loading.assemble import load_pipeline
@@ -48,6 +53,7 @@ from kandinsky.planning.plan import make_plan, weight_files
 from kandinsky.planning.stages import Stage
 from kandinsky.request import Request, resolve_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement
+from kandinsky.runtime.processes import Processes
 from kandinsky.runtime.quantization import require_scheme, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +71,8 @@ DIT = DiTConfig(
 
 @dataclass(frozen=True)
 class Row:
-    """Settings of a run. `file`: what the DiT's file holds, "bfloat16", "float32" or "int8"."""
+    """Settings of a run. `file`: what the DiT's file holds, "bfloat16", "float32" or "int8". `lora`: with an adapter
+    for all layers. `processes`: that make it together; measured is what they take in sum."""
 
     dtype: str
     runtime: tuple[str, ...] = ()
@@ -75,10 +82,13 @@ class Row:
     height: int = 256
     seconds: float = 0.2
     overrides: tuple[str, ...] = ()
+    lora: bool = False
+    processes: int = 1
 
     def __str__(self) -> str:
         size = f"{self.width}x{self.height}" + (f", {self.seconds:g} s" if self.seconds else "")
         parts = (self.task, self.dtype, *(f"{self.file} file",), *self.runtime, *self.overrides, size)
+        parts += ("adapter",) * self.lora + (f"{self.processes} processes",) * (self.processes > 1)
         return ", ".join(parts)
 
 
@@ -103,6 +113,12 @@ ROWS = (
     Row("float32", ("offload=on",), task="i2v"),
     Row("float32", ("offload=on",), task="t2i", width=512, height=512, seconds=0),
     Row("bfloat16", task="t2i", width=512, height=512, seconds=0),
+    Row("bfloat16", lora=True),
+    Row("bfloat16", ("offload=on", "blocks_on_gpu=1"), lora=True),
+    Row("bfloat16", ("offload=on", "blocks_on_gpu=1", "blocks_from=file"), lora=True),
+    Row("bfloat16", ("dit_quantization=int8",), lora=True),
+    Row("float32", width=512, height=512, processes=2),
+    Row("float32", ("shard_weights=true",), width=512, height=512, processes=2),
 )
 
 
@@ -122,6 +138,7 @@ def write_models(folder: Path) -> None:
         write_checkpoint(place / "model" / "bfloat16.safetensors", params)
         if task == "t2v":
             write_checkpoint(place / "model" / "float32.safetensors", params, "F32")
+            write_adapter(place / "model" / "adapter.safetensors", params)
             dit = load_dit(place / "model" / "bfloat16.safetensors", params, "cpu", torch.bfloat16, "int8")
             save_checkpoint(dit, place / "model" / "int8.safetensors")
         vae = AutoencoderKLHunyuanVideo if task == "t2v" else AutoencoderKL
@@ -129,6 +146,17 @@ def write_models(folder: Path) -> None:
         write_model(functools.partial(vae, **VAE), path, torch.float32)
         (place / "vae" / "config.json").write_text(json.dumps(VAE))
     write_text_encoders(folder)
+
+
+def write_adapter(path: Path, params: DiTConfig, rank: int = 64) -> None:
+    """A LoRA for all layers; 64 is more than is usual, to be seen beside the rest."""
+    tensors = {}
+    for name, shape in expected_dit_shapes(params).items():
+        if len(shape) == 2:
+            layer = name.removesuffix(".weight")
+            tensors[f"{layer}.lora_A.weight"] = 0.01 * torch.randn(rank, shape[1])
+            tensors[f"{layer}.lora_B.weight"] = 0.01 * torch.randn(shape[0], rank)
+    save_file(tensors, path)
 
 
 def write_model(make: Callable[[], nn.Module], path: Path, dtype: torch.dtype) -> None:
@@ -181,6 +209,7 @@ def config_of(row: Row, folder: Path) -> Config:
         model,
         dit_params=dit_params(row.task),
         checkpoint_path=str(of_task / "model" / f"{row.file}.safetensors"),
+        loras=(str(of_task / "model" / "adapter.safetensors"),) if row.lora else (),
         vae=replace(model.vae, checkpoint_path=str(of_task / "vae")),
         text_embedder=encoders,
     )
@@ -200,12 +229,13 @@ def predicted(row: Row, folder: Path) -> dict[str, Stage]:
     """The plan's stages by name, on a machine where everything fits."""
     config = config_of(row, folder)
     machine = dataclasses.replace(machine_memory(torch.device("cpu")), host_memory=2**40)
+    machine = dataclasses.replace(machine, processes=row.processes, on_host=row.processes)
     made = make_plan(config, request_of(row, config), machine, weight_files(config), row.dtype)
     return {stage.name: stage for stage in made.stages}
 
 
-def measured(row: Row, folder: Path) -> dict[str, int]:
-    """The peak of each stage of a run in bytes, beyond what was resident before loading."""
+def measured(row: Row, folder: Path, processes: Processes | None = None) -> dict[str, int]:
+    """The peak of each stage of a run in bytes, beyond what was resident before loading; of this process."""
     config = config_of(row, folder)
     gc.collect()
     before = status("VmRSS")
@@ -221,7 +251,7 @@ def measured(row: Row, folder: Path) -> dict[str, int]:
         return run
 
     request = request_of(row, config)
-    pipe = load_pipeline(config, "cpu", dtype=row.dtype, request=request)
+    pipe = load_pipeline(config, "cpu", dtype=row.dtype, request=request, processes=processes)
     touch(pipe)
     for name, method in STAGES.items():
         setattr(pipe, method, watched(name, getattr(pipe, method)))
@@ -233,8 +263,12 @@ def measured(row: Row, folder: Path) -> dict[str, int]:
 def touch(pipe: Pipeline) -> None:
     """Read all weights that are there, and fill the buffers of blocks that stream: what will be resident is so now.
 
+    Not of processes that share weights, which all have to gather them at once.
+
     Else it would depend on how far the kernel reads ahead what a stage finds in memory of those before it.
     """
+    if pipe.config.runtime.shard_weights:
+        return
     if not isinstance(pipe.placement, OffloadPlacement):
         for _ in pipe.execution.hand_out(pipe.dit.visual_transformer_blocks):
             pass
@@ -248,21 +282,34 @@ def touch(pipe: Pipeline) -> None:
 
 
 def measured_in_a_process(rows: Sequence[int], folder: Path) -> Iterator[dict[str, int]]:
-    """`measured` for some of ROWS, in a fresh interpreter, after a run of the tiny model."""
+    """`measured` for some of ROWS, in a fresh interpreter, after a run of the tiny model; in several for a row of
+    several processes."""
     # glibc: give freed tensors back to the system at once, so that what is resident is what is in use.
     own = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-    command = [sys.executable, __file__, "--measure", json.dumps({"rows": list(rows), "folder": str(folder)})]
-    with (folder / "errors.txt").open("w+") as errors:
-        with subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, stderr=errors) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                yield json.loads(line)
-        errors.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"measuring failed: {errors.read()}")
+    for (count, _), some in itertools.groupby(
+        rows, lambda row: (ROWS[row].processes, row if ROWS[row].processes > 1 else None)
+    ):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        chosen = list(some)
+        with (folder / "errors.txt").open("w+") as errors, contextlib.ExitStack() as stack:
+            members = []
+            for rank in range(count):
+                request = {"rows": chosen, "folder": str(folder), "rank": rank, "size": count}
+                command = [sys.executable, __file__, "--measure", json.dumps(request)]
+                started = subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, stderr=errors)
+                members.append(stack.enter_context(started))
+            for _ in chosen:
+                lines = [member.stdout.readline() for member in members if member.stdout is not None]
+                if not all(lines):
+                    errors.seek(0)
+                    raise RuntimeError(f"measuring failed: {errors.read()}")
+                peaks = [json.loads(line) for line in lines]
+                yield {name: sum(each[name] for each in peaks) for name in peaks[0]}
 
 
-def answer(rows: Sequence[int], folder: Path) -> None:
+def answer(rows: Sequence[int], folder: Path, rank: int, size: int) -> None:
     """The other end of `measured_in_a_process`."""
     torch.set_num_threads(1)
     require_scheme("nf4")  # its package takes memory too
@@ -271,8 +318,16 @@ def answer(rows: Sequence[int], folder: Path) -> None:
         pipe = load_pipeline(tiny, "cpu", dtype=dtype)
         pipe.generate(resolve_request(tiny, "a cat", seed=0, time_length=0.2), progress=False)
         del pipe
-    for row in rows:
-        print(json.dumps(measured(ROWS[row], folder)), flush=True)
+    if size == 1:
+        for row in rows:
+            print(json.dumps(measured(ROWS[row], folder)), flush=True)
+        return
+    importlib.import_module("torch.distributed.fsdp")  # which takes memory too
+
+    (row,) = rows  # a group of processes is formed once
+    processes = Processes.join(rank, size, rank)
+    print(json.dumps(measured(ROWS[row], folder, processes)), flush=True)
+    processes.leave()
 
 
 def compare(rows: Sequence[int], folder: Path) -> Iterator[tuple[Row, str, float, float]]:
@@ -280,7 +335,8 @@ def compare(rows: Sequence[int], folder: Path) -> Iterator[tuple[Row, str, float
     for row, peaks in zip(rows, measured_in_a_process(rows, folder), strict=True):
         stages = predicted(ROWS[row], folder)
         for name, peak in peaks.items():
-            yield ROWS[row], name, stages[name].host + stages[name].mapped - HOST_OF_CPU_RUN, peak
+            there_before = ROWS[row].processes * HOST_OF_CPU_RUN
+            yield ROWS[row], name, stages[name].host + stages[name].mapped - there_before, peak
 
 
 def main() -> None:
@@ -291,7 +347,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         request = json.loads(args.measure)
-        answer(request["rows"], Path(request["folder"]))
+        answer(request["rows"], Path(request["folder"]), request["rank"], request["size"])
         return
 
     rows = [i for i, row in enumerate(ROWS) if args.rows is None or any(words in str(row) for words in args.rows)]

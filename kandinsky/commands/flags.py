@@ -232,6 +232,9 @@ def build_parser() -> Parser:
         "--memory_gb", type=float, metavar="GB", help="for --plan: a GPU of that size, not the one here"
     )
     parser.add_argument("--host_memory_gb", type=float, metavar="GB", help="for --plan: likewise the host's memory")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="for --plan: as many share the work, each with such a GPU"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu; default: a CUDA device where there is one")
     parser.add_argument("--dtype", help="bfloat16, float32, float16; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--cache_dir", default="./weights/", help="the folder that ./weights/ in the YAML stands for")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def plan(args: argparse.Namespace) -> str:
     """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
+    from kandinsky.config.rules import check_processes
     from kandinsky.planning.plan import make_plan, plan_decoding, weight_files
     from kandinsky.planning.report import report
 
@@ -30,9 +31,9 @@ def plan(args: argparse.Namespace) -> str:
         request = max(video.requests, key=lambda one: one.num_frames)
     else:
         config, request = asked(args)
-    if make is make_plan:
-        check_loras_here(config, args.cache_dir)
     machine = planned_machine(args)
+    if make is make_plan:
+        check_processes(config, machine.processes)
     dtype = args.dtype or ("float32" if machine.gpu_memory is None else "bfloat16")
     made = make(config, request, machine, weight_files(config, args.cache_dir), dtype)
     if made.refusal is not None:
@@ -82,18 +83,6 @@ def asked(args: argparse.Namespace) -> tuple[Config, Request]:
     return config, request
 
 
-def check_loras_here(config: Config, cache_dir: str) -> None:
-    """Raise ValueError for an adapter that does not fit. One that is not there may come later, as weights may."""
-    from kandinsky.checkpoints.files import resolve_path
-    from kandinsky.checkpoints.lora_file import read_lora
-    from kandinsky.config.rules import split_lora
-
-    for text in config.model.loras:
-        path = resolve_path(split_lora(text)[0], config, cache_dir)
-        if path.exists():
-            read_lora(path, config.model.dit_params)
-
-
 def recorded(args: argparse.Namespace) -> tuple[Config, Request]:
     """What a run that died was for, as far as its decoding goes."""
     from kandinsky.outputs import latents_file
@@ -117,11 +106,15 @@ def planned_machine(args: argparse.Namespace) -> Machine:
         if (size := getattr(args, flag)) is not None and not size > 0:
             raise ValueError(f"--{flag} is {size:g}; it must be more than 0 (GB of 2^30 bytes)")
     host = host_memory() if args.host_memory_gb is None else args.host_memory_gb * GB
+    count = 1 if args.processes is None else args.processes
+    if count < 1:
+        raise ValueError(f"--processes is {count}; it must be at least 1")
     if args.device == "cpu" and args.dtype in (None, "float32"):  # which every CPU computes in; torch is not asked
-        return Machine(host)
+        return Machine(host, processes=count, on_host=count)
     if args.memory_gb is not None:
-        return Machine(host, args.memory_gb * GB)
+        return Machine(host, args.memory_gb * GB, processes=count, on_host=count)
     from kandinsky.loading.device_map import parse_device_map
     from kandinsky.loading.devices import machine_memory
 
-    return dataclasses.replace(machine_memory(parse_device_map(args.device)["dit"]), host_memory=host)
+    here = machine_memory(parse_device_map(args.device)["dit"])
+    return dataclasses.replace(here, host_memory=host, processes=count, on_host=count)

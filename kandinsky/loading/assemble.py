@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ from kandinsky.config.reading import with_settings
 from kandinsky.config.rules import check_processes
 from kandinsky.config.schema import Config
 from kandinsky.loading.device_map import DeviceMap, parse_device_map
-from kandinsky.loading.devices import dtype_name, machine_memory, resolve_dtype
+from kandinsky.loading.devices import dtype_name, machine_memory, machine_of_all, resolve_dtype
 from kandinsky.loading.dit import dit_parts, load_dit, load_dit_on_host, load_sharded_dit, reread, scheme_of
 from kandinsky.loading.text import load_prompt_side, no_text_encoders
 from kandinsky.loading.vae import load_tiny_decoder, load_vae
@@ -48,11 +49,14 @@ from kandinsky.outputs.preview import load_latent_rgb
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.image_to_image import ImageToImagePipeline
 from kandinsky.pipelines.image_to_video import ImageToVideoPipeline
-from kandinsky.pipelines.parts import Placement
+from kandinsky.pipelines.parts import Parts, Placement
 from kandinsky.pipelines.text_to_image import TextToImagePipeline
 from kandinsky.pipelines.text_to_video import TextToVideoPipeline
+from kandinsky.planning.adapters import adapter_files
 from kandinsky.planning.costs import num_evaluations
-from kandinsky.planning.plan import resolve_runtime
+from kandinsky.planning.frugal import more_frugal
+from kandinsky.planning.machine import Machine
+from kandinsky.planning.plan import default_request, models_in, resolve_runtime
 from kandinsky.request import Request
 from kandinsky.runtime.block_parts import with_blocks_in_parts
 from kandinsky.runtime.compile import is_wanted, keep_compiled_code, model_evaluations, with_compiled_blocks
@@ -100,24 +104,38 @@ def load_pipeline(
     """
     given = {"dit": dit_path, "vae": vae_path, "qwen": text_encoder_path, "clip": text_encoder2_path}
     settled = settle(config, device_map, cache_dir, given, dtype, request, evaluations, processes)
-    config, devices = settled.config, settled.devices
     attention = chosen_attention(settled, attention_engine)
-    team = None if processes is None else connect(processes, config, devices["dit"])
+    team = None if processes is None else team_of(processes, settled.config, settled.devices["dit"])
+    return put_together(settled, attention, team, read_text_encoders)
+
+
+def put_together(
+    settled: Settled,
+    attention: Execution,
+    team: DistributedTeam | None,
+    read_text_encoders: bool = True,
+    before: Parts | None = None,
+) -> Pipeline:
+    """`load_pipeline` where all is decided. before: a pipeline whose adapters it gets, in place of the config's."""
+    config, devices = settled.config, settled.devices
 
     # The DiT first: its header says at once whether it is the variant that the config means. What gets its weights
     # later is only checked now.
     originals = reread(settled.paths["dit"])
     dit, on_host = load_transformer(settled, team)
     vae = load_vae(settled.paths["vae"], devices["vae"], settled.dtype, config.model.vae.name, read=not settled.offload)
-    text_embedder, expander, text_parts = load_prompts(settled, team, processes, read_text_encoders)
+    text_embedder, expander, text_parts = load_prompts(settled, team, read_text_encoders)
 
     adapters: Adapters | None = None
     transformer_parts: list[Part] = []
     hand_out: HandOut = iter
     if not settled.is_sharded_over(team):
         adapters = Adapters(dit, config.model.dit_params, originals, devices["dit"])
-        for name, (file, _) in settled.loras.items():
-            adapters.add(name, file)
+        if before is not None and isinstance(before.adapters, Adapters):
+            adapters.take_over(before.adapters)
+        else:
+            for name, (file, _) in settled.loras.items():
+                adapters.add(name, file)
         transformer_parts = [adapters]
         if on_host is not None:  # last, because it may read a model of 77 GB
             from_file = config.runtime.blocks_from == "file"
@@ -133,7 +151,8 @@ def load_pipeline(
 
     placement = place(settled, vae, {"text_embedder": text_parts, "dit": transformer_parts})
     if adapters is not None:
-        adapters.activate({name: scale for name, (_, scale) in settled.loras.items()})
+        scales = {name: scale for name, (_, scale) in settled.loras.items()}
+        adapters.activate(scales if before is None else {one["name"]: one["scale"] for one in before.active_adapters()})
     return PIPELINES[config.task](
         config,
         dit,
@@ -144,9 +163,10 @@ def load_pipeline(
         make_cache=functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None,
         team=team,
         latent_rgb=load_latent_rgb(settled.paths["vae"], config.model.vae.name) if config.runtime.preview else None,
-        tiny_decoder=load_tiny(config, settled.paths.get("tiny"), devices["vae"], settled.dtype),
+        tiny_decoder=None if before else load_tiny(config, settled.paths.get("tiny"), devices["vae"], settled.dtype),
         expander=expander,
         adapters=adapters,
+        frugality=None if adapters is None else FrugalLoading(settled, attention, team, read_text_encoders),
     )
 
 
@@ -156,6 +176,7 @@ def with_magcache(pipeline: Pipeline, wanted: bool) -> Pipeline:
         return pipeline
     tuned = copy.copy(pipeline)
     tuned.config = with_settings(pipeline.config, magcache={"enabled": wanted})
+    tuned.relatives.add(tuned)
     tuned.make_cache = functools.partial(cache_for_request, tuned.config.magcache) if wanted else None
     return tuned
 
@@ -167,9 +188,10 @@ class Settled:
     config: Config  # of `runtime` nothing is open that makes a difference
     devices: dict[str, torch.device]
     dtype: torch.dtype
-    paths: dict[str, Path]  # of "dit", "vae", "qwen" and "clip", and of "tiny" where there is a tiny decoder
+    paths: dict[str, Path]  # of "dit", "vae", "qwen", "clip", of "tiny" where there is a tiny decoder, and of adapters
     loras: Mapping[str, tuple[LoraFile, float]]  # files and scales
     compiled: bool
+    machine: Machine  # of several processes, what all of them have
 
     @property
     def offload(self) -> bool:
@@ -183,6 +205,28 @@ class Settled:
 
     def is_sharded_over(self, team: DistributedTeam | None) -> bool:
         return team is not None and self.config.runtime.shard_weights and team.sequence.size > 1
+
+
+@dataclass(frozen=True)
+class FrugalLoading:
+    """A `Frugality`: the pipeline that was put together of the same is so again, with what the plan says takes less.
+
+    Not with weights in shards, which processes could not put together anew before the old ones are gone.
+    """
+
+    settled: Settled
+    attention: Execution
+    team: DistributedTeam | None
+    read_text_encoders: bool
+
+    def settings(self, config: Config, request: Request | None, stage: str, on_host: bool) -> dict[str, Any]:
+        machine = self.settled.machine
+        models = models_in(dtype_name(self.settled.dtype), config, self.settled.paths, machine)
+        return more_frugal(config, request or default_request(config), machine, models, stage, on_host)
+
+    def load(self, config: Config, before: Parts) -> Pipeline:
+        settled = dataclasses.replace(self.settled, config=config)
+        return put_together(settled, self.attention, self.team, self.read_text_encoders, before)
 
 
 def settle(
@@ -241,11 +285,16 @@ def settle(
     if compiled:
         keep_compiled_code()
     loras = configured_loras(config, cache_dir)
+    paths |= adapter_files(config, cache_dir)
     check_upscaler(config.runtime.upscaler)
-    # Whoever spreads the models over devices or processes has a plan.
-    if processes is None and len(set(devices.values())) == 1:
-        config = resolve_runtime(config, request, machine_memory(devices["dit"]), paths, dtype_name(resolved_dtype))
-    return Settled(config, devices, resolved_dtype, paths, loras, compiled)
+    machine = machine_memory(devices["dit"])
+    if processes is not None:
+        processes.connect(devices["dit"])
+        machine = machine_of_all(machine, processes)
+    # Whoever spreads the models over devices has a plan.
+    if len(set(devices.values())) == 1:
+        config = resolve_runtime(config, request, machine, paths, dtype_name(resolved_dtype))
+    return Settled(config, devices, resolved_dtype, paths, loras, compiled, machine)
 
 
 def checked_tiny_path(config: Config, cache_dir: str | Path) -> Path | None:
@@ -299,7 +348,7 @@ def load_transformer(
 
 
 def load_prompts(
-    settled: Settled, team: DistributedTeam | None, processes: Processes | None, wanted: bool
+    settled: Settled, team: DistributedTeam | None, wanted: bool
 ) -> tuple[PromptEncoder, PromptExpander | None, list[Part]]:
     """`load_prompt_side`, of several processes in the first one alone; nothing where it is not wanted."""
     nobody: tuple[PromptEncoder, None, list[Part]] = (TextEncodersOnDemand(no_text_encoders), None, [])
@@ -309,9 +358,9 @@ def load_prompts(
     side: tuple[PromptEncoder, PromptExpander | None, list[Part]] = nobody
     if is_first:
         side = load_prompt_side(settled.config, settled.paths["qwen"], settled.paths["clip"], device, settled.dtype)
-    if processes is None:
+    if team is None:
         return side
-    return FirstProcessEncodes(side[0] if is_first else None, processes, device), *side[1:]
+    return FirstProcessEncodes(side[0] if is_first else None, team.processes, device), *side[1:]
 
 
 def place(
@@ -326,10 +375,11 @@ def place(
     return FixedPlacement(settled.devices)
 
 
-def connect(processes: Processes, config: Config, device: torch.device) -> DistributedTeam:
-    """The processes as a group that works together as the config says, once they all are here."""
-    processes.connect(device)
-    return DistributedTeam(processes, config.runtime.cfg_parallel, device.type)
+def team_of(processes: Processes, config: Config, device: torch.device) -> DistributedTeam:
+    """Connected processes as a group that works together as the config says."""
+    branches = config.runtime.cfg_parallel
+    is_sharded = config.runtime.shard_weights and processes.size > branches
+    return DistributedTeam(processes, branches, device.type, meets=not is_sharded)
 
 
 def load_for_decoding(
@@ -350,7 +400,10 @@ def load_for_decoding(
     tiny = load_tiny(config, checked_tiny_path(config, cache_dir), devices["vae"], resolved_dtype)
     vae = load_vae(vae_path, devices["vae"], resolved_dtype, config.model.vae.name)
     encoders, placement = TextEncodersOnDemand(no_text_encoders), FixedPlacement(devices)
-    team = connect(processes, with_settings(config, runtime={"cfg_parallel": 1}), devices["vae"]) if processes else None
+    team = None
+    if processes:
+        processes.connect(devices["vae"])
+        team = team_of(processes, with_settings(config, runtime={"cfg_parallel": 1}), devices["vae"])
     return PIPELINES[config.task](config, dit, encoders, vae, placement, team=team, tiny_decoder=tiny)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import socket
+
 import torch
 
 from kandinsky.common.host_memory import host_memory
 from kandinsky.planning.machine import CUDA_CONTEXT, Machine
+from kandinsky.runtime.processes import Processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,3 +74,18 @@ def machine_memory(device: torch.device) -> Machine:
     free, total = torch.cuda.mem_get_info(device)  # makes the context, if there was none
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return Machine(host_memory(), min(free + CUDA_CONTEXT, total))
+
+
+def machine_of_all(machine: Machine, processes: Processes) -> Machine:
+    """What each of several processes can count on: the smallest GPU and host of all. To be called by all at once."""
+    found = processes.everybodys((machine, socket.gethostname()))
+    hosts = [host for _, host in found]
+    gpus = [each.gpu_memory for each, _ in found if each.gpu_memory is not None]
+    return dataclasses.replace(
+        machine,
+        host_memory=min(each.host_memory for each, _ in found),
+        gpu_memory=min(gpus) if gpus else None,
+        float32_convolutions=tuple(sorted({dtype for each, _ in found for dtype in each.float32_convolutions})),
+        processes=processes.size,
+        on_host=max(map(hosts.count, hosts)),
+    )

@@ -36,6 +36,7 @@ from kandinsky.pipelines.denoise import DenoiseStage
 from kandinsky.pipelines.encode import EncodeStage
 from kandinsky.pipelines.inputs import NO_INPUTS, CheckedInputs, ImageSource, Inputs
 from kandinsky.pipelines.parts import StepCallback
+from kandinsky.pipelines.retries import NothingLessLeft
 from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.pipelines.write import WriteStage, convert
 from kandinsky.request import Request, warn_about_size
@@ -227,12 +228,17 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         previews = self._previews(request, save_path)
         self.is_denoising = True
         try:
-            with watch.stage("denoise"):
-                latents = self.denoise(run, progress, callback, watch, previews)
-            while keep_stopped and run.state.step < request.num_steps:
-                self._keep(run, watch, save_path)
+            try:
                 with watch.stage("denoise"):
                     latents = self.denoise(run, progress, callback, watch, previews)
+                while keep_stopped and run.state.step < request.num_steps:
+                    self._keep(run, watch, save_path)
+                    with watch.stage("denoise"):
+                        latents = self.denoise(run, progress, callback, watch, previews)
+            except NothingLessLeft:
+                if keep_stopped and run.state.step > request.first_step:
+                    self._keep_for_more_memory(run, watch, save_path)
+                raise
             if output_type == "latent":
                 return latents
             if watch.skipped_evaluations:

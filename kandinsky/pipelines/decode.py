@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kandinsky.common.out_of_memory import ran_out_of_memory
 from kandinsky.models.numerics import require_finite
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_memory import GB, Decoding
 from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.pipelines.calls import one_at_a_time
-from kandinsky.pipelines.parts import Parts
+from kandinsky.pipelines.retries import Retries
 from kandinsky.request import FRAMES_PER_LATENT
 from kandinsky.sampling.conditioning import OVERLAP
 
@@ -24,7 +26,7 @@ FINISHED_AT_ONCE = 8  # decoded frames
 AGAIN = 3  # latent frames of a loop that are decoded a second time; with 2 the join to the others can still be seen
 
 
-class DecodeStage(Parts):
+class DecodeStage(Retries):
     """The VAE's decoder."""
 
     @one_at_a_time
@@ -33,33 +35,43 @@ class DecodeStage(Parts):
         """(B, T, H, W, C) scaled latents -> pixels (B, 3, frames, height, width) on the CPU, uint8 or as `finish`es.
 
         In tiles of the size that the config gives or its memory budget allows, the smaller of the two. Where memory
-        runs out all the same, in smaller ones: that changes pixels a little, and the log says so. Raises
-        OutOfMemoryError where the smallest are too large as well. Several processes go on with smaller ones together,
-        whichever of them ran out of memory.
+        runs out all the same, with the other models off the device, and then in smaller tiles: that changes pixels a
+        little, and the log says so. Raises OutOfMemoryError where the smallest are too large as well. Several processes
+        go on together, whichever of them ran out of memory.
 
         With the tiny decoder, where the config says so, frame by frame instead, each process all of them.
         """
         if self.config.model.vae.decoder == "tiny":
             return torch.cat([self._decode_tiny(sample, finish or to_uint8) for sample in latents.split(1)])
-        config, device = self.config.model.vae, self.placement.device("vae")
+        config, decoding = self.config.model.vae, self._decoding(latents)
+        tile = config.spatial_tile
+        if config.memory_budget_gb is not None:
+            tile = decoding.tile_within(config.memory_budget_gb * GB, tile)
         videos: list[Tensor] = []
+        while len(videos) < len(latents):
+            failure: BaseException | None = None
+            try:
+                self.team.together(partial(self._decode_samples, latents, tile, finish or to_uint8, videos))
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # with which goes what the attempt had made
+            if failure is not None and not self.take_less("decode", None, failure):
+                tile = next_tile(decoding, tile, str(failure))
+                torch.cuda.empty_cache()
+        return torch.cat(videos)
+
+    def _decode_samples(
+        self, latents: Tensor, tile: int, finish: Callable[[Tensor], Tensor], videos: list[Tensor]
+    ) -> None:
+        """Append the pixels of each sample that is not there yet. Several processes have the same ones then, whatever
+        happens."""
         with self.placement.use("vae"):
-            dtype = next(self.vae.parameters()).dtype
-            decoding = self._decoding(latents, dtype)
-            tile = config.spatial_tile
-            if config.memory_budget_gb is not None:
-                tile = decoding.tile_within(config.memory_budget_gb * GB, tile)
-            for sample in latents.split(1):
+            device, dtype = self.placement.device("vae"), next(self.vae.parameters()).dtype
+            for sample in latents[len(videos) :].split(1):
                 z = sample.permute(0, 4, 1, 2, 3).to(device=device, dtype=torch.float32)  # (1, C, T, H, W)
                 z = (z / self.vae.scaling_factor).to(dtype)
-                while True:
-                    pixels, failure = self._try_to_decode(z, tile, finish or to_uint8)
-                    if pixels is not None:
-                        videos.append(pixels)
-                        break
-                    tile = next_tile(decoding, tile, failure)
-                    torch.cuda.empty_cache()
-        return torch.cat(videos)
+                videos.append(self.team.together(partial(self._decode_tiles, z, tile, finish)))
 
     def decode_loop(self, latents: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """`decode` of latents whose last frame is the first one again: 4 (T - 1) frames, which go round.
@@ -85,19 +97,9 @@ class DecodeStage(Parts):
             frames.append(finish(frame[:, :, None]).cpu())
         return torch.cat(frames, dim=2)
 
-    def _try_to_decode(self, z: Tensor, tile: int, finish: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, str]:
-        """Finished pixels, or None and why memory ran out in any process. The error itself, which would hold what the
-        attempt had made, is gone then."""
-        pixels, failure = None, None
-        try:
-            pixels = self._decode_tiles(z, tile, finish)
-        except torch.OutOfMemoryError as error:
-            failure = error.with_traceback(None)
-        failure = self.team.out_of_memory(failure)
-        return (pixels, "") if failure is None else (None, str(failure))
-
-    def _decoding(self, latents: Tensor, dtype: torch.dtype) -> Decoding:
+    def _decoding(self, latents: Tensor) -> Decoding:
         """What decoding `latents` comes to, for the choice of tiles."""
+        dtype = next(self.vae.parameters()).dtype
         vae, (frames, rows, columns) = self.config.model.vae, latents.shape[1:4]
         ratio = self.vae.spatial_compression_ratio
         size = columns * ratio, rows * ratio, FRAMES_PER_LATENT * (frames - 1) + 1

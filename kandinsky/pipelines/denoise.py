@@ -24,10 +24,11 @@ from kandinsky.models.rope import text_rotary_table
 from kandinsky.outputs.preview import Previews
 from kandinsky.pipelines.calls import replacements
 from kandinsky.pipelines.culprits import blame, require_finite_latents
-from kandinsky.pipelines.parts import Parts, StepCallback
+from kandinsky.pipelines.parts import BlockCache, StepCallback
+from kandinsky.pipelines.retries import Retries
 from kandinsky.pipelines.stopwatch import Stopwatch
 from kandinsky.run_state import RunState
-from kandinsky.sampling.coarse import enlarged, grids_of
+from kandinsky.sampling.coarse import Grids, enlarged, grids_of
 from kandinsky.sampling.conditioning import normalize_first_frames
 from kandinsky.sampling.sampler import (
     NUM_TRAIN_TIMESTEPS,
@@ -40,7 +41,7 @@ from kandinsky.sampling.sampler import (
 logger = logging.getLogger(__name__)
 
 
-class DenoiseStage(Parts):
+class DenoiseStage(Retries):
     """Euler's steps over the DiT's velocities."""
 
     def denoise(
@@ -53,11 +54,48 @@ class DenoiseStage(Parts):
     ) -> Tensor:
         """Latents (samples, T, H, W, C), scaled, float32, from where `run` is.
 
-        Keeps `run` up to date: an end before the last step can be gone on from. The evaluations that it took are
-        written into `watch`.
+        Keeps `run` up to date: an end before the last step can be gone on from. Where memory runs out it goes on from
+        there itself, with settings that take less. The evaluations that it took are written into `watch`.
+        """
+        request, record, calls = run.request, watch or Stopwatch(), Counter[str]()
+        grids = grids_of(run.conditioning, self._coarse(request))
+        latents, block_cache, skipped_before = self.frugally(
+            "denoise", request, lambda: self._take_steps(run, grids, progress, callback, record, calls, previews)
+        )
+        require_finite_latents(latents, self.dtype_name, self.active_adapters(), callback is not None)
+        run.residuals = {}
+        if block_cache is not None:
+            if run.state.step < request.num_steps:
+                run.residuals = self.team.from_branches(block_cache.saved())
+            skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
+            record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
+        for kind in ("engine", "exact"):
+            record.attention_calls[kind] += self.team.over_branches(calls[kind])
+        if run.state.step < grids.switch:  # it ends early, and is as large as was asked for all the same
+            latents = enlarged(latents, run.conditioning.noise)
+        generation = self.config.generation
+        # Of several given frames none is moved away from the others: a loop's first is its last.
+        if run.conditioning.is_given_the_first_frame_alone and generation.first_frame_normalization:
+            return normalize_first_frames(latents, generation.first_frame_statistics)
+        return latents
+
+    def _take_steps(
+        self,
+        run: RunState,
+        grids: Grids,
+        progress: bool,
+        callback: StepCallback | None,
+        record: Stopwatch,
+        calls: Counter[str],
+        previews: Previews | None,
+    ) -> tuple[Tensor, BlockCache | None, int]:
+        """The steps that are left: latents, the cache of blocks, and how many evaluations it had skipped before.
+
+        Where one fails, all is as it was before that step, in each of several processes.
         """
         request, branches, state = run.request, run.branches, run.state
-        grids = grids_of(run.conditioning, self._coarse(request))
+        if state.step > 0 and self.make_cache is not None:
+            run.residuals = self.team.from_branches(run.residuals)
         device = self.placement.device("dit")
         sigmas = flow_timesteps(request.num_steps, request.scheduler_scale, request.schedule)
         attention = self.config.model.attention
@@ -91,7 +129,7 @@ class DenoiseStage(Parts):
             residuals = {name: residual.to(device) for name, residual in run.residuals.items()}
             block_cache.restore(residuals, done, len(request.samples))
         skipped_before = 0 if block_cache is None else block_cache.skipped
-        record, calls = watch or Stopwatch(), Counter[str]()
+        before = record.evaluations, calls.copy(), state.difference  # the step that is under way
 
         def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
             velocities = []
@@ -124,6 +162,7 @@ class DenoiseStage(Parts):
             return divided(latents, timestep, branch)
 
         def until_interrupted(steps: range) -> Iterable[int]:
+            nonlocal before
             bar = tqdm(
                 steps,
                 desc="denoise",
@@ -136,6 +175,8 @@ class DenoiseStage(Parts):
                 if self.team.any(self.interrupt):
                     logger.warning("interrupted after %d of %d steps", step, request.num_steps)
                     return
+                before = record.evaluations, calls.copy(), state.difference
+                run.residuals = {} if block_cache is None else block_cache.saved()
                 yield step
 
         def on_step_end(step: int, latents: Tensor) -> Tensor:
@@ -168,31 +209,24 @@ class DenoiseStage(Parts):
                 return latents
             return conditioning.hold(tensors["latents"], next_sigma, entered)
 
-        with self.placement.use("dit"):
-            latents = euler_sample(
-                velocity,
-                state.latents,
-                sigmas,
-                request.guidance_weight,
-                until_interrupted,
-                on_step_end,
-                guidance_interval=interval,
-                guidance_every=every,
-                first_step=request.first_step,
-                state=state,
-            )
-        require_finite_latents(latents, self.dtype_name, self.active_adapters(), callback is not None)
-        if block_cache is not None:
-            if state.step < request.num_steps:
-                run.residuals = self.team.from_branches(block_cache.saved())
-            skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
-            record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
-        for kind in ("engine", "exact"):
-            record.attention_calls[kind] += self.team.over_branches(calls[kind])
-        if state.step < grids.switch:  # it ends early, and is as large as was asked for all the same
-            latents = enlarged(latents, run.conditioning.noise)
-        generation = self.config.generation
-        # Of several given frames none is moved away from the others: a loop's first is its last.
-        if run.conditioning.is_given_the_first_frame_alone and generation.first_frame_normalization:
-            return normalize_first_frames(latents, generation.first_frame_statistics)
-        return latents
+        try:
+            with self.placement.use("dit"):
+                latents = euler_sample(
+                    velocity,
+                    state.latents,
+                    sigmas,
+                    request.guidance_weight,
+                    until_interrupted,
+                    lambda step, latents: self.team.together(lambda: on_step_end(step, latents)),
+                    guidance_interval=interval,
+                    guidance_every=every,
+                    first_step=request.first_step,
+                    state=state,
+                )
+        except (RuntimeError, MemoryError):
+            record.evaluations = before[0]
+            calls.clear()
+            calls.update(before[1])
+            state.difference = before[2]
+            raise
+        return latents, block_cache, skipped_before

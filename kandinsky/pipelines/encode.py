@@ -17,7 +17,7 @@ from kandinsky.models.vae_tiling import VAETiling
 from kandinsky.outputs import media
 from kandinsky.pipelines.calls import one_at_a_time
 from kandinsky.pipelines.inputs import ImageSource, Inputs, as_images, one_each
-from kandinsky.pipelines.parts import Parts
+from kandinsky.pipelines.retries import Retries
 from kandinsky.request import Request
 from kandinsky.sampling.conditioning import (
     FIRST_FRAME,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class EncodeStage(Parts):
+class EncodeStage(Retries):
     """Prompts written out and embedded, pictures encoded, noise drawn."""
 
     @one_at_a_time
@@ -89,21 +89,28 @@ class EncodeStage(Parts):
         """The embeddings of each prompt, encoded by itself."""
         check_prompts(texts)
         pictures = [None] * len(texts) if images is None else [[media.halve_image(image)] for image in images]
-        with self.placement.use("text_embedder"):
-            return [
-                self.text_embedder.encode([text], content=content, images=picture, max_length=max_length)
-                for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
-            ]
+
+        def embedded() -> list[TextEmbeddings]:
+            with self.placement.use("text_embedder"):
+                return [
+                    self.text_embedder.encode([text], content=content, images=picture, max_length=max_length)
+                    for text, picture in zip(texts, one_each(pictures, len(texts)), strict=True)
+                ]
+
+        return self.frugally("encode text", None, embedded)
 
     @one_at_a_time
     @torch.no_grad()
     def expand_prompts(self, request: Request, images: Sequence[Image.Image]) -> Request:
         """The request with each prompt written out, with the seed of its first sample; or as it is, where that isn't
         wanted or can't be done, where there are no words, or where it was done before."""
+        return self.frugally("expand prompt", request, lambda: self._expanded(request, images))
+
+    def _expanded(self, request: Request, images: Sequence[Image.Image]) -> Request:
         first = request.samples[0]
         if self.expander is None or request.expand_prompts is False or first.text is None or first.expanded is not None:
             return request
-        if request.expand_prompts is None and self.config.runtime.stream_encoders == "on":  # reads Qwen for every word
+        if request.expand_prompts is None and not self.expands_unasked:
             return request
         task = "t2i" if request.is_image and self.config.task == "t2v" else self.config.task
         pictures: list[Image.Image | None] = [None] * request.num_prompts
@@ -234,6 +241,9 @@ class EncodeStage(Parts):
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> Tensor:
         """uint8 frames (T, H, W, 3) -> latents (1, T', H', W', C), scaled: the middle of the VAE's distribution."""
+        return self.frugally("encode video", None, lambda: self._encode_video(frames))
+
+    def _encode_video(self, frames: np.ndarray) -> Tensor:
         tile, overlap = self.config.model.vae.spatial_tile, self.config.model.vae.spatial_overlap
         tiling = VAETiling(size=tile, overlap=min(overlap, tile // 2))
         with self.placement.use("vae"):
@@ -249,8 +259,9 @@ class EncodeStage(Parts):
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[Any]:
         """The VAE's distribution over the latents of each RGB picture, (1, C, H, W) or (1, C, 1, H, W)."""
-        if not images:
-            return []
+        return self.frugally("encode image", None, lambda: self._encode_images(images)) if images else []
+
+    def _encode_images(self, images: Sequence[Image.Image]) -> list[Any]:
         posteriors = []
         with self.placement.use("vae"):
             weight = next(self.vae.parameters())

@@ -7,6 +7,7 @@ loading to say.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
@@ -99,8 +100,8 @@ class Team(Protocol):
         """Whether it is set in any of them."""
         ...
 
-    def out_of_memory(self, error: torch.OutOfMemoryError | None) -> torch.OutOfMemoryError | None:
-        """What ended an attempt for want of memory, in any of them: called by all when an attempt has ended."""
+    def together(self, attempt: Callable[[], Value]) -> Value:
+        """What it returns; or an error, in all of them, that says that memory ran out in any."""
         ...
 
     def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
@@ -113,6 +114,22 @@ class Team(Protocol):
 
     def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What all processes hold that computed different branches."""
+        ...
+
+
+class Frugality(Protocol):
+    """What a stage that runs out of memory can go on with (see retries.py)."""
+
+    def settings(self, config: Config, request: Request | None, stage: str, on_host: bool) -> Mapping[str, Any]:
+        """Settings of `runtime` with which a stage takes less than with those of `config`; none: nothing takes less.
+
+        on_host: whether it was the host's memory that ran out.
+        """
+        ...
+
+    def load(self, config: Config, before: Parts) -> Parts:
+        """The same models under a config with such settings, and the adapters of the pipeline `before`. Nothing of it
+        is on a device before its stage."""
         ...
 
 
@@ -129,8 +146,8 @@ class Alone:
     def any(self, flag: bool) -> bool:
         return flag
 
-    def out_of_memory(self, error: torch.OutOfMemoryError | None) -> torch.OutOfMemoryError | None:
-        return error
+    def together(self, attempt: Callable[[], Value]) -> Value:
+        return attempt()
 
     def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
         return velocity
@@ -160,12 +177,14 @@ class Parts:
         tiny_decoder: TinyDecoder | None = None,
         expander: PromptExpander | None = None,
         adapters: Adapters | None = None,
+        frugality: Frugality | None = None,
     ) -> None:
         """execution: how the DiT is run; None: in plain PyTorch. make_cache: makes each request a cache of its own;
         None: every evaluation runs all blocks. team: the processes that this one works with; None: it works alone.
         latent_rgb: what small previews are made with; None: there are none. tiny_decoder: what makes those beside an
         output where there is one, and the output where the config says so. expander: writes prompts out; None: this
-        model, or this process, can't. adapters: the DiT's; None: it can have none."""
+        model, or this process, can't. adapters: the DiT's; None: it can have none. frugality: how to go on where memory
+        runs out; None: not at all."""
         self.config = config
         self.dit = dit
         self.text_embedder = text_embedder
@@ -178,6 +197,11 @@ class Parts:
         self.tiny_decoder = tiny_decoder
         self.expander = expander
         self.adapters = adapters
+        self.frugality = frugality
+        self.taken: list[str] = []  # settings that want of memory has brought this pipeline to
+        self.relatives = weakref.WeakSet([self])  # pipelines with the same models
+        # Whether prompts are written out unasked: not where Qwen is read anew for every word.
+        self.expands_unasked = config.runtime.stream_encoders != "on"
         self.interrupt = self._is_stopping = False
         self.is_denoising = False
         self.lock = threading.RLock()  # who holds it has models and adapters to itself

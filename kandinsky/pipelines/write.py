@@ -88,6 +88,14 @@ class WriteStage(Parts):
             raise Stopped(kept[0], run.state.step, run.request.num_steps, kept[1])
         self.interrupt = self._is_stopping = False
 
+    def _keep_for_more_memory(self, run: RunState, watch: Stopwatch, save_path: str | Path | None) -> None:
+        """Keep a run whose next step has not enough memory, where there is room, and say how to go on from it."""
+        try:
+            self._keep(run, watch, save_path)
+        except Stopped as stopped:
+            if self.team.is_first:
+                logger.error("%s; where there is more memory, go on with: python test.py %s", stopped, stopped.flags)
+
     def _previews(self, request: Request, save_path: str | Path | None) -> Previews | None:
         every = self.config.runtime.preview
         to_pictures = self.latent_rgb if self.tiny_decoder is None else Decoded(self.tiny_decoder)

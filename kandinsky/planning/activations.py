@@ -31,6 +31,8 @@ def dit_activations(
     quantization: str | None = None,
     heads_at_once: int | None = None,
     attention_on_host: bool = False,
+    adapted: bool = False,
+    processes: int = 1,
 ) -> int:
     """Peak of one forward of the DiT for one sample, its rotary tables included.
 
@@ -40,11 +42,16 @@ def dit_activations(
         places chunk by chunk, and the feed-forward's result likewise.
     quantization: of the linear layers, each of which is made into numbers again while it is used.
     heads_at_once, attention_on_host: as `runtime` has them: blocks run in parts (models/block_in_parts.py).
+    adapted: whether LoRA adapters are added to quantised layers whenever these are made into numbers.
+    processes: how many share the tokens (runtime/parallel.py); the peak of each of them.
     """
+    if processes > 1:
+        assert heads_at_once is None, "processes share the heads"
+        return _of_one_process(dit, tokens, text_tokens, element_size, processes, nabla, flex, on_gpu, chunk_tokens)
     if heads_at_once is not None:
         return _in_parts(
             *(dit, tokens, text_tokens, element_size, nabla, flex, chunk_tokens or CHUNK_TOKENS, quantization),
-            *(heads_at_once, attention_on_host),
+            *(heads_at_once, attention_on_host, adapted),
         )
     hidden = tokens * dit.model_dim * element_size  # one tensor of the size of all tokens
     wide = tokens * dit.model_dim * FLOAT32
@@ -65,7 +72,7 @@ def dit_activations(
     # The four of `norm`, and the feed-forward's wide middle with what comes of it, or with a weight; of chunks also the
     # result of all of them.
     middle = rows * dit.ff_dim * element_size
-    weight = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
+    weight = dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size, adapted)
     feed_forward = 4 * hidden + middle + max(share * hidden, weight) + (hidden if rows < tokens else 0)
 
     # The four of `norm`, what is added to the hidden states, and the sum: in float32 and then cast.
@@ -73,6 +80,40 @@ def dit_activations(
 
     text = 2 * text_tokens * dit.model_dim * element_size
     return int(max(norm, qkv, attention, feed_forward, residual)) + rope + text
+
+
+def _of_one_process(
+    dit: DiTConfig,
+    tokens: int,
+    text_tokens: int,
+    element_size: int,
+    processes: int,
+    nabla: bool,
+    flex: bool,
+    on_gpu: bool,
+    chunk_tokens: int | None,
+) -> int:
+    """`dit_activations` of a process that has a slice of the tokens, and in attention some heads of all of them."""
+    per_block = BLOCK_TOKENS if nabla else 1
+    slice_tokens = -(-tokens // (processes * per_block)) * per_block
+    whole, part = (count * dit.model_dim * element_size for count in (processes * slice_tokens, slice_tokens))
+    wide = whole * FLOAT32 // element_size
+    cast = 0 if element_size == FLOAT32 else 1
+    # All that a block works with, of a slice alone; beside the tokens that came in, which are all of them.
+    block = dit_activations(dit, slice_tokens, text_tokens, element_size, on_gpu=on_gpu, chunk_tokens=chunk_tokens)
+    block += whole - part
+    # Queries, keys and values beside three others; as they are sent and received; then attention's results in the place
+    # of what was sent, with what its map takes.
+    heads = max(1, dit.num_heads // processes)
+    map_bytes = _nabla_bytes(dit, processes * slice_tokens, whole, flex, heads) if nabla else 0
+    attention = whole + 5 * part + max(6 * part, 3 * part + max(3 * part, map_bytes))
+    # Slices come together: what came in, the own one, those of all, and these in one.
+    gathered = 3 * whole + part
+    # The last norm is of all tokens.
+    rows = min(tokens, chunk_tokens or tokens) / tokens
+    head = whole + int(rows * ((1 + cast) * wide + whole))
+    rope, text = tokens * dit.head_dim * FLOAT32, 2 * text_tokens * dit.model_dim * element_size
+    return max(block, rope + text + max(attention, gathered, head))
 
 
 def _in_parts(
@@ -86,6 +127,7 @@ def _in_parts(
     quantization: str | None,
     heads: int,
     attention_on_host: bool,
+    adapted: bool,
 ) -> int:
     """`dit_activations` where blocks run in parts: one tensor of all tokens, or that and attention's result."""
     hidden, rows = tokens * dit.model_dim * element_size, min(tokens, chunk_tokens)
@@ -96,7 +138,7 @@ def _in_parts(
     before = 0 if attention_on_host else hidden - group  # of the other heads
     aside = 0 if attention_on_host else hidden
     weights = 3 * heads * dit.head_dim * dit.model_dim * element_size if quantization else 0
-    made = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim**2, element_size)
+    made = dequantized_bytes(quantization, dit.model_dim**2, element_size, adapted)
 
     # Queries, keys and values of the group in one, and of a chunk the same twice beside what is normalised.
     share = heads / dit.num_heads
@@ -104,7 +146,7 @@ def _in_parts(
     qkv = max(qkv + weights, before + weights + made)
     attention = before + 3 * group + max(2 * group, _nabla_bytes(dit, tokens, hidden, flex, heads) if nabla else 0)
     middle = rows * dit.ff_dim * element_size
-    of_layer = 0 if quantization is None else dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size)
+    of_layer = dequantized_bytes(quantization, dit.model_dim * dit.ff_dim, element_size, adapted)
     feed_forward = aside + 2 * chunk + middle + max(chunk, of_layer)
     residual = aside + 3 * chunk + (1 + 2 * cast) * wide
     text = 2 * text_tokens * dit.model_dim * element_size
@@ -127,11 +169,17 @@ def _nabla_bytes(dit: DiTConfig, tokens: int, hidden: int, flex: bool, heads: in
     return kept + 3 * hidden + 2 * hidden // heads
 
 
-def dequantized_bytes(scheme: str, weights: int, element_size: int) -> int:
+def dequantized_bytes(scheme: str | None, weights: int, element_size: int, adapted: bool = False) -> int:
     """Peak of making a quantised layer's weights into numbers: in float32 first, but for nf4, whose kernel casts.
+
+    With adapters all are in float32 until what these add has been added, which makes another copy.
 
     GGUF's are taken apart as bytes before that, several copies of them.
     """
+    if scheme is None:
+        return 0
+    if adapted:
+        return max(dequantized_bytes(scheme, weights, FLOAT32), 2 * FLOAT32 * weights)
     cast = element_size if element_size < FLOAT32 else 0
     return weights * {"int8": FLOAT32 + cast, "fp8": 2 * FLOAT32, "gguf": 2 * FLOAT32, "nf4": element_size}[scheme]
 
@@ -156,7 +204,7 @@ def text_activations(
     """Qwen's peak for one prompt: its feed-forward's gate, that activated, the other half and their product; six hidden
     states. With quantised weights, one of the feed-forward's in place of two of these."""
     middle = tokens * intermediate * element_size
-    weight = 0 if quantization is None else dequantized_bytes(quantization, width * intermediate, element_size)
+    weight = dequantized_bytes(quantization, width * intermediate, element_size)
     return int(6 * tokens * width * element_size + 2 * middle + max(2 * middle, weight))
 
 

@@ -10,7 +10,15 @@ from kandinsky.coarse import coarse_steps
 from kandinsky.config.schema import Config
 from kandinsky.planning.activations import NABLA_DENSITY
 from kandinsky.planning.machine import Machine
-from kandinsky.planning.stages import decoding_of, is_expanding, num_tokens, resident_blocks, text_tokens, tile_size
+from kandinsky.planning.stages import (
+    decoding_of,
+    is_expanding,
+    num_tokens,
+    resident_blocks,
+    shares,
+    text_tokens,
+    tile_size,
+)
 from kandinsky.planning.weights import Models
 from kandinsky.planning.words import gb_text
 from kandinsky.request import Request
@@ -64,9 +72,10 @@ def rates_of(config: Config, request: Request, machine: Machine, models: Models)
     if request.guidance_weight != 1:  # what the YAML says is kept on disk
         texts |= {s.negative_caption for s in request.samples} - {config.generation.negative_caption}
     asked = models.writer is not None and request.expand_prompts is True
+    sequence, by_branch = shares(config, machine)[0], config.runtime.cfg_parallel > 1
     return Rates(
-        evaluations=num_evaluations(request) * len(request.samples),
-        computing=forward_flops(config, request) / (machine.flops if has_gpu else machine.host_flops),
+        evaluations=(request.num_steps if by_branch else num_evaluations(request)) * len(request.samples),
+        computing=forward_flops(config, request) / (machine.flops if has_gpu else machine.host_flops) / sequence,
         blocks=models.dit_blocks,
         link=models.dit_block / machine.link,
         file=models.dit_block / machine.files,
@@ -98,6 +107,8 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
             f"coarse steps: the first {coarse.steps} of {request.num_steps} at {coarse.width}x{coarse.height}; "
             f"{share:.2f} of the operations of all at full size"
         )
+    if models.adapted.missing:
+        yield f"not here, and so not counted: {', '.join(models.adapted.missing)}"
     yield from _moving(config, machine, models)
     if machine.gpu_memory is None:
         return

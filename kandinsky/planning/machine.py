@@ -26,8 +26,14 @@ class Machine:
     host_flops: float = 1e12
     memory: float = 400e9  # bytes of the memory that is computed in, read or written
     float32_convolutions: tuple[str, ...] = ()  # dtypes in whose place this CPU's VAE convolves in float32
+    processes: int = 1  # that make one output together, each with a GPU of its own where there is one
+    on_host: int = 1  # of them, those that share the host's memory
 
     @property
     def words(self) -> str:
         host = f"{self.host_memory / GB:.1f} GB of host memory"
-        return host if self.gpu_memory is None else f"{self.gpu_memory / GB:.1f} GB on the GPU, {host}"
+        words = host if self.gpu_memory is None else f"{self.gpu_memory / GB:.1f} GB on the GPU, {host}"
+        if self.processes == 1:
+            return words
+        shared = "" if self.on_host == 1 else f", which {self.on_host} share"
+        return f"each of {self.processes} processes has {words}{shared}"

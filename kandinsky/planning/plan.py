@@ -26,6 +26,7 @@ from kandinsky.checkpoints.files import part_folder, resolve_path, tiny_decoder_
 from kandinsky.config.reading import with_settings
 from kandinsky.config.schema import Config, VAEConfig
 from kandinsky.models.vae_memory import GB
+from kandinsky.planning.adapters import adapter_files
 from kandinsky.planning.choices import Choice, cost, families
 from kandinsky.planning.costs import Rates, costs, rates_of, tiles_of, unexpanded
 from kandinsky.planning.machine import GPU_SLACK, Machine
@@ -69,7 +70,8 @@ class Plan:
 
 
 def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[str, Path]:
-    """Where the files of "dit", "vae", "qwen" and "clip" would be, and of "tiny" where a tiny decoder is used."""
+    """Where the files of "dit", "vae", "qwen" and "clip" would be, of "tiny" where a tiny decoder is used, and of
+    adapters."""
     model = config.model
     paths = {
         "dit": ("dit", model.checkpoint_path),
@@ -79,7 +81,7 @@ def weight_files(config: Config, cache_dir: str | Path = "./weights/") -> dict[s
     }
     found = {name: part_folder(resolve_path(path, config, cache_dir), part) for name, (part, path) in paths.items()}
     tiny = tiny_decoder_path(config, cache_dir)
-    return found if tiny is None else {**found, "tiny": tiny}
+    return {**found, **({} if tiny is None else {"tiny": tiny}), **adapter_files(config, cache_dir)}
 
 
 def default_request(config: Config) -> Request:

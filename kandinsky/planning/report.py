@@ -40,6 +40,8 @@ def report(plan: Plan) -> str:
         numbers = (stage.weights, stage.activations, stage.gpu, stage.host)
         cells = ["-" if not number else gb_text(number) for number in numbers]
         lines.append(f"{stage.name:14}{cells[0]:>9}{cells[1]:>9}{cells[2]:>11}{cells[3]:>12}")
+    if plan.machine.processes > 1:
+        lines.append("of the first process, which alone has the text encoders; on the host, of all that share it")
     if mapped := max(stage.mapped for stage in plan.stages):
         lines.append(
             f"and up to {gb_text(mapped)} GB of mapped weight files, which the host drops where it needs the room"

@@ -10,7 +10,7 @@ from math import prod
 
 from kandinsky.common.limits import STREAM_BUFFERS
 from kandinsky.config.schema import Config, RuntimeConfig
-from kandinsky.models.vae_memory import GB, RGB, Decoding
+from kandinsky.models.vae_memory import GB, RGB, WINDOW_FRAMES, Decoding
 from kandinsky.planning.activations import (
     FLOAT32,
     denoising_state,
@@ -28,6 +28,7 @@ TEMPLATE_TOKENS = 129  # of the video template, the longest
 EXPANSION_TOKENS = 1024  # of the instruction to write a prompt out, with the answer
 PIXELS_PER_TOKEN = 28**2  # of a picture that Qwen sees
 EDIT_TOKENS = 1024  # of a prompt with its picture, at most
+GATHERED_BLOCKS = 2  # of weights in shards: the one that runs, and the next one, or the copy that it is made from
 PINNED = 2  # what pinned memory may take: torch rounds it up to powers of two
 
 
@@ -50,40 +51,65 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     the mapped files; blocks that stream, because their memory is pinned; a DiT that was quantised on the way, from
     which it is copied when its stage begins. What else is mapped, `Stage.mapped`, costs nothing but reading it again.
 
+    Of several processes, the device is that of the first one, which has the text encoders besides; the host's memory is
+    what all of them take that run on it.
+
     Text encoders are counted whether or not their embeddings are in a cache. Raises ValueError where the VAE's budget
     is too small for any tile.
     """
     runtime, dit, samples = config.runtime, config.model.dit_params, len(request.samples)
+    sequence, is_sharded = shares(config, machine)
+    others = machine.on_host - 1
     is_offloaded, on_gpu = runtime.offload == "on", machine.gpu_memory is not None
     resident = resident_blocks(runtime, models)
     streamed = models.dit_blocks - resident
     streamed_bytes = streamed * models.dit_block
     dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
+    dit_weights += models.adapted.on_device
+    if is_sharded:  # and what is in no block, and two blocks, of which one is on its way
+        dit_weights = dit_weights // sequence + models.dit_rest + GATHERED_BLOCKS * models.dit_block
     text_weights = models.text.size
     if runtime.stream_encoders == "on":
         text_weights = models.qwen_streamed + models.clip.size
     everything = text_weights + models.vae.size + dit_weights
+    of_text = text_weights
+    # Pages of a file that a CPU computes with are there once for all processes.
+    in_place = 0 if is_offloaded or streamed or is_sharded else models.dit.mapped + models.vae.mapped
     tiny = models.tiny_size  # which stays on its device
 
     # What lies on the host all the time, and what of the files stays mapped without being needed.
     from_file = runtime.blocks_from == "file"
     waiting, mapped = 0 if from_file else streamed_bytes, 0
+    # Adapters are merged into what streams, and into what is on the device for good, from the file read once more; and
+    # into what comes to the device for a stage on its way there.
+    in_streamed = models.adapted.in_blocks * streamed // models.dit_blocks
+    waiting += models.adapted.matrices + (in_streamed if from_file else 0)
+    read_again = in_streamed if is_offloaded else models.adapted.read_again
     if is_offloaded:
-        mapped = models.dit.read + models.vae.read
+        mapped = models.dit.read + models.vae.read + read_again
         if models.dit_quantization is not None:
             waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
     elif not on_gpu:
         mapped = models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
         mapped += 0 if streamed and not from_file else models.dit.left_mapped
+        mapped += read_again
 
     output = 2 * RGB * samples * request.num_frames * request.width * request.height  # uint8, frames and their stack
     stages: list[Stage] = []
 
-    def add(name: str, weights: int, activations: int, on_host: int = 0, files: int = 0) -> None:
+    def add(name: str, weights: int, activations: int, on_host: int = 0, files: int = 0, text: bool = False) -> None:
+        """text: whether it is the first process's alone, as text encoders are."""
+        of_others = tiny + (0 if text and is_offloaded else weights if is_offloaded else everything - of_text)
         weights = tiny + (weights if is_offloaded else everything)
         gpu = CUDA_CONTEXT + weights + int((1 + GPU_SLACK) * activations) if on_gpu else 0
         host = HOST_OF_GPU_RUN if on_gpu else HOST_OF_CPU_RUN + weights + activations
-        stages.append(Stage(name, weights, activations, gpu, waiting + host + on_host, mapped + files))
+        host += waiting + on_host
+        if others:
+            of_each = (
+                HOST_OF_GPU_RUN if on_gpu else HOST_OF_CPU_RUN + of_others - in_place + (0 if text else activations)
+            )
+            host += others * (of_each + waiting + on_host)
+        stages.append(Stage(name, weights, activations, gpu, host, mapped + files))
 
     # The text encoders' files are mapped for as long as there are text encoders.
     text_files = models.clip.left_mapped if is_offloaded and not on_gpu else 0
@@ -92,10 +118,11 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         writer = models.writer
         assert writer is not None
         weights = text_weights + writer.size
-        everything += writer.size
-        add("expand prompt", weights, _expanding(config, request, models), files=text_files + writer.left_mapped)
-        everything -= writer.size
-    add("encode text", text_weights, _encoding(config, request, models), files=text_files)
+        everything, of_text = everything + writer.size, of_text + writer.size
+        expanding = _expanding(config, request, models)
+        add("expand prompt", weights, expanding, files=text_files + writer.left_mapped, text=True)
+        everything, of_text = everything - writer.size, text_weights
+    add("encode text", text_weights, _encoding(config, request, models), files=text_files, text=True)
     if config.task in ("i2v", "i2i"):
         work = FLOAT32 if models.float32_convolutions else models.element_size
         of_vae = (config.model.vae.name, models.vae_channels)
@@ -108,9 +135,23 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         add("decode", 0, _tiny_decoding(request, models) + latents, output)
     else:
         pixels = decoding_of(config, request, models).peak_bytes(tile_size(config, request, models))
+        if machine.processes > 1:  # each has a tile of all that are decoded at once
+            pixels += machine.processes * _tile_pixels(config, request, models) * models.element_size
         add("decode", models.vae.size, pixels + latents, output)
     add("write", 0, 0, output)
     return tuple(stages)
+
+
+def shares(config: Config, machine: Machine) -> tuple[int, bool]:
+    """How many processes share the tokens of one evaluation; and whether they share the DiT's weights, too."""
+    sequence = max(1, machine.processes // config.runtime.cfg_parallel)
+    return sequence, config.runtime.shard_weights and sequence > 1
+
+
+def _tile_pixels(config: Config, request: Request, models: Models) -> int:
+    """Numbers of a decoded tile, of one window."""
+    tile = tile_size(config, request, models)
+    return RGB * min(tile, request.width) * min(tile, request.height) * min(request.num_frames, WINDOW_FRAMES)
 
 
 def resident_blocks(runtime: RuntimeConfig, models: Models) -> int:
@@ -196,12 +237,14 @@ def _denoising(config: Config, request: Request, models: Models, machine: Machin
         quantization=models.dit_quantization,
         heads_at_once=runtime.heads_at_once,
         attention_on_host=runtime.attention_on_host and machine.gpu_memory is not None,
+        adapted=models.adapted.on_device > 0,
+        processes=shares(config, machine)[0],
     )
     if runtime.preview is not None:  # between two steps
         activations = max(activations, _tiny_decoding(request, models))
     activations += denoising_state(dit, tokens, samples)
     if config.magcache.enabled:
-        branches = 1 + (request.guidance_weight != 1)
+        branches = 1 + (request.guidance_weight != 1 and runtime.cfg_parallel == 1)
         activations += magcache_bytes(dit, tokens, samples, branches, models.element_size)
     return activations
 

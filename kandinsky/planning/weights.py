@@ -33,6 +33,7 @@ from kandinsky.checkpoints.tiny_decoder import KINDS, PUBLISHED, TinyLayout, tin
 from kandinsky.common.untrusted import read_json
 from kandinsky.config.schema import Config, DiTConfig
 from kandinsky.planning.activations import FLOAT32
+from kandinsky.planning.adapters import KEY, NO_ADAPTERS, Adapted, adapted
 
 # Dtypes that a CPU computes with where they lie in a mapped file, for the size of the dtype that is computed in: of the
 # two small ones a model's files have one, and float32 is copied (see models/numerics.py, `aligned`).
@@ -88,6 +89,7 @@ class Models:
     element_size: int  # bytes of a number in the dtype that is computed with
     float32_convolutions: bool = False  # of the VAE, on a CPU that has no arithmetic in that dtype
     tiny: TinyLayout | None = None  # of the tiny decoder, where there is one
+    adapted: Adapted = NO_ADAPTERS  # what LoRA adapters take besides
 
     @property
     def tiny_size(self) -> int:
@@ -116,11 +118,14 @@ def models(config: Config, files: Mapping[str, Path], element_size: int) -> Mode
     """The models of a config in a dtype of `element_size` bytes, quantised as config.runtime says, or as the file is.
 
     files: where "dit", "vae", "qwen" and "clip" are, and "tiny" where a tiny decoder is used. One that does not exist
-        is taken to be the published one.
+        is taken to be the published one. Adapters are among them, by names as from `adapter_files`.
     Raises ValueError for a file that exists and is damaged, or a DiT's of another variant.
     """
     dit, block, scheme = _dit(config, files.get("dit"), element_size)
     qwen, intermediate, qwen_scheme = _qwen(config, files.get("qwen"), element_size)
+    of_adapters = NO_ADAPTERS
+    if any(name.startswith(KEY) for name in files):
+        of_adapters = adapted(config, files, dit_header(config.model.dit_params, files.get("dit")), scheme)
     return Models(
         qwen=qwen,
         writer=_writer(config, files.get("qwen"), element_size),
@@ -136,6 +141,7 @@ def models(config: Config, files: Mapping[str, Path], element_size: int) -> Mode
         qwen_streamed=_qwen_streamed(config, files.get("qwen"), element_size),
         element_size=element_size,
         tiny=_tiny(config, files.get("tiny")),
+        adapted=of_adapters,
     )
 
 

@@ -132,6 +132,10 @@ class Adapters:
         logger.info("adapter %s: %d layers of %s, alpha from %s", name, len(layers), file.path, file.alpha_from)
         self._adapters[name] = Adapter(str(file.path), file.trigger if trigger is None else trigger, layers)
 
+    def take_over(self, others: Adapters) -> None:
+        """Have the adapters that others have, none of them active yet."""
+        self._adapters = dict(others._adapters)
+
     def activate(self, scales: Mapping[str, float]) -> None:
         """Have exactly these adapters in the weights, each times its scale.
 

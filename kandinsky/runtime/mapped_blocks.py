@@ -33,7 +33,7 @@ class MappedBlocks(BlockSwap):
     def overwrite(self, name: str, tensor: Tensor) -> None:
         index, own_name = name.removeprefix(self._prefix).split(".", 1)
         turn = self._turn[int(index)]
-        self._tensors[turn][own_name] = tensor
+        self._tensors[turn][own_name] = tensor.cpu()  # they are merged on the device, which is not to keep them
         for buffer in self._buffers:
             if buffer.holds == turn:
                 buffer.holds = None

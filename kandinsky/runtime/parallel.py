@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kandinsky.attention.engines import Attention
 from kandinsky.common.limits import BLOCK_TOKENS
+from kandinsky.common.out_of_memory import of_the_host, ran_out_of_memory
 from kandinsky.models.dit import BlockInputs, RunBlocks
 from kandinsky.models.rope import RotaryTable
 from kandinsky.runtime.processes import Processes, Value
@@ -40,6 +41,48 @@ if TYPE_CHECKING:
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
 
 
+class OutOfMemorySomewhere(torch.OutOfMemoryError):
+    """Raised in all processes of a group (None: of all) at once, where one of them ran out of memory."""
+
+    def __init__(self, group: dist.ProcessGroup | None, words: str, on_host: bool) -> None:
+        super().__init__(words)
+        self.group, self.on_host = group, on_host
+
+
+def meet(group: dist.ProcessGroup | None, flag: bool = False, failure: BaseException | None = None) -> bool:
+    """Whether any process of a group has set the flag. To be called by all of them in the same places.
+
+    A process that has run out of memory comes with that failure, from wherever it was, and meets the others in the
+    place where they are next: in all of them it is then raised as OutOfMemorySomewhere.
+    """
+    on_host = failure is not None and of_the_host(failure)
+    words = torch.tensor([flag, failure is not None, on_host], dtype=torch.uint8)  # on the CPU: nobody waits for a GPU
+    dist.all_reduce(words, dist.ReduceOp.MAX, group)
+    any_flag, any_failure, any_on_host = words.tolist()
+    if any_failure:
+        raise OutOfMemorySomewhere(group, str(failure or "in another process"), bool(any_on_host))
+    return bool(any_flag)
+
+
+def together(group: dist.ProcessGroup | None, attempt: Callable[[], Value]) -> Value:
+    """What `attempt` returns; or OutOfMemorySomewhere, in all processes of a group, where one has run out of memory.
+
+    Within it, processes may wait for each other in `meet` alone, or behind a `meet` after which nothing can run out of
+    memory before they do.
+    """
+    try:
+        result = attempt()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error) or (isinstance(error, OutOfMemorySomewhere) and error.group is group):
+            raise  # what ends all of them, or what they all have
+        failure = error.with_traceback(None)  # and without what its frames hold
+    else:
+        meet(group)
+        return result
+    meet(group, failure=failure)
+    raise AssertionError("a failure is raised where it is met")
+
+
 @dataclass(frozen=True)
 class SequenceParallel:
     """Shards tokens over a process group, around a DiT's visual blocks (see `Execution.around`).
@@ -48,6 +91,7 @@ class SequenceParallel:
     """
 
     group: dist.ProcessGroup
+    meets: bool = True  # whether processes meet before each exchange, in case that memory ran out in one
 
     @property
     def size(self) -> int:
@@ -70,6 +114,17 @@ class SequenceParallel:
         )
         return self.gather(run_blocks(self.shard(hidden, 1, whole), local), length)
 
+    def meet(self) -> None:
+        """Raise OutOfMemorySomewhere where another process of the group has run out of memory."""
+        if self.meets:
+            meet(self.group)
+
+    def together(self, velocity: Velocity) -> Velocity:
+        """`velocity` that raises OutOfMemorySomewhere in all processes of the group, or in none."""
+        if not self.meets or self.size == 1:
+            return velocity
+        return lambda *inputs: together(self.group, functools.partial(velocity, *inputs))
+
     def shard(self, x: Tensor, dim: int, whole: int = 1) -> Tensor:
         """This process's slice of `x` along `dim`, padded with zeros so that all slices are equally long.
 
@@ -84,8 +139,9 @@ class SequenceParallel:
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         """Slices (B, n, D) of all processes -> (B, length, D), the padding cut off."""
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), self.group)
+        x, parts = x.contiguous(), [torch.empty_like(x) for _ in range(self.size)]
+        self.meet()
+        dist.all_gather(parts, x, self.group)
         return torch.cat(parts, dim=1)[:, :length]
 
     def attend(self, attention: Attention, length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -103,6 +159,7 @@ class SequenceParallel:
         """x (processes, ...): part i goes to process i; returns what came from each."""
         x = x.contiguous()
         received = torch.empty_like(x)
+        self.meet()
         dist.all_to_all_single(received, x, group=self.group)
         return received
 
@@ -112,6 +169,7 @@ class GuidanceParallel:
     """Gives the two branches of guidance to the two processes of a group."""
 
     group: dist.ProcessGroup
+    meets: bool = True  # as in SequenceParallel
 
     def split(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
         """`velocity` of which the group's first process computes the "cond" branch only, the second the "uncond".
@@ -132,19 +190,19 @@ class GuidanceParallel:
                 assert uncond is not None, "the conditional branch comes first in every step"
                 return uncond
             is_guided = next(steps) == "new"
-            own = torch.zeros_like(latents)
-            if mine == "cond" or is_guided:
-                own = velocity(latents, timestep, mine).to(own.dtype).contiguous()
-            both = [torch.empty_like(own) for _ in BRANCHES]
+
+            def own_and_both() -> tuple[Tensor, list[Tensor]]:
+                own = torch.zeros_like(latents)
+                if mine == "cond" or is_guided:
+                    own = velocity(latents, timestep, mine).to(own.dtype).contiguous()
+                return own, [torch.empty_like(own) for _ in BRANCHES]
+
+            own, both = together(self.group, own_and_both) if self.meets else own_and_both()
             dist.all_gather(both, own, self.group)
             cond, uncond = both[0], both[1] if is_guided else None
             return cond
 
         return shared
-
-
-class OutOfMemorySomewhere(torch.OutOfMemoryError):
-    """Raised in all processes at once, where one of them ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -159,20 +217,18 @@ class TileParallel:
         Where one runs out of memory, all raise OutOfMemorySomewhere.
         """
         rank, size = self.processes.rank, self.processes.size
-        error: torch.OutOfMemoryError | None
         if len(tiles) == 1:
             yield function(tiles[0])
             return
         for begin in range(0, len(tiles), size):
             # Who has none left computes the last one again: the others take as long for theirs.
-            try:
-                own = function(tiles[min(begin + rank, len(tiles) - 1)]).contiguous()
-                results = [torch.empty_like(own) for _ in range(size)]
-                error = None
-            except torch.OutOfMemoryError as failure:
-                error = failure.with_traceback(None)  # and without what its frames hold
-            if self.processes.any(error is not None):  # before they wait for a result that never comes
-                raise OutOfMemorySomewhere(str(error or "in another process"))
+            tile = tiles[min(begin + rank, len(tiles) - 1)]
+
+            def own_and_all(tile: Tensor = tile) -> tuple[Tensor, list[Tensor]]:
+                own = function(tile).contiguous()
+                return own, [torch.empty_like(own) for _ in range(size)]
+
+            own, results = together(None, own_and_all)
             dist.all_gather(results, own)
             yield from results[: len(tiles) - begin]
 
@@ -192,18 +248,23 @@ class FirstProcessEncodes:
         images: Sequence[Image.Image] | None = None,
         max_length: int | None = None,
     ) -> TextEmbeddings:
-        """To be called in all processes at once. A ValueError is raised in all of them."""
+        """To be called in all processes at once. A ValueError is raised in all of them, and so is want of memory."""
         result: TextEmbeddings | ValueError | None = None
-        if self.embedder is not None:
-            try:
-                result = self.embedder.encode(prompts, content, images, max_length).to(torch.device("cpu"))
-            except ValueError as error:
-                result = error
+
+        def encoded() -> None:
+            nonlocal result
+            if self.embedder is not None:
+                try:
+                    result = self.embedder.encode(prompts, content, images, max_length).to(torch.device("cpu"))
+                except ValueError as error:
+                    result = error
+
+        together(None, encoded)
         result = self.processes.agree(result)
         if isinstance(result, ValueError):
             raise result
         assert result is not None
-        return result.to(self.device)
+        return together(None, functools.partial(result.to, self.device))
 
 
 class DistributedTeam:
@@ -213,16 +274,18 @@ class DistributedTeam:
         processes: connected.
         cfg_parallel: 2 gives each branch of guidance to one half of them.
         device_type: where the models are, "cpu" or "cuda".
+        meets: whether all can take a step again in which one of them runs out of memory. Not with weights in shards,
+            which are gathered without asking: there one's failure is the end of all.
     """
 
-    def __init__(self, processes: Processes, cfg_parallel: int, device_type: str) -> None:
+    def __init__(self, processes: Processes, cfg_parallel: int, device_type: str, meets: bool = True) -> None:
         self.processes = processes
         self.is_first, self.size = processes.is_first, processes.size
         # Neighbours in the numbering share a sequence, which is what most is sent for: they are likely on one machine.
         shape = (cfg_parallel, processes.size // cfg_parallel)
         self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=("guidance", "sequence"))
-        self.sequence = SequenceParallel(self.mesh["sequence"].get_group())
-        self.guidance = GuidanceParallel(self.mesh["guidance"].get_group()) if cfg_parallel > 1 else None
+        self.sequence = SequenceParallel(self.mesh["sequence"].get_group(), meets)
+        self.guidance = GuidanceParallel(self.mesh["guidance"].get_group(), meets) if cfg_parallel > 1 else None
         self.map_tiles = TileParallel(processes)
 
     def agree(self, value: Value) -> Value:
@@ -231,22 +294,15 @@ class DistributedTeam:
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return self.processes.any(flag)
+        return meet(None, flag)
 
-    def out_of_memory(self, error: torch.OutOfMemoryError | None) -> torch.OutOfMemoryError | None:
-        """An attempt's error, of whichever process; None where all have succeeded.
-
-        A process that fails alone is met here by the others: at the end of their attempt, or where they compare notes
-        about their next tile.
-        """
-        if isinstance(error, OutOfMemorySomewhere):  # everybody has it
-            return error
-        if self.any(error is not None):
-            return error or OutOfMemorySomewhere("in another process")
-        return None
+    def together(self, attempt: Callable[[], Value]) -> Value:
+        """What it returns; or OutOfMemorySomewhere in all processes, where one of them has run out of memory."""
+        return together(None, attempt)
 
     def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
         """The same velocity, its two branches computed side by side where there are two halves."""
+        velocity = self.sequence.together(velocity)
         return velocity if self.guidance is None else self.guidance.split(velocity, plan)
 
     def over_branches(self, count: int) -> int:

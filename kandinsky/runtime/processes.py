@@ -110,11 +110,11 @@ class Processes:
         dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
         return values[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any of them."""
-        flags = torch.tensor([int(flag)])  # on the CPU: nobody waits for a GPU
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags.item())
+    def everybodys(self, value: Value) -> list[Value]:
+        """The values of all, in the order of the processes."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def wait_for_all(self, what: str) -> None:
         """Come back when all processes have called this with the same word, which is used once."""

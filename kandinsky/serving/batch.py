@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky.clips import Clip
+from kandinsky.common.out_of_memory import of_the_host, ran_out_of_memory
 from kandinsky.config.schema import Config
 from kandinsky.keyframes import keyframe_words, read_keyframes
 from kandinsky.outputs import media
@@ -325,8 +326,8 @@ def _media(pipeline: Pipeline, job: Job) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """Why a prompt failed, in one line. What no user can have caused is told in the log in full."""
     name, words = type(error).__name__, " ".join(str(error).split())
-    if "OutOfMemoryError" in [kind.__name__ for kind in type(error).__mro__]:
-        return "out of GPU memory"
+    if ran_out_of_memory(error):
+        return f"out of {'host' if of_the_host(error) else 'GPU'} memory"
     if isinstance(error, ValueError | OSError):
         return words
     logger.error("a prompt failed unexpectedly", exc_info=error)

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from kandinsky.common.out_of_memory import ran_out_of_memory
 from kandinsky.common.signals import Stopper, stop_on_signals
 from kandinsky.common.untrusted import read_json
 from kandinsky.common.writing import discard
@@ -274,7 +275,7 @@ def changed_at(path: Path) -> float:
 def why(error: Exception) -> dict[str, str]:
     """Why a job failed, in one line. What no client can have caused is told in the log in full."""
     words = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in [kind.__name__ for kind in type(error).__mro__]:
+    if ran_out_of_memory(error):
         what = f" ({words})" if words else ""
         return {"error": f"out of memory: ask for something smaller or shorter{what}", "code": "out_of_memory"}
     if isinstance(error, ValueError):

@@ -205,6 +205,7 @@ OTHER_FLAGS = {
     "plan": "test_plan_cli",
     "memory_gb": "test_plan_cli",
     "host_memory_gb": "test_plan_cli",
+    "processes": "test_plan_cli",
     "device_preset": "test_plan_cli",
 }
 

@@ -96,6 +96,16 @@ def test_plan_for_decoding_what_a_run_left(
     assert re.search(r"^decode ", out, re.MULTILINE) and "denoise" not in out and "encode" not in out
 
 
+def test_several_processes(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ("--memory_gb", "24", "--host_memory_gb", "128")
+    assert cli.main(words("5s_t2v_pro", *machine, "--processes", "4", "--shard_weights")) == 0
+    out = capsys.readouterr().out
+    assert "each of 4 processes has 24.0 GB on the GPU, 128.0 GB of host memory, which 4 share" in out
+    assert "of the first process, which alone has the text encoders" in out and "runtime.offload=off" in out
+    assert cli.main(words("5s_t2v_pro", *machine, "--processes", "3")) == 2
+    assert "3 processes cannot share" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["5s_i2v", "i2i"])
 def test_plan_for_a_picture_needs_none(name: str, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words(name, "--memory_gb", "24", "--host_memory_gb", "32")) == 0

@@ -36,6 +36,7 @@ from kandinsky.request import resolve_request
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes, SequenceParallel
 from kandinsky.runtime.processes import Processes
+from kandinsky.text.embeddings import TextEmbeddings
 from tests.unit.small_pipelines import TASKS, WordsEmbedder, build, call, latents_of, randomised
 
 pytestmark = pytest.mark.distributed
@@ -295,6 +296,87 @@ def without_memory(team: DistributedTeam | None, folder: Path) -> Tensor:
     return pixels
 
 
+class LessOfTheSame:
+    """A stand-in for settings that take less: they are written down, and the models stay as they are."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.stages: list[str] = []
+
+    def settings(self, config: Any, request: Any, stage: str, on_host: bool) -> dict[str, Any]:
+        self.stages.append(stage)
+        return {"chunk_tokens": 64 * len(self.stages)}
+
+    def load(self, config: Any, before: Any) -> Any:
+        assert before is self.pipe
+        return before
+
+
+# Where in the last process memory runs out: the object, the function, and in which of its calls.
+STARVED: dict[str, Callable[[Any], tuple[Any, str, int]]] = {
+    "the text encoder": lambda pipe: (pipe.text_embedder.embedder, "encode", 1),
+    "what comes of it": lambda pipe: (TextEmbeddings, "to", 1),
+    "a picture's encoder": lambda pipe: (pipe.vae, "encode", 1),
+    "tables": lambda pipe: (pipe.dit, "request_tables", 1),
+    "the first block": lambda pipe: (pipe.dit.visual_transformer_blocks[0], "forward", 2),
+    "a block between two exchanges": lambda pipe: (pipe.dit.visual_transformer_blocks[1].feed_forward, "forward", 2),
+    "behind the blocks": lambda pipe: (pipe.dit.out_layer, "forward", 4),
+    "between two steps": lambda pipe: (pipe, "make_previews", 2),
+}
+
+
+IN_BRANCHES = ("the first block", "behind the blocks", "between two steps")  # with MagCache, whose residuals are kept
+
+
+@torch.no_grad()
+def starved(where: str, team: DistributedTeam | None, folder: Path) -> Tensor:
+    """All go on together where memory runs out in one, and come to what they come to without."""
+    task = "i2v" if where == "a picture's encoder" else "t2v"
+    cache = {"make_cache": MAGCACHE} if where in IN_BRANCHES else {}
+    found = []
+    for is_starved in (False, True):
+        pipe = pipeline(task, team, **cache)
+        pipe.make_previews = lambda: None
+        pipe.frugality = frugality = LessOfTheSame(pipe)
+        request = resolve_request(
+            pipe.config, "a red cat", image_sizes=[(32, 32)] if task == "i2v" else [], seed=1, num_steps=STEPS
+        )
+        in_first = where == "the text encoder"
+        is_here = team is not None and (team.is_first if in_first else team.processes.rank == team.size - 1)
+        with pytest.MonkeyPatch.context() as patch:
+            if is_starved and is_here:
+                owner, name, at = STARVED[where](pipe)
+                run_out(patch, owner, name, at)
+            latents = pipe.generate(
+                request,
+                Inputs([Image.new("RGB", (32, 32), "red")] if task == "i2v" else []),
+                progress=False,
+                output_type="latent",
+                callback=lambda pipe, *_: pipe.make_previews(),
+            )
+        stage = {"the text encoder": "encode text", "what comes of it": "encode text"}.get(where, "denoise")
+        stage = "encode image" if task == "i2v" else stage
+        told = team is not None and team.is_first and is_starved
+        assert frugality.stages == ([stage] if told else []), where
+        assert pipe.config.runtime.chunk_tokens == (64 if team is not None and is_starved else None)
+        found.append(latents)
+    assert torch.equal(*found)
+    return found[-1]
+
+
+def run_out(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
+    """Have memory run out in that call, counted from 1."""
+    original, calls = getattr(owner, name), []
+
+    def called(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise torch.OutOfMemoryError("in one process")
+        return original(*args, **options)
+
+    patch.setattr(owner, name, called)
+
+
 def random_seed(team: DistributedTeam | None, folder: Path) -> Tensor:
     """The same in all processes, whatever it is; compared with nothing else."""
     return latents_of(pipeline("i2v", team), seed=None)
@@ -373,13 +455,17 @@ CASES: dict[str, Case] = {
     "decode t2v": functools.partial(decoded, "t2v"),
     "decode t2i": functools.partial(decoded, "t2i"),
     "without memory": without_memory,
+    **{f"starved: {where}": functools.partial(starved, where) for where in STARVED},
     "random seed": random_seed,
     "interrupted": interrupted,
     "resumed": resumed,
     "written": written,
     "refused": refused,
 }
-WITH_BRANCHES = ("t2v", "exact", "magcache", "sharded: magcache", "i2i", "resumed")
+WITH_BRANCHES = (
+    *("t2v", "exact", "magcache", "sharded: magcache", "i2i", "resumed"),
+    *(f"starved: {where}" for where in IN_BRANCHES),
+)
 TO_THE_BIT = ("decode t2v", "decode t2i", "without memory")
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kandinsky.attention.block_sparse import resolve_block_sparse
+from kandinsky.attention.nabla import NablaConfig
 from kandinsky.config.reading import load_config
 from kandinsky.config.schema import Config
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.planning import plan
+from kandinsky.planning.activations import dit_activations
+from kandinsky.planning.plan import default_request
 from kandinsky.planning.stages import Stage
 from kandinsky.runtime import block_swap, parallel
 from kandinsky.runtime.block_swap import BlockSwap
@@ -114,6 +119,7 @@ def test_sequence_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(parallel.dist, "all_to_all_single", exchanged)
     monkeypatch.setattr(parallel.dist, "all_gather", exchanged)
+    monkeypatch.setattr(parallel, "meet", lambda group: None)
     params = small().model.dit_params
     with FakeGPU() as gpu:
         with torch.device("meta"):
@@ -128,6 +134,42 @@ def test_sequence_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
         shared = dit(*inputs, timesteps, execution=Execution(around=parallel.SequenceParallel(group).around))
         assert shared.shape == alone.shape and shared.dtype == alone.dtype and gpu.faults == []
         assert sum(gpu.flops.values()) < 0.6 * sum(whole.values())
+
+
+@pytest.mark.parametrize(("name", "processes"), [("5s_sft", 2), ("5s_sft", 4), ("10s_sft", 4)])
+def test_memory_of_one_of_several_processes(name: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan counts for a forward at a published size, of two blocks: 10s_sft's attention is NABLA's."""
+    config = published(name)
+    params, request = replace(config.model.dit_params, num_visual_blocks=2), default_request(config)
+    group = mock.Mock(size=lambda: processes, rank=lambda: 0)
+    monkeypatch.setattr(parallel.dist, "all_to_all_single", lambda *_, **__: None)
+    monkeypatch.setattr(parallel.dist, "all_gather", lambda *_: None)
+    monkeypatch.setattr(parallel, "meet", lambda group: None)
+    attention = config.model.attention
+    nabla = None if attention.type == "full" else NablaConfig(attention.P, attention.wT, attention.wH, attention.wW)
+    with FakeGPU() as gpu:
+        with torch.device("meta"):
+            dit = DiffusionTransformer3D(**asdict(params)).bfloat16()
+        state = {name: torch.empty(x.shape, dtype=x.dtype, device=DEVICE) for name, x in dit.state_dict().items()}
+        dit.load_state_dict(state, assign=True)
+        kernel = resolve_block_sparse("flex", DEVICE, torch.bfloat16, params.head_dim)
+        with torch.device(DEVICE):
+            inputs = (
+                torch.empty(1, *request.latent_size, dit.in_channels),
+                torch.empty(1, 256, params.in_text_dim, dtype=torch.bfloat16),
+                torch.empty(1, params.in_text_dim2),
+                torch.empty(1),
+            )
+            before = gpu.live
+            gpu.reset_peak()
+            execution = Execution(block_sparse=kernel, around=parallel.SequenceParallel(group).around)
+            dit(*inputs, nabla=nabla, execution=execution)
+    tokens = math.prod(request.latent_size) // 4
+    planned = dit_activations(
+        params, tokens, 256, 2, nabla=nabla is not None, flex=True, on_gpu=True, processes=processes
+    )
+    assert gpu.peak - before == pytest.approx(planned, rel=0.15)
+    assert planned < 0.7 * dit_activations(params, tokens, 256, 2, nabla=nabla is not None, flex=True, on_gpu=True)
 
 
 def test_memory_has_an_end() -> None:

@@ -35,6 +35,7 @@ from kandinsky.models.layers import TimeEmbeddings
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline
+from kandinsky.planning.adapters import adapter_files
 from kandinsky.planning.machine import CUDA_CONTEXT
 from kandinsky.planning.plan import default_request, make_plan, models_in
 from kandinsky.planning.stages import text_tokens
@@ -153,6 +154,7 @@ def rehearse(config: Config, folder: Path, memory_gb: float = 80, steps: int = 3
             mock.patch.object(lora, "open_tensors", open_hollow), \
             watch_time_embeddings(gpu):  # fmt: skip
         request = default_request(config)
+        files |= adapter_files(config)
         plan = make_plan(config, request, machine_memory(DEVICE), files, "bfloat16")
         settled, models = plan.config, models_in("bfloat16", config, files, plan.machine)
         absent = 0 if settled.runtime.offload == "on" else models.text.size

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kandinsky.checkpoints.dit_layout import is_quantizable
 from kandinsky.config.reading import load_config, preset_file, with_settings
 from kandinsky.config.schema import Config
 from kandinsky.models.vae_memory import GB
@@ -26,11 +27,12 @@ from kandinsky.planning import weights as planned_weights
 from kandinsky.planning.choices import Choice, cost, families
 from kandinsky.planning.costs import forward_flops, num_evaluations, rates_of
 from kandinsky.planning.machine import CUDA_CONTEXT, HOST_OF_GPU_RUN, Machine
-from kandinsky.planning.plan import Plan, default_request, make_plan, resolve_runtime
+from kandinsky.planning.plan import Plan, default_request, make_plan, resolve_runtime, weight_files
 from kandinsky.planning.report import report
 from kandinsky.planning.stages import Stage, estimate, num_tokens
 from kandinsky.planning.weights import Models
 from kandinsky.request import Request, resolve_request
+from tests.lora_files import linear_layers, write_lora
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PUBLISHED = sorted(p.stem.removeprefix("config_") for p in CONFIGS.glob("*.yaml") if "tiny" not in p.stem)
@@ -429,6 +431,68 @@ def test_convolutions_in_float32_are_counted() -> None:
     small = make_plan(config, large, Machine(15.5 * GB, **without), {}, "bfloat16")
     assert small.refusal is None and small.overrides
     assert max(stage.host for stage in small.stages) <= 15.5 * GB
+
+
+def test_several_processes_share_what_there_is() -> None:
+    """Tokens, with them what a forward takes; weights in shards; and the host's memory, which each takes from."""
+
+    def stages(processes: int, *settings: str, name: str = "5s_t2v_pro") -> tuple[Plan, dict[str, Stage]]:
+        config = config_of(name, None, *settings)
+        machine = Machine(512 * GB, 80 * GB, processes=processes, on_host=processes)
+        plan = make_plan(config, default_request(config), machine, {}, "bfloat16")
+        assert plan.refusal is None and plan.config.runtime.heads_at_once is None
+        return plan, {stage.name: stage for stage in plan.stages}
+
+    fixed = ("runtime.offload=on", "runtime.chunk_tokens=8192")
+    of = {count: stages(count, *fixed)[1] for count in (1, 2, 4)}
+    assert of[4]["denoise"].activations < of[2]["denoise"].activations < of[1]["denoise"].activations
+    assert of[2]["denoise"].weights == of[1]["denoise"].weights
+    assert of[2]["encode text"].gpu == of[1]["encode text"].gpu
+    assert of[2]["denoise"].host > of[1]["denoise"].host
+    halves = ("runtime.cfg_parallel=2",)  # each has all tokens of its branch
+    assert stages(2, *fixed, *halves)[1]["denoise"].activations == of[1]["denoise"].activations
+    plan, sharded = stages(4, "runtime.shard_weights=true")
+    models = planned_weights.models(plan.config, {}, 2)
+    assert plan.config.runtime.offload == "off" and plan.config.runtime.blocks_on_gpu is None
+    with_text = models.text.size + models.vae.size
+    assert with_text + models.dit.size / 4 < sharded["denoise"].weights < with_text + models.dit.size / 3
+    # On smaller GPUs blocks stream as one process's do, but do not run in parts: their heads are divided already.
+    config = config_of("10s_t2v_pro_hd")
+    for count in (2, 4):
+        small = Machine(256 * GB, 24e9, processes=count, on_host=count)
+        plan = make_plan(config, default_request(config), small, {}, "bfloat16")
+        assert plan.refusal is None, plan.refusal
+        assert plan.config.runtime.heads_at_once is None and plan.config.runtime.blocks_on_gpu is not None
+
+
+def test_adapters_are_counted(tmp_path: Path) -> None:
+    """Their matrices on the host; on the device, too, where layers are quantised."""
+    config = config_of("5s_sft")
+    path = write_lora(tmp_path / "lora.safetensors", config.model.dit_params, rank=16)
+    config = config_of("5s_sft", None, f"model.loras=[{path}, {tmp_path / 'not_here'}]")
+    size = path.stat().st_size
+
+    def plans(*settings: str) -> tuple[dict[str, Stage], dict[str, Stage], Plan]:
+        made = []
+        for loras in (config.model.loras, ()):
+            changed = dataclasses.replace(config, model=dataclasses.replace(config.model, loras=loras))
+            changed = with_settings(changed, runtime={"offload": "on", **dict(s.split("=") for s in settings)})
+            made.append(make_plan(changed, default_request(changed), Machine(64 * GB, 24 * GB),
+                                  weight_files(changed, tmp_path), "bfloat16"))  # fmt: skip
+        return (*({stage.name: stage for stage in plan.stages} for plan in made), made[0])
+
+    merged, without, plan = plans()
+    assert merged["denoise"].gpu == without["denoise"].gpu
+    assert merged["denoise"].host - without["denoise"].host == pytest.approx(size, rel=0.01)
+    assert any(str(tmp_path / "not_here") in line for line in plan.costs) and "not counted" in report(plan)
+    added, plain, _ = plans("dit_quantization=int8")
+    layers = {name for name in linear_layers(config.model.dit_params) if is_quantizable(name)}
+    numbers = sum(16 * sum(linear_layers(config.model.dit_params)[name]) for name in layers)
+    assert added["denoise"].weights - plain["denoise"].weights == 4 * numbers
+    damaged = tmp_path / "other.safetensors"
+    write_lora(damaged, dataclasses.replace(config.model.dit_params, model_dim=128), ["out_layer.out_layer"])
+    with pytest.raises(ValueError, match="out_layer"):
+        planned_weights.models(config, {"lora 0": damaged}, 2)
 
 
 def test_plan_for_decoding_alone() -> None:

@@ -143,7 +143,7 @@ class Memory:
 def test_budget_is_the_tile_it_comes_to(task: str) -> None:
     """Bit for bit; and of a budget and an explicit tile the smaller wins."""
     z = latents()
-    budget = small_pipeline(task)._decoding(z, torch.float32).peak_bytes(320) / GB
+    budget = small_pipeline(task)._decoding(z).peak_bytes(320) / GB
     expected = small_pipeline(task, spatial_tile=320).decode(z)
     pipe = small_pipeline(task, memory_budget_gb=budget, spatial_tile=768)
     tiles = Memory(pipe, 4096).tiles
