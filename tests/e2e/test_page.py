@@ -47,9 +47,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address(browser: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a server listens that has a key, and models for text to video and picture to video."""
+    """Where a server listens that has a key, and a model for each task."""
     folder = tmp_path_factory.mktemp("page")
-    words = [w for name in ("t2v", "i2v") for w in ("--config", str(REPOSITORY / f"configs/config_tiny_{name}.yaml"))]
+    names = ("t2v", "i2v", "t2i", "i2i")
+    words = [w for name in names for w in ("--config", str(REPOSITORY / f"configs/config_tiny_{name}.yaml"))]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(REPOSITORY / "serve.py"), *words, "--port", "0", "--device", "cpu", "--api_key", KEY],
@@ -85,6 +86,15 @@ def page(browser: Any, address: str) -> Any:
     page.wait_for_selector("#t2v-make")
     yield page
     assert elsewhere == []
+
+
+def test_each_task_keeps_its_tab(page: Any) -> None:
+    """Also after others were looked at."""
+    tabs = page.locator("button[role=tab]")
+    for name in ("Animate", "Picture", "Edit", "Video"):
+        page.click(f"button[role=tab]:has-text('{name}')")
+        page.wait_for_selector(f"button[role=tab][aria-selected=true]:has-text('{name}')")
+    assert tabs.all_text_contents() == ["Video", "Animate", "Picture", "Edit"]
 
 
 def test_a_video_from_words_cancelled_made_and_its_settings_used_again(page: Any) -> None:

@@ -77,8 +77,9 @@ class Tab:
             self.directed = Directed(task)
             self.plan = gr.HTML(elem_id=f"{task}-plan", padding=False)
             self.make = gr.Button("Make it", variant="primary", elem_id=f"{task}-make")
-        self.clock = gr.Timer(AGAIN)
-        self.last_seed = gr.State("")
+            # Within the tab: Gradio counts all that stands between tabs as one of them.
+            self.clock = gr.Timer(AGAIN)
+            self.last_seed = gr.State("")
 
     def _advanced(self, start: dict[str, dict[str, Any]]) -> None:
         task = self.task
