@@ -160,10 +160,10 @@ def test_memory_of_one_of_several_processes(name: str, processes: int, monkeypat
                 torch.empty(1, params.in_text_dim2),
                 torch.empty(1),
             )
-            before = gpu.live
-            gpu.reset_peak()
-            execution = Execution(block_sparse=kernel, around=parallel.SequenceParallel(group).around)
-            dit(*inputs, nabla=nabla, execution=execution)
+        before = gpu.live
+        gpu.reset_peak()
+        execution = Execution(block_sparse=kernel, around=parallel.SequenceParallel(group).around)
+        dit(*inputs, nabla=nabla, execution=execution)
     tokens = math.prod(request.latent_size) // 4
     planned = dit_activations(
         params, tokens, 256, 2, nabla=nabla is not None, flex=True, on_gpu=True, processes=processes
