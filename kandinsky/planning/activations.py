@@ -109,9 +109,9 @@ def _of_one_process(
     attention = whole + 5 * part + max(6 * part, 3 * part + max(3 * part, map_bytes))
     # Slices come together: what came in, the own one, those of all, and these in one.
     gathered = 3 * whole + part
-    # The last norm is of all tokens.
+    # The last norm is of all tokens: in float32, in it as well, and then as they were.
     rows = min(tokens, chunk_tokens or tokens) / tokens
-    head = whole + int(rows * ((1 + cast) * wide + whole))
+    head = whole + int(rows * max((1 + cast) * wide, wide + cast * whole))
     rope, text = tokens * dit.head_dim * FLOAT32, 2 * text_tokens * dit.model_dim * element_size
     return max(block, rope + text + max(attention, gathered, head))
 

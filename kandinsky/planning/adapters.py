@@ -24,7 +24,7 @@ class Adapted:
 
     matrices: int = 0  # on the host, as in their files
     on_device: int = 0  # in float32, of layers that are quantised and so get them whenever they are used
-    read_again: int = 0  # of the checkpoint, of layers that they are merged into
+    merged: int = 0  # of the checkpoint, of layers that they are merged into
     in_blocks: int = 0  # of that, of visual blocks
     missing: tuple[str, ...] = ()  # files that are not here
 
@@ -69,7 +69,7 @@ def adapted(config: Config, files: Mapping[str, Path], header: Header, quantizat
     return Adapted(
         matrices=matrices,
         on_device=on_device,
-        read_again=sum(stored.values()),
+        merged=sum(stored.values()),
         in_blocks=sum(size for layer, size in stored.items() if layer.startswith("visual_transformer_blocks.")),
         missing=tuple(missing),
     )

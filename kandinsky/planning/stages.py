@@ -84,7 +84,8 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     # into what comes to the device for a stage on its way there.
     in_streamed = models.adapted.in_blocks * streamed // models.dit_blocks
     waiting += models.adapted.matrices + (in_streamed if from_file else 0)
-    read_again = in_streamed if is_offloaded else models.adapted.read_again
+    # All of the file is then mapped a second time, and as measured the system reads on beyond what is asked for.
+    read_again = models.dit.read if (in_streamed if is_offloaded else models.adapted.merged) else 0
     if is_offloaded:
         mapped = models.dit.read + models.vae.read + read_again
         if models.dit_quantization is not None:
