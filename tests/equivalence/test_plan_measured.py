@@ -19,6 +19,7 @@ GRID = (
     Row("bfloat16", ("offload=on", "blocks_on_gpu=1")),
     Row("bfloat16", ("dit_quantization=int8",)),
     Row("bfloat16", task="t2i", width=512, height=512, seconds=0),
+    Row("bfloat16", ("offload=on", "blocks_on_gpu=1"), lora=True),
 )
 
 
