@@ -15,12 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 MOVING_NOTHING = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
-FILLING = {
-    aten.new_zeros,
-    aten.zeros_like,
-    aten.ones_like,
-    aten.full_like,
-}  # of what they are given only the shape counts
+FILLING = {aten.new_zeros, aten.zeros_like, aten.full_like}  # of what they are given only the shape counts
 WRITING_ONLY = {aten.copy_, aten.fill_, aten.zero_}  # the tensor that they change
 PICKING = {aten.index, aten.index_select, aten.gather, aten.embedding}  # as much of their first tensor as comes out
 
@@ -46,7 +41,7 @@ def bytes_moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     packet = func._overloadpacket
     if func.is_view or func.namespace == "prim" or packet in MOVING_NOTHING:
         return 0
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = list({id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}.values())
     changed = []  # those in `given` that it writes to, among them what it's told to put its result into
     arguments = func._schema.arguments
     named = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
