@@ -71,13 +71,14 @@ def padded_windows(
         end = min(begin + step, frames_out)
         frames = x[:, :, stride * (begin - 1) + 1 if begin else 0 : stride * (end - 1) + 1]
         past = taps - stride if begin else taps - 1
-        for frame in range(past if begin else 0):
-            memory[:, :, frame] = memory[:, :, length - past + frame]
+        if begin:
+            for frame in range(past):
+                memory[:, :, frame] = memory[:, :, length - past + frame]
         length = past + frames.shape[2]
         prepare(frames, memory[:, :, past:length, border : border + rows, border : border + columns])
         repeat_border(memory[:, :, past:length], border)
-        for frame in range(0 if begin else past):
-            memory[:, :, frame] = memory[:, :, past]
+        if not begin:
+            memory[:, :, :past] = memory[:, :, past : past + 1]
         yield begin, end, memory[:, :, :length]
 
 
