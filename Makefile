@@ -4,6 +4,7 @@
 #   make test-avx2   of the tests, what depends on the processor, as on an older one
 #   make rehearse    whole requests of every variant, as if on a GPU; tables of memory,
 #                    operations, and of the bytes that decoding moves
+#   make kernels     the kernels of compiled blocks and of NABLA, built for GPUs that are not there
 #   make gpu     the first hour on a GPU: what the code assumes, measured; DRY=1 without one
 #   make exhaustive  make test and what it leaves out because another case shows it, all signals, hostile input
 #   make fuzz    hostile input: 10,000 cases of each kind, and more while FUZZ_SECONDS=60 last (for each); all signals
@@ -15,6 +16,8 @@ PIP_ARGS ?=
 ARGS     ?=
 # How long each fuzzer goes on under make fuzz, at the least.
 FUZZ_SECONDS ?= 60
+# What CUDA builds of the pinned PyTorch come with, and CPU builds without.
+TRITON ?= triton==3.7.0
 
 PY    := $(VENV)/bin/python
 DEMO  := outputs/demo
@@ -24,10 +27,10 @@ BENCH := $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wi
 export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test exhaustive test-avx2 rehearse gpu fuzz lint check bench clean
+.PHONY: help demo test exhaustive test-avx2 rehearse kernels gpu fuzz lint check bench clean
 
 help:
-	@sed -n '2,10s/^# *//p' Makefile
+	@sed -n '2,11s/^# *//p' Makefile
 
 # Each set of packages has a stamp that is older than its list when there is something to install.
 $(VENV)/.runtime-installed: requirements.txt
@@ -70,6 +73,15 @@ rehearse: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.whole_requests $(ARGS)
 	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.words
 	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.decoding $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.rehearsal.graphs $(ARGS)
+
+build/triton/.installed:
+	$(PY) -m pip install $(PIP_ARGS) --no-deps --target build/triton $(TRITON)
+	@touch $@
+
+# ARGS="80 89" for other compute capabilities, ARGS="--variants 5s_sft" for some variants.
+kernels: $(VENV)/.dev-installed build/triton/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=build/triton $(PY) -m tests.rehearsal.kernels $(ARGS)
 
 # The first hour on a GPU; DRY=1, or no GPU: every step with tiny sizes on the CPU.
 gpu: $(VENV)/.dev-installed

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "make test": ".ci/run",
     "make gpu": "tests/unit/test_first_hour.py, dry",
     "make rehearse": "tests/rehearsal/test_rehearsal.py, on small models",
+    "make kernels": "tests/rehearsal/test_kernels.py, of one variant",
     "python -m venv": "the Makefile does",
     ". .venv/bin/activate": "the Makefile does",
     "pip install -r requirements.txt": "the Makefile does",

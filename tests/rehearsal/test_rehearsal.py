@@ -1,4 +1,4 @@
-"""The rehearsal finds what would go wrong on a GPU: ten planted faults, one a kind; and a published request has none.
+"""The rehearsal finds what would go wrong on a GPU: planted faults, one a kind; and a published request has none.
 
 `make rehearse` goes through all variants.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,24 +15,41 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky.attention.block_sparse import resolve_block_sparse
 from kandinsky.attention.nabla import NablaConfig
+from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.config.reading import load_config
 from kandinsky.config.schema import Config
+from kandinsky.loading import weights
+from kandinsky.loading.dit import load_dit_on_host
+from kandinsky.models import layers
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.planning import plan
 from kandinsky.planning.activations import dit_activations
 from kandinsky.planning.plan import default_request
 from kandinsky.planning.stages import Stage
-from kandinsky.runtime import block_swap, parallel
+from kandinsky.runtime import block_swap, parallel, staging
 from kandinsky.runtime.block_swap import BlockSwap
+from kandinsky.runtime.compile import CompileError
+from kandinsky.runtime.quantization import LINEARS
 from tests.rehearsal import fake_gpu
 from tests.rehearsal.decoding import planned_bytes, rehearse_decoding
 from tests.rehearsal.fake_gpu import FakeGPU
-from tests.rehearsal.whole_requests import CONFIGS, DEVICE, Rehearsed, published, rehearse, write_hollow_lora
+from tests.rehearsal.graphs import rehearse_graphs
+from tests.rehearsal.whole_requests import (
+    CONFIGS,
+    DEVICE,
+    Rehearsed,
+    hollow_files,
+    published,
+    rehearse,
+    without_numbers,
+    write_hollow_lora,
+)
 from tests.rehearsal.words import rehearse_encoders
 
 SMALL = {
@@ -107,6 +125,40 @@ def test_published_request_as_planned(tmp_path: Path) -> None:
     assert result.faults == []
     assert result.flops[0] == pytest.approx(2 * 660e12, rel=0.01)
     assert result.kernels["_scaled_dot_product_flash_attention"] >= 2 * 64
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("5s_sft", "_scaled_dot_product_flash_attention"), ("10s_sft", "flex")])
+def test_graphs_of_compiled_blocks(name: str, kernel: str) -> None:
+    """One for all blocks and lengths of prompts, at the published size, with attention as one kernel."""
+    captured = rehearse_graphs(published(name))
+    assert captured.faults == [] and captured.graphs == 1
+    assert sum(count for found, count in captured.kernels.items() if kernel in found) >= 1
+    assert captured.kernels["addmm"] + captured.kernels["mm"] == 11  # attention twice, feed-forward, modulation
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "nf4"])
+def test_quantised_on_the_device_one_tensor_at_a_time(scheme: str, tmp_path: Path) -> None:
+    """For weights that are to lie on the host: the device has a tensor, and those that are on their way to it."""
+    if scheme == "nf4":
+        pytest.importorskip("bitsandbytes")
+    config = load_config(CONFIGS / "config_5s_sft.yaml", ["model.dit_params.num_visual_blocks=4"])
+    path, params = hollow_files(config, tmp_path)["dit"], config.model.dit_params
+    seen: Counter[str] = Counter()
+    quantize = LINEARS[scheme].quantize
+
+    def watched(weight: Tensor) -> tuple[Tensor, Tensor]:
+        seen[weight.device.type] += 1
+        return quantize(weight)
+
+    with FakeGPU() as gpu, mock.patch.object(weights, "read_tensors", without_numbers), \
+            mock.patch.object(LINEARS[scheme], "quantize", watched):  # fmt: skip
+        _, on_host = load_dit_on_host(path, params, DEVICE, torch.bfloat16, scheme)
+        assert all(tensor.device.type == "cpu" for tensor in on_host.values())
+        assert gpu.live == 0 and gpu.faults == [] and set(seen) == {"cuda"}
+    shapes = expected_dit_shapes(params)
+    largest, whole = (2 * of(math.prod(shape) for shape in shapes.values()) for of in (max, sum))
+    rows = 256 * params.ff_dim * 4  # in float32, of which quantising makes a few
+    assert largest < gpu.peak < staging.AHEAD + 2 * largest + 4 * rows < 0.4 * whole
 
 
 def test_sequence_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +314,26 @@ def test_a_block_that_is_left_out(tmp_path: Path) -> None:
         del pipeline.dit.visual_transformer_blocks[-1]
 
     assert any("the formula says" in fault for fault in run(tmp_path, change).faults)
+
+
+def test_a_block_that_is_not_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    residual = layers.gated_residual
+
+    def looked_at(*args: Any) -> Tensor:
+        torch._dynamo.graph_break()
+        return residual(*args)
+
+    monkeypatch.setattr(layers, "gated_residual", looked_at)
+    with pytest.raises(CompileError, match="could not be compiled"):
+        rehearse_graphs(small())
+
+
+def test_a_graph_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wide(self: layers.FeedForward, x: Tensor, chunk_tokens: int | None = None) -> Tensor:
+        return F.linear(F.linear(x.float(), self.in_layer.weight.float()), self.out_layer.weight.float()).to(x.dtype)
+
+    monkeypatch.setattr(layers.FeedForward, "forward", wide)
+    assert any("float32" in fault for fault in rehearse_graphs(small()).faults)
 
 
 def test_the_gpu_is_gone_afterwards(tmp_path: Path) -> None:

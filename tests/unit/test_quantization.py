@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -525,6 +525,45 @@ def test_command_refuses(
     assert quantize_main(arguments) == 2
     assert expected in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["there.safetensors"]
+
+
+def bits(dit: DiffusionTransformer3D) -> State:
+    return {name: tensor.view(torch.uint8) for name, tensor in dit.state_dict().items()}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_on_another_device(checkpoint: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies stand in for tensors there: each is gone when the next but one comes, and the bits are the host's.
+
+    That they are on the device, and how much of it they take, is in tests/rehearsal.
+    """
+    there = torch.device("cpu", 0)
+    copies: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def brought(tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        assert device is there
+        for name, tensor in tensors:
+            copy = tensor.clone()
+            if is_quantizable(name.removesuffix(".weight")):
+                copies.append(weakref.ref(copy))
+            alive.append(sum(reference() is not None for reference in copies))
+            yield name, copy
+
+    expected = bits(load(checkpoint, scheme, torch.bfloat16))
+    monkeypatch.setattr(weights, "on_device", brought)
+    found = bits(load_dit(checkpoint, PARAMS, "cpu", torch.bfloat16, scheme, there))
+    assert len(copies) == 26 and max(alive) <= 2
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_quantised_on_a_gpu(checkpoint: Path, scheme: str) -> None:
+    expected = bits(load(checkpoint, scheme, torch.bfloat16))
+    dit = load_dit(checkpoint, PARAMS, "cpu", torch.bfloat16, scheme, torch.device("cuda"))
+    assert all(tensor.device.type == "cpu" for tensor in dit.state_dict().values())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in bits(dit).items())
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.encoders import measure_in_a_process
 from kandinsky.loading.text_encoders import load_text_embedder
 from kandinsky.loading.text_generator import load_text_generator
 from kandinsky.runtime.layer_stream import StreamedLayers
@@ -61,6 +62,22 @@ def test_the_same_bits(folder: Path, content: str, dtype: torch.dtype) -> None:
     for stack in stacks:
         buffers = {tensor.untyped_storage().data_ptr() for tensor in stack.parameters()}
         assert len(buffers) == min(2, len(stack))
+
+
+@pytest.mark.processor
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads Linux's account of memory")
+def test_memory_of_two_layers(tmp_path: Path) -> None:
+    """Beyond what the interpreter and a tiny encoder take: two buffers, and what a resident encoder computes with.
+
+    A copy of one tensor may be made by the library that multiplies, and, in `rss`, one is mapped while it is copied out
+    of the file. The published width is in benchmarks/RESULTS.md.
+    """
+    result = measure_in_a_process(tmp_path, layers=6, hidden=1280, intermediate=5120)
+    layer, tensor, streamed, resident = (result[name] for name in ("layer", "largest", "streamed", "resident"))
+    assert result["same"] and result["finite"]
+    allowed = 2 * layer + resident["anon"] + tensor
+    assert 1.9 * layer < streamed["anon"] < allowed and streamed["rss"] < allowed + tensor
+    assert resident["rss"] > 5.9 * layer > 1.9 * (allowed + tensor)
 
 
 def test_writing_while_streaming(folder: Path) -> None:
