@@ -78,7 +78,7 @@ SETTINGS = (
     Setting("tiny VAE decoder", ("model.vae.decoder=tiny",)),
     *(
         Setting(f"coarse {share:g} at {scale:g}", (f"generation.coarse_steps={{share: {share}, scale: {scale}}}",))
-        for share, scale in ((0.25, 0.5), (0.25, 0.75), (0.5, 0.75))
+        for share, scale in ((0.25, 0.5), (0.5, 0.5), (0.25, 0.75), (0.5, 0.75))
     ),
     Setting("coarse 0.25, 256x256", (*PLAIN[NABLA].values, "generation.coarse_steps.share=0.25"), NABLA),
     *(Setting(f"NABLA {P}", (f"model.attention.P={P}",), NABLA) for P in (0.9, 0.6, 0.3)),
