@@ -66,8 +66,10 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
     streamed_bytes = streamed * models.dit_block
     dit_weights = models.dit.size - streamed_bytes + min(STREAM_BUFFERS, streamed) * models.dit_block
     dit_weights += models.adapted.on_device
-    if is_sharded:  # and what is in no block, and two blocks, of which one is on its way
-        dit_weights = dit_weights // sequence + models.dit_rest + GATHERED_BLOCKS * models.dit_block
+    gathered = 0
+    if is_sharded:  # while it runs also what is in no block, and two blocks, of which one is on its way
+        dit_weights //= sequence
+        gathered = models.dit_rest + GATHERED_BLOCKS * models.dit_block
     text_weights = models.text.size
     if runtime.stream_encoders == "on":
         text_weights = models.qwen_streamed + models.clip.size
@@ -92,7 +94,7 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
             waiting += int((models.dit.size - models.dit.mapped) * resident / models.dit_blocks)
     elif not on_gpu:
         mapped = models.qwen.left_mapped + models.clip.left_mapped + models.vae.left_mapped
-        mapped += 0 if streamed and not from_file else models.dit.left_mapped
+        mapped += 0 if is_sharded or (streamed and not from_file) else models.dit.left_mapped
         mapped += read_again
 
     output = 2 * RGB * samples * request.num_frames * request.width * request.height  # uint8, frames and their stack
@@ -130,13 +132,13 @@ def estimate(config: Config, request: Request, machine: Machine, models: Models)
         picture = encode_bytes(*of_vae, request.width, request.height, models.element_size, work)
         add("encode image", models.vae.size, picture)
     aside = num_tokens(config, request) * dit.model_dim * models.element_size if runtime.attention_on_host else 0
-    add("denoise", dit_weights, _denoising(config, request, models, machine), PINNED * aside)
+    add("denoise", dit_weights, gathered + _denoising(config, request, models, machine), PINNED * aside)
     latents = denoising_state(dit, num_tokens(config, request), samples)
     if config.model.vae.decoder == "tiny":
         add("decode", 0, _tiny_decoding(request, models) + latents, output)
     else:
         pixels = decoding_of(config, request, models).peak_bytes(tile_size(config, request, models))
-        if machine.processes > 1:  # each has a tile of all that are decoded at once
+        if machine.processes > 1 and _is_divided(config, request, models):  # each has all tiles of one round
             pixels += machine.processes * _tile_pixels(config, request, models) * models.element_size
         add("decode", models.vae.size, pixels + latents, output)
     add("write", 0, 0, output)
@@ -147,6 +149,12 @@ def shares(config: Config, machine: Machine) -> tuple[int, bool]:
     """How many processes share the tokens of one evaluation; and whether they share the DiT's weights, too."""
     sequence = max(1, machine.processes // config.runtime.cfg_parallel)
     return sequence, config.runtime.shard_weights and sequence > 1
+
+
+def _is_divided(config: Config, request: Request, models: Models) -> bool:
+    """Whether decoding is of several tiles or windows, which processes share."""
+    tiles = decoding_of(config, request, models).num_tiles(tile_size(config, request, models))
+    return tiles > 1 or request.num_frames > WINDOW_FRAMES
 
 
 def _tile_pixels(config: Config, request: Request, models: Models) -> int:

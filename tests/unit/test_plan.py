@@ -455,7 +455,13 @@ def test_several_processes_share_what_there_is() -> None:
     models = planned_weights.models(plan.config, {}, 2)
     assert plan.config.runtime.offload == "off" and plan.config.runtime.blocks_on_gpu is None
     with_text = models.text.size + models.vae.size
-    assert with_text + models.dit.size / 4 < sharded["denoise"].weights < with_text + models.dit.size / 3
+    assert sharded["denoise"].weights == with_text + models.dit.size // 4
+    whole = (
+        stages(4, "runtime.offload=off", name="5s_sft")[1]["denoise"],
+        stages(4, "runtime.offload=off", "runtime.shard_weights=true", name="5s_sft")[1]["denoise"],
+    )  # while it runs, each has two blocks in full, and what is in none
+    of_lite = planned_weights.models(config_of("5s_sft"), {}, 2)
+    assert whole[1].activations - whole[0].activations == of_lite.dit_rest + 2 * of_lite.dit_block
     # On smaller GPUs blocks stream as one process's do, but do not run in parts: their heads are divided already.
     config = config_of("10s_t2v_pro_hd")
     for count in (2, 4):
