@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,6 +256,7 @@ def main() -> None:
     if len(args.targets) > 1:
         command = [sys.executable, "-m", "tests.rehearsal.kernels", "--no-head", "--variants", *args.variants, "--"]
         sys.exit(max(subprocess.call([*command, target]) for target in args.targets))
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor")
     (target,) = args.targets
     capability = (int(target[:-1]), int(target[-1]))
     failed = []
@@ -262,13 +264,10 @@ def main() -> None:
         begin = time.perf_counter()
         built = build_all(capability, published(variant))
         wrong = [kernel for kernel in built if kernel.error]
-        kernels = sum(
-            1 for before, kernel in itertools.pairwise([None, *built]) if not before or before.name != kernel.name
-        )
-        spilling = {kernel.name for kernel in built if kernel.stack}
-        cells = [f"{CARDS[capability][0]}, sm_{target}", variant, kernels, len(built), len(wrong),
+        cells = [f"{CARDS[capability][0]}, sm_{target}", variant,
+                 sum(1 for _ in itertools.groupby(built, key=lambda kernel: kernel.name)), len(built), len(wrong),
                  f"{max(kernel.shared for kernel in built) / 1024:.0f} of {CARDS[capability][2]}",
-                 max(kernel.registers for kernel in built), ", ".join(sorted(spilling)) or "none",
+                 max(kernel.registers for kernel in built), sum(kernel.stack > 0 for kernel in built),
                  f"{time.perf_counter() - begin:.0f}"]  # fmt: skip
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
         failed += [f"sm_{target} {variant}: {kernel.name} {kernel.tiles}: {kernel.error}" for kernel in wrong]
