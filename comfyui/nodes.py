@@ -294,7 +294,7 @@ class Sample:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         stop_where_asked()
         pipeline = model.ready()
-        pipeline = with_magcache(pipeline, magcache or pipeline.config.magcache.enabled)
+        pipeline = with_magcache(pipeline, magcache or pipeline.config.uses_magcache)
         request, found, keyframes = settled(
             pipeline.config,
             prompt.text,

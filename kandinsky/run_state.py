@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kandinsky.sampling.sampler import Branch, SamplerState
     from kandinsky.text.embeddings import TextEmbeddings
 
+# What a cache of blocks may leave behind of each branch and sample: tensors like the tokens, and so many numbers.
+CACHE_TENSORS, CACHE_NUMBERS = 3, 16
+
 
 @dataclass
 class RunState:

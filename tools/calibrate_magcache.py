@@ -42,11 +42,15 @@ Call = dict[str, Any]  # arguments of one pipeline call
 class RatioRecorder:
     """Sits where a cache would, lets every evaluation run, and measures: what a request's ratios come from."""
 
-    skipped = 0
-
     def __init__(self) -> None:
         self.ratios: dict[str, list[float]] = {"cond": [], "uncond": []}
         self._norms: dict[str, Any] = {}  # branch -> (N,), of the residual of the step before
+
+    def skipped_of(self, sample: int) -> int:
+        return 0
+
+    def spares(self, blocks: int) -> int:
+        return 0
 
     def run_blocks(self, branch: str, sample: int, run_blocks: Any) -> Any:
         def measured(hidden: Any, inputs: Any) -> Any:
@@ -65,7 +69,7 @@ def measure(pipe: Any, calls: Iterable[Call]) -> list[float]:
     recorders = []
     for arguments in calls:
         recorders.append(recorder := RatioRecorder())
-        pipe.make_cache = lambda guided, recorder=recorder: recorder
+        pipe.make_cache = lambda *steps, recorder=recorder: recorder
         pipe(**arguments, output_type="latent", progress=False)
     pipe.make_cache = None
     ratios = []

@@ -20,6 +20,7 @@ DEFAULT_CONFIG = REPOSITORY / "configs" / "config_5s_sft.yaml"
 # Flags that stand for a value of the YAML: flag -> (key, help).
 SETTINGS = {
     "magcache": ("magcache.enabled", "skip model evaluations that change little"),
+    "cache": ("cache.kind", "skip what changes little by this rule; all but magcache need no calibration"),
     "compile": ("runtime.compile", "compile the DiT's blocks; auto: on a GPU, where there are steps enough"),
     "cache_prompts": ("runtime.cache_prompts", "keep the prompts' embeddings on disk"),
     "offload": ("runtime.offload", "have each model on the device only while it runs"),
@@ -54,6 +55,7 @@ FIXED_BY_A_FILE = (
     ),
 )
 CHOICES = {
+    "cache": ("magcache", "dbcache", "taylorseer", "firstblock", "tracked", "auto", "off"),
     "compile": ("auto", "on", "off"),
     "expand_prompt": ("on", "off"),
     "stream_encoders": ("auto", "on", "off"),

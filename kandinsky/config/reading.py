@@ -95,6 +95,16 @@ def with_settings(config: Config, **sections: Mapping[str, Any]) -> Config:
     return config
 
 
+def with_magcache(config: Config, wanted: bool) -> Config:
+    """The config with MagCache in place of any other cache, or without it where it has it.
+
+    Raises ValueError where it has no ratios for it.
+    """
+    if wanted == config.uses_magcache:
+        return config
+    return with_settings(config, cache={"kind": None}, magcache={"enabled": wanted})
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts, lists, numbers and strings, for JSON."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
@@ -217,8 +227,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         if key == "model.attention.type" and value in DENSE_ATTENTION_ALIASES:
             return "full"
-        if type(value) is bool and "on" in args:  # what YAML makes of a bare on or off
-            return "on" if value else "off"
+        if type(value) is bool and (word := "on" if value else "off") in args:  # what YAML makes of a bare on or off
+            return word
         if value not in args:
             raise not_allowed(key, value, " or ".join(map(str, args)))
         return value

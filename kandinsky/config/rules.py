@@ -156,19 +156,30 @@ def _check_magcache(config: Config) -> None:
     if ratios is not None:
         _require(len(ratios) % 2 == 0, "the length of magcache.mag_ratios", len(ratios), "even: pairs of cond, uncond")
         _require(min(ratios) >= 0, "the smallest of magcache.mag_ratios", min(ratios), "0 or more")
-    _require(
-        ratios is not None or not config.magcache.enabled,
-        "magcache.enabled",
-        True,
-        "false, as there are no magcache.mag_ratios to go by; measure them, and write them into the file, with: "
-        f"python tools/calibrate_magcache.py --config {config.source} --prompt '...' --write",
-    )
+    enabled, kind = config.magcache.enabled, config.cache.kind
+    for key, value, is_wanted, allowed in (
+        ("magcache.enabled", True, enabled, "false"),
+        ("cache.kind", kind, kind == "magcache", "another one, auto or off"),
+    ):
+        _require(
+            ratios is not None or not is_wanted,
+            key,
+            value,
+            f"{allowed}, as there are no magcache.mag_ratios to go by; measure them, and write them into the file, "
+            f"with: python tools/calibrate_magcache.py --config {config.source} --prompt '...' --write",
+        )
+    allowed = "magcache, auto, off or left out with magcache.enabled: a request has one cache"
+    _require(not enabled or kind in (None, "magcache", "auto", "off"), "cache.kind", kind, allowed)
+    divided = config.runtime.cfg_parallel > 1 and config.block_cache is not None and not config.uses_magcache
+    allowed = "magcache or off with runtime.cfg_parallel = 2: one branch decides for both, which one process has to see"
+    _require(not divided, "cache.kind", kind, allowed)
 
 
 def _check_coarse(config: Config) -> None:
-    share, is_cached = config.generation.coarse_steps.share, config.magcache.enabled
-    allowed = "0 with magcache.enabled: what it keeps is of one size, and its ratios are; take one of the two"
-    _require(share == 0 or not is_cached, "generation.coarse_steps.share", share, allowed)
+    share, cache = config.generation.coarse_steps.share, config.block_cache
+    setting = "magcache.enabled" if config.magcache.enabled else "cache.kind"
+    allowed = f"0 with {setting}: what a cache keeps is of one size; take one of the two"
+    _require(share == 0 or cache is None, "generation.coarse_steps.share", share, allowed)
 
 
 def _check_streaming(config: Config) -> None:

@@ -7,10 +7,10 @@ The layout is that of the original repository's YAML files. Three things are our
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from kandinsky.common.limits import MAX_TEXT_TOKENS
 
@@ -197,6 +197,47 @@ class MagCacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Caches that need no calibration (runtime/adaptive_caches.py), and which cache there is at all."""
+
+    # None: magcache where magcache.enabled says so. auto: magcache where there are ratios for it, else tracked.
+    kind: Literal["magcache", "dbcache", "taylorseer", "firstblock", "tracked", "auto", "off"] | None = None
+    # Relative error below which blocks are left out, 0: they never are; None, here and below: as `CACHE_DEFAULTS` says.
+    threshold: Annotated[float | None, at_least(0, "0 or more, or left out")] = None
+    max_skips: Annotated[int | None, at_least(0, "0 or more, or left out")] = None  # in a row
+    # Degree of the polynomial with which what blocks add is forecast; of no use to magcache.
+    order: Annotated[int | None, between(0, 2, "0, 1 or 2, or left out")] = None
+
+
+class CacheSettings(NamedTuple):
+    """`CacheConfig` with nothing left open."""
+
+    kind: str
+    threshold: float
+    max_skips: int
+    order: int
+
+    @property
+    def kept(self) -> int:
+        """Tensors of the tokens' size that it keeps for every sample and branch of guidance."""
+        return self.order + 1 + (self.kind in ("firstblock", "dbcache"))
+
+    @property
+    def replaced(self) -> int:
+        """Of those, how many are new after an evaluation, beside the old ones, which a step that fails needs again."""
+        return 0 if self.kind == "magcache" else self.kept - self.order
+
+
+# Of caches without calibration: threshold, max_skips, order.
+CACHE_DEFAULTS: Mapping[str, tuple[float, int, int]] = {
+    "firstblock": (0.1, 3, 0),
+    "dbcache": (0.1, 3, 0),
+    "taylorseer": (0.3, 3, 1),
+    "tracked": (0.3, 3, 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """What makes a run fast or small and changes nothing else, or little and in known ways; and its files."""
 
@@ -268,6 +309,27 @@ class Config:
     metrics: MetricsConfig
     model: ModelConfig
     magcache: MagCacheConfig
+    cache: CacheConfig
     runtime: RuntimeConfig
     generation: GenerationConfig
     source: Path | None = dataclasses.field(default=None, metadata={"in_yaml": False})
+
+    @property
+    def block_cache(self) -> CacheSettings | None:
+        """What spares a request passes through the DiT's blocks; None: nothing does."""
+        kind = self.cache.kind or ("magcache" if self.magcache.enabled else "off")
+        if kind == "off":
+            return None
+        if kind == "auto":
+            kind = "magcache" if self.magcache.mag_ratios else "tracked"
+        threshold, max_skips, order = CACHE_DEFAULTS.get(kind, (self.magcache.threshold, self.magcache.max_skips, 0))
+        return CacheSettings(
+            kind,
+            threshold if self.cache.threshold is None else self.cache.threshold,
+            max_skips if self.cache.max_skips is None else self.cache.max_skips,
+            order if self.cache.order is None or kind == "magcache" else self.cache.order,
+        )
+
+    @property
+    def uses_magcache(self) -> bool:
+        return self.block_cache is not None and self.block_cache.kind == "magcache"

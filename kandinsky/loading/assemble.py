@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from kandinsky.checkpoints.gguf_file import is_gguf, require_gguf
 from kandinsky.checkpoints.headers import read_header, why_absent
 from kandinsky.checkpoints.lora_file import LoraFile, configured_loras
 from kandinsky.checkpoints.tiny_decoder import KINDS, tiny_layout
+from kandinsky.config import reading
 from kandinsky.config.reading import with_settings
 from kandinsky.config.rules import check_processes
 from kandinsky.config.schema import Config
@@ -59,9 +59,9 @@ from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import default_request, models_in, resolve_runtime
 from kandinsky.request import Request
 from kandinsky.runtime.block_parts import with_blocks_in_parts
+from kandinsky.runtime.caches import cache_maker
 from kandinsky.runtime.compile import is_wanted, keep_compiled_code, model_evaluations, with_compiled_blocks
 from kandinsky.runtime.lora import Adapters
-from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes
 from kandinsky.runtime.placement import FixedPlacement
@@ -160,7 +160,7 @@ def put_together(
         vae,
         placement,
         execution=execution,
-        make_cache=functools.partial(cache_for_request, config.magcache) if config.magcache.enabled else None,
+        make_cache=cache_maker(config) if team is None else cache_maker(config, team.all_in_sequence),
         team=team,
         latent_rgb=load_latent_rgb(settled.paths["vae"], config.model.vae.name) if config.runtime.preview else None,
         tiny_decoder=None if before else load_tiny(config, settled.paths.get("tiny"), devices["vae"], settled.dtype),
@@ -171,13 +171,13 @@ def put_together(
 
 
 def with_magcache(pipeline: Pipeline, wanted: bool) -> Pipeline:
-    """The same models, with MagCache on or off. Raises ValueError where the config has no ratios for it."""
-    if wanted == pipeline.config.magcache.enabled:
+    """The same models, with MagCache or without. Raises ValueError where the config has no ratios for it."""
+    if wanted == pipeline.config.uses_magcache:
         return pipeline
     tuned = copy.copy(pipeline)
-    tuned.config = with_settings(pipeline.config, magcache={"enabled": wanted})
+    tuned.config = reading.with_magcache(pipeline.config, wanted)
     tuned.relatives.add(tuned)
-    tuned.make_cache = functools.partial(cache_for_request, tuned.config.magcache) if wanted else None
+    tuned.make_cache = cache_maker(tuned.config, pipeline.team.all_in_sequence)
     return tuned
 
 

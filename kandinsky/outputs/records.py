@@ -26,6 +26,7 @@ from kandinsky.common.untrusted import parse_json
 from kandinsky.config.reading import config_from_dict
 from kandinsky.config.schema import Config
 from kandinsky.request import FPS, Request, Sample, recorded_request
+from kandinsky.run_state import CACHE_NUMBERS, CACHE_TENSORS
 
 Kinds = type | tuple[type, ...]
 TensorKind = tuple[tuple[str, ...], tuple[int, ...]]  # dtypes that are allowed, shape
@@ -166,7 +167,10 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
             needed[f"{text}.text_embeds"] = (FLOATS, (1, length, dit.in_text_dim))
             needed[f"{text}.pooled_embeds"] = (FLOATS, (1, dit.in_text_dim2))
             possible[f"{text}.text_mask"] = (("BOOL",), (1, length))
-            possible[f"residual.{branch}.{i}"] = (FLOATS, (1, tokens, dit.model_dim))
+            cached = f"residual.{branch}.{i}"
+            for name in (cached, f"{cached}.probe", *(f"{cached}.{number}" for number in range(CACHE_TENSORS))):
+                possible[name] = (FLOATS, (1, tokens, dit.model_dim))
+            possible[f"{cached}.numbers"] = (("F64",), (CACHE_NUMBERS,))
     _check_tensors(needed, possible, header, what)
     return request
 

@@ -242,7 +242,10 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             if output_type == "latent":
                 return latents
             if watch.skipped_evaluations:
-                logger.info("skipped %d of %d model evaluations", watch.skipped_evaluations, watch.evaluations)
+                outputs = len(request.samples)
+                logger.info(
+                    "skipped %d of %d model evaluations", watch.skipped_evaluations, outputs * watch.evaluations
+                )
             records = [self.describe(run, i, watch) for i in range(len(request.samples))]
             finish = to_unit if output_type in ("np", "pt") else to_uint8
             keep = self.config.runtime.save_latents

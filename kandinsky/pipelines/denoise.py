@@ -67,10 +67,13 @@ class DenoiseStage(Retries):
         if block_cache is not None:
             if run.state.step < request.num_steps:
                 run.residuals = self.team.from_branches(block_cache.saved())
-            skipped = skipped_before + self.team.over_branches(block_cache.skipped - skipped_before)
-            record.skipped_evaluations = skipped // len(request.samples)  # the same for all of them
-        for kind in ("engine", "exact"):
-            record.attention_calls[kind] += self.team.over_branches(calls[kind])
+            skipped = _skipped(block_cache, len(request.samples))
+            since = self.team.over_branches([a - b for a, b in zip(skipped, skipped_before, strict=True)])
+            record.skipped = [a + b for a, b in zip(skipped_before, since, strict=True)]
+            record.spared_blocks = block_cache.spares(len(self.dit.visual_transformer_blocks))
+        kinds = ("engine", "exact")
+        for kind, count in zip(kinds, self.team.over_branches([calls[kind] for kind in kinds]), strict=True):
+            record.attention_calls[kind] += count
         if run.state.step < grids.switch:  # it ends early, and is as large as was asked for all the same
             latents = enlarged(latents, run.conditioning.noise)
         generation = self.config.generation
@@ -88,7 +91,7 @@ class DenoiseStage(Retries):
         record: Stopwatch,
         calls: Counter[str],
         previews: Previews | None,
-    ) -> tuple[Tensor, BlockCache | None, int]:
+    ) -> tuple[Tensor, BlockCache | None, list[int]]:
         """The steps that are left: latents, the cache of blocks, and how many evaluations it had skipped before.
 
         Where one fails, all is as it was before that step, in each of several processes.
@@ -122,13 +125,15 @@ class DenoiseStage(Retries):
         interval, every = request.guidance_interval, request.guidance_every
         guidance = guided_steps(request.num_steps, request.guidance_weight, interval, every, request.first_step)
         block_cache = None
-        if self.make_cache is not None and request.first_step == 0:  # its plan is of runs that begin with noise
-            block_cache = self.make_cache([step == "new" for step in guidance])
-        if block_cache is not None and state.step > 0:
-            done: dict[Branch, int] = {"cond": state.step, "uncond": guidance[: state.step].count("new")}
+        first, plans = request.first_step, self.config.block_cache is None or self.config.uses_magcache
+        if self.make_cache is not None and not (first and plans):  # MagCache's plan is of runs that begin with noise
+            lengths = (sigmas[first:-1] - sigmas[first + 1 :]).tolist()
+            block_cache = self.make_cache([step == "new" for step in guidance[first:]], lengths)
+        if block_cache is not None and state.step > first:
+            done: dict[Branch, int] = {"cond": state.step - first, "uncond": guidance[: state.step].count("new")}
             residuals = {name: residual.to(device) for name, residual in run.residuals.items()}
             block_cache.restore(residuals, done, len(request.samples))
-        skipped_before = 0 if block_cache is None else block_cache.skipped
+        skipped_before = _skipped(block_cache, len(request.samples))
         before = record.evaluations, calls.copy(), state.difference  # the step that is under way
 
         def evaluate(latents: Tensor, timestep: Tensor, branch: Branch) -> Tensor:
@@ -230,3 +235,8 @@ class DenoiseStage(Retries):
             state.difference = before[2]
             raise
         return latents, block_cache, skipped_before
+
+
+def _skipped(block_cache: BlockCache | None, samples: int) -> list[int]:
+    """Evaluations of each sample that left blocks out so far."""
+    return [0 if block_cache is None else block_cache.skipped_of(i) for i in range(samples)]

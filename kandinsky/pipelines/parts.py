@@ -57,9 +57,15 @@ class Adapters(Protocol):
 
 
 class BlockCache(Protocol):
-    """What spares one request some of its passes through the DiT's blocks; `skipped` counts them, of all samples."""
+    """What spares one request some of its passes through the DiT's blocks."""
 
-    skipped: int
+    def skipped_of(self, sample: int) -> int:
+        """Evaluations so far, of this sample, that left blocks out."""
+        ...
+
+    def spares(self, blocks: int) -> int:
+        """How many of so many blocks these left out, each."""
+        ...
 
     def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
         """What to run in place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""
@@ -74,8 +80,9 @@ class BlockCache(Protocol):
         ...
 
 
-# For each step of a request, whether it has an unconditional evaluation -> the request's own cache.
-MakeCache = Callable[[Sequence[bool]], BlockCache]
+# For each step of a request, whether it has an unconditional evaluation, and how long it is, that is by how much the
+# noise level falls in it -> the request's own cache.
+MakeCache = Callable[[Sequence[bool], Sequence[float]], BlockCache]
 
 
 class Team(Protocol):
@@ -100,6 +107,10 @@ class Team(Protocol):
         """Whether it is set in any of them."""
         ...
 
+    def all_in_sequence(self, flag: bool) -> bool:
+        """Whether it is set in all of them that share this one's evaluations, each of which asks at once."""
+        ...
+
     def together(self, attempt: Callable[[], Value]) -> Value:
         """What it returns; or an error, in all of them, that says that memory ran out in any."""
         ...
@@ -108,7 +119,7 @@ class Team(Protocol):
         """The same velocity, maybe with its branches computed by different processes."""
         ...
 
-    def over_branches(self, count: int) -> int:
+    def over_branches(self, counts: Sequence[int]) -> list[int]:
         """What all processes counted that computed different branches."""
         ...
 
@@ -146,14 +157,17 @@ class Alone:
     def any(self, flag: bool) -> bool:
         return flag
 
+    def all_in_sequence(self, flag: bool) -> bool:
+        return flag
+
     def together(self, attempt: Callable[[], Value]) -> Value:
         return attempt()
 
     def split_guidance(self, velocity: Velocity, plan: Sequence[Guidance]) -> Velocity:
         return velocity
 
-    def over_branches(self, count: int) -> int:
-        return count
+    def over_branches(self, counts: Sequence[int]) -> list[int]:
+        return list(counts)
 
     def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors

@@ -20,12 +20,18 @@ class Stopwatch:
 
     seconds: dict[str, float] = field(default_factory=dict)
     evaluations: int = 0
-    skipped_evaluations: int = 0
+    skipped: Sequence[int] = ()  # evaluations of each output that left blocks out
+    spared_blocks: int = 0  # in each of these
     # Visual blocks that ran, of all outputs, by how their attention was computed: "engine", or "exact" in its place.
     attention_calls: Counter[str] = field(default_factory=Counter)
     devices: Sequence[torch.device] = ()
 
     _running: tuple[str, float] | None = None
+
+    @property
+    def skipped_evaluations(self) -> int:
+        """Of all outputs."""
+        return sum(self.skipped)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

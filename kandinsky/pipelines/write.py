@@ -46,6 +46,8 @@ class WriteStage(Parts):
         settings = dict(vars(request))
         sample = settings.pop("samples")[index]
         image_names = one_each(run.image_names, request.num_prompts)
+        skipped = watch.skipped[index] if watch.skipped else 0
+        blocks = len(self.dit.visual_transformer_blocks)
         return {
             "task": self.config.task,
             "prompt": sample.text,
@@ -65,7 +67,9 @@ class WriteStage(Parts):
             "config": config_to_dict(self.config),
             "versions": media.versions(),
             "attention_calls": dict(+calls),  # visual blocks that ran, of all outputs of this call
-            "evaluations": {"all": watch.evaluations, "skipped": watch.skipped_evaluations},  # of this output
+            # Of this output, and how many passes through a visual block these were.
+            "evaluations": {"all": watch.evaluations, "skipped": skipped},
+            "blocks": {"all": watch.evaluations * blocks, "skipped": skipped * watch.spared_blocks},
             "seconds": dict(watch.seconds),
         }
 

@@ -11,7 +11,7 @@ from math import prod
 
 from kandinsky.checkpoints.tiny_decoder import BLOCKS, TIMES, TinyLayout
 from kandinsky.common.limits import BLOCK_TOKENS, CHUNK_TOKENS, MAP_ENTRIES_AT_ONCE
-from kandinsky.config.schema import DiTConfig
+from kandinsky.config.schema import CacheSettings, DiTConfig
 
 FLOAT32 = 4
 
@@ -193,9 +193,13 @@ def denoising_state(dit: DiTConfig, tokens: int, samples: int) -> int:
     return samples * cells * channels * FLOAT32
 
 
-def magcache_bytes(dit: DiTConfig, tokens: int, samples: int, branches: int, element_size: int) -> int:
-    """The residuals that MagCache keeps: one for every sample and branch of guidance."""
-    return samples * branches * tokens * dit.model_dim * element_size
+def cache_bytes(
+    dit: DiTConfig, tokens: int, cache: CacheSettings, samples: int, branches: int, element_size: int, writes_over: bool
+) -> int:
+    """What a cache of blocks keeps from step to step; what was there before a step is kept until it is done, and the
+    tokens before the blocks are, where these write over them."""
+    tensors = samples * branches * (cache.kept + cache.replaced) + writes_over
+    return tensors * tokens * dit.model_dim * element_size
 
 
 def text_activations(

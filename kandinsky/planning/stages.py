@@ -13,10 +13,10 @@ from kandinsky.config.schema import Config, RuntimeConfig
 from kandinsky.models.vae_memory import GB, RGB, WINDOW_FRAMES, Decoding
 from kandinsky.planning.activations import (
     FLOAT32,
+    cache_bytes,
     denoising_state,
     dit_activations,
     encode_bytes,
-    magcache_bytes,
     text_activations,
     tiny_bytes,
 )
@@ -252,9 +252,10 @@ def _denoising(config: Config, request: Request, models: Models, machine: Machin
     if runtime.preview is not None:  # between two steps
         activations = max(activations, _tiny_decoding(request, models))
     activations += denoising_state(dit, tokens, samples)
-    if config.magcache.enabled:
+    if (cache := config.block_cache) is not None:
         branches = 1 + (request.guidance_weight != 1 and runtime.cfg_parallel == 1)
-        activations += magcache_bytes(dit, tokens, samples, branches, models.element_size)
+        writes_over = runtime.heads_at_once is not None
+        activations += cache_bytes(dit, tokens, cache, samples, branches, models.element_size, writes_over)
     return activations
 
 

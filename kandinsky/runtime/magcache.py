@@ -107,9 +107,20 @@ class MagCache:
     def __init__(self, skips: Mapping[Branch, Sequence[bool]]) -> None:
         """skips: for each branch, which of its evaluations in their order skip the blocks."""
         self.skips = skips
-        self.skipped = 0  # evaluations so far, of all samples
+        self._skipped: Counter[int] = Counter()  # evaluations so far, of each sample
         self.residuals: dict[tuple[Branch, int], Tensor] = {}
         self.done: Counter[tuple[Branch, int]] = Counter()
+
+    @property
+    def skipped(self) -> int:
+        """Evaluations so far, of all samples."""
+        return self._skipped.total()
+
+    def skipped_of(self, sample: int) -> int:
+        return self._skipped[sample]
+
+    def spares(self, blocks: int) -> int:
+        return blocks
 
     def saved(self) -> dict[str, Tensor]:
         """The residuals by names, for `restore`."""
@@ -120,7 +131,7 @@ class MagCache:
         for branch, evaluations in done.items():
             for sample in range(samples):
                 self.done[branch, sample] = evaluations
-                self.skipped += sum(self.skips[branch][:evaluations])
+                self._skipped[sample] += sum(self.skips[branch][:evaluations])
                 if (residual := residuals.get(f"{branch}.{sample}")) is not None:
                     self.residuals[branch, sample] = residual
                 elif any(self.skips[branch][evaluations : evaluations + 1]):
@@ -138,7 +149,7 @@ class MagCache:
             self.done[key] += 1
             is_used_next = evaluation + 1 < len(skips) and skips[evaluation + 1]
             if skips[evaluation]:
-                self.skipped += 1
+                self._skipped[sample] += 1
                 return hidden + (self.residuals[key] if is_used_next else self.residuals.pop(key))
             before = hidden.clone() if is_used_next and inputs.execution.writes_over else hidden
             result = run_blocks(hidden, inputs)
@@ -149,8 +160,11 @@ class MagCache:
         return cached
 
 
-def cache_for_request(config: MagCacheConfig, guided: Sequence[bool]) -> MagCache:
-    """The cache of a request whose steps run an unconditional evaluation where `guided` says so."""
+def cache_for_request(config: MagCacheConfig, guided: Sequence[bool], lengths: Sequence[float] = ()) -> MagCache:
+    """The cache of a request whose steps run an unconditional evaluation where `guided` says so.
+
+    lengths: of the steps, which the plan does not go by.
+    """
     assert config.mag_ratios is not None  # the config is checked for it
     plan = skip_plan(
         config.mag_ratios,

@@ -296,6 +296,10 @@ class DistributedTeam:
         """Whether any process says so."""
         return meet(None, flag)
 
+    def all_in_sequence(self, flag: bool) -> bool:
+        """Whether all processes say so that share this one's sequence. Those of the other half may be elsewhere."""
+        return flag if self.sequence.size == 1 else not meet(self.sequence.group, not flag)
+
     def together(self, attempt: Callable[[], Value]) -> Value:
         """What it returns; or OutOfMemorySomewhere in all processes, where one of them has run out of memory."""
         return together(None, attempt)
@@ -305,18 +309,21 @@ class DistributedTeam:
         velocity = self.sequence.together(velocity)
         return velocity if self.guidance is None else self.guidance.split(velocity, plan)
 
-    def over_branches(self, count: int) -> int:
-        """The sum of what was counted in the two halves."""
+    def over_branches(self, counts: Sequence[int]) -> list[int]:
+        """The sums of what was counted in the two halves."""
         if self.guidance is None:
-            return count
-        counts = torch.tensor([count], device=self.mesh.device_type)
-        dist.all_reduce(counts, group=self.guidance.group)
-        return int(counts.item())
+            return list(counts)
+        sums = torch.tensor(counts, device=self.mesh.device_type)
+        dist.all_reduce(sums, group=self.guidance.group)
+        return [int(count) for count in sums]
 
     def from_branches(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the two halves hold, on the CPU."""
+        """What the two halves hold of their branches, whose names begin with the branch's, on the CPU."""
         if self.guidance is None:
             return tensors
         halves: list[dict[str, Tensor]] = [{}, {}]
-        dist.all_gather_object(halves, {k: v.cpu() for k, v in tensors.items()}, self.guidance.group)
+        # A half that went on with a run still holds of the other branch what there was then.
+        mine = f"{BRANCHES[self.guidance.group.rank()]}."
+        own = {name: tensor.cpu() for name, tensor in tensors.items() if name.startswith(mine)}
+        dist.all_gather_object(halves, own, self.guidance.group)
         return halves[0] | halves[1]

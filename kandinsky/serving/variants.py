@@ -17,7 +17,7 @@ from kandinsky.checkpoints.lora_file import find_lora, read_lora
 from kandinsky.common.given import as_whole, shortened, shown
 from kandinsky.common.limits import NABLA_PIXELS, PATCH_PIXELS
 from kandinsky.common.untrusted import is_plain_name, reason
-from kandinsky.config.reading import with_settings
+from kandinsky.config.reading import with_magcache
 from kandinsky.config.rules import split_lora
 from kandinsky.config.schema import MAX_SECONDS, Config
 from kandinsky.planning.costs import denoising_flops
@@ -83,9 +83,7 @@ class Variant:
 
     def with_magcache(self, wanted: bool) -> Config:
         """The config that a job has. Raises ValueError where the model has not been measured for MagCache."""
-        if wanted == self.config.magcache.enabled:
-            return self.config
-        return with_settings(self.config, magcache={"enabled": wanted})
+        return with_magcache(self.config, wanted)
 
     def plan(self, request: Request, machine: Machine, dtype: str | None, magcache: bool = False) -> Plan:
         """What a request takes there. Raises ValueError as `make_plan` does."""
@@ -131,7 +129,7 @@ class Variant:
                 "guidance_every": model.guidance_every,
                 "negative_prompt": generation.negative_caption,
                 "scheduler_scale": self.config.metrics.scheduler_scale,
-                "magcache": self.config.magcache.enabled,
+                "magcache": self.config.uses_magcache,
             },
         }
 
@@ -220,7 +218,7 @@ class Catalogue:
         text = fields.get("prompt")
         request, extras = resolve(variant.config, text, picture, fields, files, names, wishes, self.limits)
         loras = self._loras(fields.get("loras", []), variant)
-        magcache = fields.get("magcache", variant.config.magcache.enabled)
+        magcache = fields.get("magcache", variant.config.uses_magcache)
         variant.with_magcache(magcache)  # or refused
         order = Order(variant.name, request, magcache, loras, extras)
         self._check_pixels(order)

@@ -149,6 +149,7 @@ FLAGS = {
 # Flags that stand for a value of the YAML, which the facts repeat. What they do is tested where it is done.
 SETTINGS = {
     "magcache": Flag(("--magcache",), "magcache.enabled", True),
+    "cache": Flag(("--cache", "auto"), "cache.kind", "auto"),
     "compile": Flag(("--compile", "off"), "runtime.compile", "off"),
     "cache_prompts": Flag(("--cache_prompts",), "runtime.cache_prompts", True),
     "offload": Flag(("--offload",), "runtime.offload", "on"),

@@ -236,7 +236,7 @@ def generate(config: str, compiled: bool, spared: list[int] | None = None, **opt
     prompts = ["a red circle moves left on a white background", "a blue square"]
     make_cache, caches = pipe.make_cache, []
     if make_cache is not None:
-        pipe.make_cache = lambda guided: caches.append(make_cache(guided)) or caches[-1]
+        pipe.make_cache = lambda *steps: caches.append(make_cache(*steps)) or caches[-1]
     latents = pipe(prompts, num_steps=4, num_frames=5, seed=1, output_type="latent", progress=False)
     if spared is not None:
         spared.extend(block_cache.skipped for block_cache in caches)

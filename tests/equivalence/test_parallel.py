@@ -27,12 +27,13 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.memory import status, write_checkpoint
 from kandinsky.attention.nabla import NablaConfig
-from kandinsky.config.schema import CoarseConfig, DiTConfig, MagCacheConfig
+from kandinsky.config.schema import CacheConfig, CoarseConfig, DiTConfig, MagCacheConfig
 from kandinsky.loading.dit import load_dit, load_sharded_dit
 from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import resolve_request
+from kandinsky.runtime.caches import cache_maker
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes, SequenceParallel
 from kandinsky.runtime.processes import Processes
@@ -45,6 +46,7 @@ STEPS = 6
 MAGCACHE = functools.partial(
     cache_for_request, MagCacheConfig(mag_ratios=(0.98, 1.01) * (STEPS - 1), enabled=True, retention=0.3)
 )
+ADAPTIVE = {kind: CacheConfig(kind=kind, threshold=5.0, order=0) for kind in ("firstblock", "tracked")}  # type: ignore[arg-type]
 SPARSE = NablaConfig(P=0.5, wT=3, wH=1, wW=1)
 
 
@@ -196,6 +198,18 @@ def magcache(team: DistributedTeam | None, folder: Path) -> Tensor:
     return torch.cat((latents.flatten(), torch.tensor(evaluations(pipe))))
 
 
+def adaptive(kind: str, team: DistributedTeam | None, folder: Path) -> Tensor:
+    """Whoever shares a sequence decides alike."""
+    return latents_of(with_adaptive(kind, team), num_steps=STEPS, guidance_interval=(0.1, 0.9))
+
+
+def with_adaptive(kind: str, team: DistributedTeam | None) -> Any:
+    pipe = pipeline("t2v", team)
+    pipe.config = dataclasses.replace(pipe.config, cache=ADAPTIVE[kind])
+    pipe.make_cache = cache_maker(pipe.config) if team is None else cache_maker(pipe.config, team.all_in_sequence)
+    return pipe
+
+
 def evaluations(pipe: Any) -> list[float]:
     """All and skipped evaluations of a run."""
     records = []
@@ -225,8 +239,12 @@ def sharded(kind: str, team: DistributedTeam | None, folder: Path) -> Tensor:
             assert parameter.dtype == parameter.to_local().dtype == (torch.float32 if is_precise else dtype), name
             own += parameter.to_local().numel()
         assert own <= 1.02 * sum(p.numel() for p in dit.parameters()) / team.sequence.size
-    cache = {"make_cache": MAGCACHE} if kind == "magcache" else {}
-    return latents_of(pipeline("t2v", team, dit, nabla=kind == "nabla", **cache), num_steps=STEPS, **SHARDED[kind])
+    pipe = pipeline("t2v", team, dit, nabla=kind == "nabla")
+    if kind == "magcache":
+        pipe.make_cache = MAGCACHE
+    if kind in ADAPTIVE:
+        pipe.make_cache = with_adaptive(kind, team).make_cache
+    return latents_of(pipe, num_steps=STEPS, **SHARDED[kind])
 
 
 def memory(team: DistributedTeam | None, folder: Path) -> Tensor:
@@ -248,6 +266,8 @@ SHARDED: dict[str, dict[str, Any]] = {
     "float32": {"width": 80, "height": 48},
     "bfloat16": {},
     "magcache": {"guidance_interval": (0.1, 0.9)},
+    "firstblock": {},
+    "tracked": {"guidance_interval": (0.1, 0.9)},
     "nabla": {"width": 256, "height": 128},
 }
 
@@ -391,14 +411,18 @@ def interrupted(team: DistributedTeam | None, folder: Path) -> Tensor:
     return latents_of(pipeline("t2v", team), num_steps=STEPS, callback_on_step_end=callback)
 
 
-def resumed(team: DistributedTeam | None, folder: Path) -> Tensor:
-    """Stopped by the first process where a cache holds residuals, and gone on with from the file, by all of them."""
-    name = f"resumed_{team.size}_{team.guidance is not None}" if team else "resumed"
+def resumed(kind: str, team: DistributedTeam | None, folder: Path) -> Tensor:
+    """Stopped by the first process where a cache holds residuals, and gone on with from the file, by all; twice,
+    because the second time a half of the processes holds of the other half's branch what there was the first time."""
+    make = functools.partial(pipeline, "t2v", team, make_cache=MAGCACHE)
+    if kind == "tracked":
+        make = functools.partial(with_adaptive, kind, team)
+    name = f"resumed_{kind}_{team.size}_{team.guidance is not None}" if team else f"resumed_{kind}"
 
-    def stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
-        pipe.interrupt = step == 1 and (team is None or team.is_first)
+    def stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any], at: int = 1) -> None:
+        pipe.interrupt = step == at and (team is None or team.is_first)
 
-    pipe = pipeline("t2v", team, make_cache=MAGCACHE)
+    pipe = make()
     request = resolve_request(pipe.config, "a red cat", seed=1, num_steps=STEPS)
     with pytest.raises(Stopped) as stopped:
         pipe.generate(request, save_path=folder / f"{name}.mp4", callback=stop, keep_stopped=True)
@@ -406,7 +430,12 @@ def resumed(team: DistributedTeam | None, folder: Path) -> Tensor:
         dist.barrier()
     run = load_run(stopped.value.path)
     assert {key.split(".")[0] for key in run.residuals} == {"cond", "uncond"}
-    pipe = pipeline("t2v", team, make_cache=MAGCACHE)
+    with pytest.raises(Stopped) as stopped:
+        make().resume(run, folder / f"{name}.mp4", callback=functools.partial(stop, at=3))
+    if team is not None:
+        dist.barrier()
+    run = load_run(stopped.value.path)
+    pipe = make()
     watches = []
     pipe.describe = lambda run, index, watch: watches.append(watch)
     pipe.decode_and_write = lambda latents, *_: latents
@@ -451,6 +480,7 @@ CASES: dict[str, Case] = {
     "nabla": nabla,
     "exact": exact,
     "magcache": magcache,
+    **{f"adaptive: {kind}": functools.partial(adaptive, kind) for kind in ADAPTIVE},
     **{f"sharded: {name}": functools.partial(sharded, name) for name in SHARDED},
     "decode t2v": functools.partial(decoded, "t2v"),
     "decode t2i": functools.partial(decoded, "t2i"),
@@ -458,7 +488,8 @@ CASES: dict[str, Case] = {
     **{f"starved: {where}": functools.partial(starved, where) for where in STARVED},
     "random seed": random_seed,
     "interrupted": interrupted,
-    "resumed": resumed,
+    "resumed": functools.partial(resumed, "magcache"),
+    "resumed: tracked": functools.partial(resumed, "tracked"),
     "written": written,
     "refused": refused,
 }

@@ -192,8 +192,8 @@ def test_cache_is_made_for_the_request_and_gone_with_it() -> None:
     caches: list[weakref.ref[MagCache]] = []
     held: list[int] = []
 
-    def make_cache(guided: Any) -> MagCache:
-        cache = cache_for_request(MAGCACHE, guided)
+    def make_cache(guided: Any, lengths: Any) -> MagCache:
+        cache = cache_for_request(MAGCACHE, guided, lengths)
         caches.append(weakref.ref(cache))
         return cache
 

@@ -1,0 +1,94 @@
+"""Caches of blocks against the plain run of the same seeds: what they save, and how far they are from it.
+
+    python benchmarks/caches.py magcache taylorseer tracked --cases 100 --output outputs/caches.json --minutes 5
+    python benchmarks/caches.py tracked,threshold=0.1 tracked,threshold=0.3,max_skips=4 firstblock,order=1 --cases 10
+
+A case is a held-out caption with its seed (tools/eval_tiny.py), generated once as the tiny config says and once with
+every cache; what was asked for is read back from the pixels. PSNR is between the two clips, over all their pixels.
+What `--output` has is not made again. One pipeline makes everything: a cache is a request's, and nothing of it stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks._resumable import Kept, add_arguments  # noqa: E402
+from tools.eval_tiny import Case, load_pipeline, make_cases, pipeline_caller, psnr, score  # noqa: E402
+
+
+def generated(pipe: Any, cache: str, case: Case) -> tuple[np.ndarray, dict[str, Any]]:
+    """uint8 frames (T, H, W, 3), and the record beside them; cache: "kind" or "kind,setting=value,..."."""
+    from kandinsky.config.reading import with_settings
+    from kandinsky.runtime.caches import cache_maker
+
+    kind, *settings = cache.split(",")
+    values = {
+        name: float(value) if name == "threshold" else int(value) for name, value in (s.split("=") for s in settings)
+    }
+    before = pipe.config
+    pipe.config = with_settings(before, cache={"kind": kind, **values})
+    pipe.make_cache = cache_maker(pipe.config)
+    records: list[dict[str, Any]] = []
+    try:
+        video = pipeline_caller(pipe, records)(case.text, case.seed)  # (3, T, H, W)
+    finally:
+        pipe.config = before
+    return video.permute(1, 2, 3, 0).numpy(), records[0]
+
+
+def measure(kept: Kept, caches: list[str], cases: list[Case]) -> None:
+    """Fill `kept.data`: for each cache and for "off" a row a case, by its seed."""
+    rows = {name: kept.data.setdefault(name, {}) for name in ("off", *caches)}
+    pipe, *_ = load_pipeline(REPOSITORY / "configs" / "config_tiny_t2v.yaml")
+    for case in kept.each([one for one in cases if any(str(one.seed) not in rows[name] for name in rows)]):
+        plain, record = generated(pipe, "off", case)
+        for name in rows:
+            if str(case.seed) in rows[name]:
+                continue
+            clip, record = (plain, record) if name == "off" else generated(pipe, name, case)
+            saved = {what: record[what]["skipped"] / record[what]["all"] for what in ("evaluations", "blocks")}
+            right = all(score(clip, case)[0].values())
+            seconds = record["seconds"]["denoise"]
+            rows[name][str(case.seed)] = {"right": right, "psnr": psnr(plain, clip), **saved, "seconds": seconds}
+
+
+def table(data: dict[str, Any]) -> str:
+    """Mean and worst PSNR, shares of evaluations and of passes through blocks that are saved."""
+    lines = [
+        "| | right | PSNR, mean (worst) | evaluations saved | blocks saved | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rows in data.items():
+        if not rows:
+            continue
+        values = {key: np.array([row[key] for row in rows.values()]) for key in next(iter(rows.values()))}
+        distance = "" if name == "off" else f"{values['psnr'].mean():.1f} dB ({values['psnr'].min():.1f})"
+        evaluations, blocks = (f"{100 * values[key].mean():.1f} %" for key in ("evaluations", "blocks"))
+        seconds = f"{np.median(values['seconds']):.2f}"
+        right = f"{values['right'].sum()}/{len(rows)}"
+        lines.append(f"| {name} | {right} | {distance} | {evaluations} | {blocks} | {seconds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "caches", nargs="+", metavar="kind[,setting=value]", help="settings: threshold, max_skips, order"
+    )
+    add_arguments(parser, cases=10)
+    args = parser.parse_args()
+    kept = Kept(args.output, {}, args.minutes)
+    measure(kept, args.caches, make_cases("t2v", args.cases))
+    print(table(kept.data))
+
+
+if __name__ == "__main__":
+    main()
