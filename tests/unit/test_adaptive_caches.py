@@ -338,7 +338,7 @@ def evaluated(cache: AdaptiveCache, residual: float) -> float:
     return float(result[0, 0, 0])
 
 
-SimpleBlockInputs = BlockInputs(None, None, None, None, None, Execution())  # type: ignore[arg-type]
+SimpleBlockInputs = BlockInputs(*(None,) * 6, Execution())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rule", [TaylorCache, TrackedCache])
