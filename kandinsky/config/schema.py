@@ -202,7 +202,8 @@ class CacheConfig:
 
     # None: magcache where magcache.enabled says so. auto: magcache where there are ratios for it, else tracked.
     kind: Literal["magcache", "dbcache", "taylorseer", "firstblock", "tracked", "auto", "off"] | None = None
-    # Relative error below which blocks are left out, 0: they never are; None, here and below: as `CACHE_DEFAULTS` says.
+    # Error below which blocks are left out, relative and times the step's length over the mean one's. 0: they never are;
+    # None, here and below: as `CACHE_DEFAULTS` says.
     threshold: Annotated[float | None, at_least(0, "0 or more, or left out")] = None
     max_skips: Annotated[int | None, at_least(0, "0 or more, or left out")] = None  # in a row
     # Degree of the polynomial with which what blocks add is forecast; of no use to magcache.
