@@ -202,7 +202,7 @@ class CacheConfig:
 
     # None: magcache where magcache.enabled says so. auto: magcache where there are ratios for it, else tracked.
     kind: Literal["magcache", "dbcache", "taylorseer", "firstblock", "tracked", "auto", "off"] | None = None
-    # Error below which blocks are left out, relative and times the step's length over the mean one's. 0: they never are;
+    # Relative error, times the step's length over the mean one's, below which blocks are left out, 0: they never are;
     # None, here and below: as `CACHE_DEFAULTS` says.
     threshold: Annotated[float | None, at_least(0, "0 or more, or left out")] = None
     max_skips: Annotated[int | None, at_least(0, "0 or more, or left out")] = None  # in a row
