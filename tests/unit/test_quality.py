@@ -131,3 +131,16 @@ def test_settings_are_of_the_configs() -> None:
     for setting in SETTINGS:
         load_config(quality.REPOSITORY / "configs" / f"{setting.config}.yaml", setting.values)
         assert setting.config in PLAIN
+
+
+def test_results_that_are_shown_are_complete(tmp_path: Path) -> None:
+    """The figures in the repository are of the settings that there are, and can be drawn."""
+    from benchmarks._chart import draw_quality
+
+    path = quality.REPOSITORY / "benchmarks" / "quality.json"
+    data = json.loads(path.read_text())
+    lines = summary(data)
+    assert [line["name"] for line in lines] == [setting.name for setting in SETTINGS]
+    assert data["settings"] == {setting.name: setting.facts() for setting in SETTINGS}
+    draw_quality(lines, data["machine"], tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
