@@ -141,7 +141,7 @@ def test_quantised_on_the_device_one_tensor_at_a_time(scheme: str, tmp_path: Pat
     """For weights that are to lie on the host: the device has a tensor, and those that are on their way to it."""
     if scheme == "nf4":
         pytest.importorskip("bitsandbytes")
-    config = load_config(CONFIGS / "config_5s_sft.yaml", ["model.dit_params.num_visual_blocks=4"])
+    config = load_config(CONFIGS / "config_5s_sft.yaml", ["model.dit_params.num_visual_blocks=2"])
     path, params = hollow_files(config, tmp_path)["dit"], config.model.dit_params
     seen: Counter[str] = Counter()
     quantize = LINEARS[scheme].quantize
@@ -158,7 +158,7 @@ def test_quantised_on_the_device_one_tensor_at_a_time(scheme: str, tmp_path: Pat
     shapes = expected_dit_shapes(params)
     largest, whole = (2 * of(math.prod(shape) for shape in shapes.values()) for of in (max, sum))
     rows = 256 * params.ff_dim * 4  # in float32, of which quantising makes a few
-    assert largest < gpu.peak < staging.AHEAD + 2 * largest + 4 * rows < 0.4 * whole
+    assert largest < gpu.peak < staging.AHEAD + 2 * largest + 4 * rows < 0.5 * whole
 
 
 def test_sequence_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
