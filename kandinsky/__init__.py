@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Kandinsky5T2VPipeline,
     )
     from kandinsky.loading.getters import get_I2I_pipeline, get_I2V_pipeline, get_T2I_pipeline, get_T2V_pipeline
+    from kandinsky.serving.extend_video import extend_video
 
 __version__ = "0.1.0"
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "get_I2V_pipeline": "kandinsky.loading.getters",
     "get_T2I_pipeline": "kandinsky.loading.getters",
     "get_I2I_pipeline": "kandinsky.loading.getters",
+    "extend_video": "kandinsky.serving.extend_video",
     "load_config": "kandinsky.config",
     "Kandinsky5T2VPipeline": "kandinsky.diffusers_calls.pipelines",
     "Kandinsky5I2VPipeline": "kandinsky.diffusers_calls.pipelines",
@@ -37,6 +39,7 @@ __all__ = [
     "get_I2V_pipeline",
     "get_T2I_pipeline",
     "get_I2I_pipeline",
+    "extend_video",
     "load_config",
     "Kandinsky5T2VPipeline",
     "Kandinsky5I2VPipeline",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,8 +39,7 @@ def extend(args: argparse.Namespace, launch: Launch) -> Path | None:
         raise ValueError("--resume goes on with a video that was begun: name it with --output_filename")
     if args.resume and args.seed is None:
         args.seed = segments.recorded_seed(args.output_filename)
-    video, first = asked(args, config)
-    video = dataclasses.replace(video, post=post)
+    video, first = asked(args, config, post)
     (sample,) = video.requests[0].samples
     assert sample.text is not None and sample.seed is not None
     name: AbstractContextManager[Path] = nullcontext(args.output_filename)
@@ -72,7 +70,7 @@ def without_post(config: Config) -> tuple[Config, Post]:
     return with_settings(config, runtime={"fps": None, "upscale": 1, "upscaler": None}), post
 
 
-def asked(args: argparse.Namespace, config: Config, any_picture: bool = False) -> tuple[LongVideo, Media]:
+def asked(args: argparse.Namespace, config: Config, post: Post, any_picture: bool = False) -> tuple[LongVideo, Media]:
     """What flags ask for, with the picture that it begins with. any_picture: where one is needed and none is named, it
     is of the usual size. Raises ValueError for what doesn't go together."""
     from kandinsky.clips import open_clip
@@ -112,6 +110,7 @@ def asked(args: argparse.Namespace, config: Config, any_picture: bool = False) -
         image_sizes=sizes,
         overlap=args.overlap,
         match_colours=not args.no_colour_match,
+        post=post,
         **wishes,
     )
     return video, Media(pictures, [str(args.image)] if pictures else [])

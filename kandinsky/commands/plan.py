@@ -59,10 +59,10 @@ def asked_longer(args: argparse.Namespace) -> tuple[Config, LongVideo]:
     """What flags ask for that is made segment by segment; of any prompt and picture, where they name none."""
     from kandinsky.commands import extend
 
-    config, _ = extend.without_post(config_for(args))
+    config, post = extend.without_post(config_for(args))
     if args.prompt is None and args.segments is None:
         args.prompt = "a prompt"
-    video, _ = extend.asked(args, config, any_picture=True)
+    video, _ = extend.asked(args, config, post, any_picture=True)
     return config, video
 
 

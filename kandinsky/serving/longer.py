@@ -13,6 +13,7 @@ from typing import Any
 from kandinsky.clips import Clip
 from kandinsky.config.schema import Config
 from kandinsky.frames import wanted_frames
+from kandinsky.outputs.post import Post
 from kandinsky.request import MAX_SEED, Request, resolve_request
 from kandinsky.serving.segments import (
     MOST_SEGMENTS,
@@ -27,6 +28,7 @@ from kandinsky.serving.segments import (
 from kandinsky.sizes import check_picture, size_for_video
 
 OF_A_SEGMENT = ("prompt", "seconds", "seed", "negative_prompt")
+NO_POST = Post()
 Rows = Sequence[tuple[str, Mapping[str, Any]]]  # what messages call a segment, and what it says
 
 
@@ -42,6 +44,7 @@ def resolve_long(
     image_sizes: Sequence[tuple[int, int]] = (),
     overlap: int | None = None,
     match_colours: bool = True,
+    post: Post = NO_POST,
     seed: int | None = None,
     time_length: float | None = None,
     **wishes: Any,
@@ -49,8 +52,8 @@ def resolve_long(
     """So many further seconds of one prompt, or the segments of `rows`; after a clip, or from the beginning.
 
     name: what its user calls this, for messages. image: the file that the first segment begins with, where there is no
-    clip; image_sizes: its size. time_length: of a segment at most. wishes: of all segments, as `resolve_request` has
-    them. Raises ValueError that says what was given, what is allowed and what to do.
+    clip; image_sizes: its size. time_length: of a segment at most. post: what is done to the whole. wishes: of all
+    segments, as `resolve_request` has them. Raises ValueError that says what was given, what is allowed and what to do.
     """
     if config.task not in OVERLAPS:
         raise ValueError(f"{name} makes videos longer, and {config.source} is for {config.task}: leave it out")
@@ -86,7 +89,7 @@ def resolve_long(
         requests.append(request)
         if seed is None:
             seed = request.samples[0].seed
-    return LongVideo(tuple(requests), there, match_colours, clip, None if has_clip else image)
+    return LongVideo(tuple(requests), there, match_colours, clip, None if has_clip else image, post)
 
 
 def _equal_parts(

@@ -21,6 +21,7 @@ from kandinsky.outputs.sources import Media
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import FPS
+from kandinsky.serving.extend_video import extend_video
 from kandinsky.serving.prompts_file import read_prompts
 from kandinsky.serving.segments import (
     LongVideo,
@@ -95,6 +96,25 @@ def test_no_frame_twice_and_all_is_told(clip: Path, pipes: dict[str, Pipeline], 
         ("a dog", 4, 4),
     ]
     assert all(one["corrected"] and "held" in one["how"] for one in extended["segments"])
+
+
+def test_the_call_from_python(clip: Path, pipes: dict[str, Pipeline], tmp_path: Path) -> None:
+    """The bytes of the same segments made one by one; what can't be is told before anything is made."""
+    pipe = pipes["t2v"]
+    make_long(pipe, long_video(pipe, clip, 5), Media(), tmp_path / "a.mp4", progress=False)
+    rows = [{"seconds": 8 / 24, "seed": 3}, {"prompt": "a dog", "seconds": 4 / 24, "seed": 4}]
+    size = {"width": 32, "height": 32, "progress": False}
+    output = extend_video(pipe, "a red cat", video=clip, segments=rows, save_path=tmp_path / "b.mp4", **size)
+    assert output.read_bytes() == (tmp_path / "a.mp4").read_bytes()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "and not both"),
+        ({"seconds": 1, "image": Image.new("RGB", (32, 32))}, "leave the picture or the video out"),
+        ({"seconds": 0}, "adds nothing to the video"),
+        ({"seconds": 1, "save_path": tmp_path / "c.png"}, "mp4"),
+    ]
+    for more, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            extend_video(pipe, "a cat", **{"video": clip, "save_path": tmp_path / "c.mp4", **more})
 
 
 def test_more_frames_and_larger_ones_are_made_of_the_whole(
