@@ -102,11 +102,13 @@ class Store:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version == 1:
-                self._database.execute("ALTER TABLE jobs ADD COLUMN extras TEXT NOT NULL DEFAULT '{}'")
-            elif version not in (0, VERSION):
+            if version not in (0, 1, VERSION):
                 raise ValueError(f"{folder / DATABASE} is of another version of this software: name another folder")
-            self._database.executescript(f"{TABLE} PRAGMA user_version = {VERSION};")
+            self._database.executescript(TABLE)
+            columns = {row["name"] for row in self._database.execute("PRAGMA table_info(jobs)")}
+            if "extras" not in columns:
+                self._database.execute("ALTER TABLE jobs ADD COLUMN extras TEXT NOT NULL DEFAULT '{}'")
+            self._database.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{folder / DATABASE} can't be used ({error}): name another folder") from None
 
