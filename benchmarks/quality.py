@@ -69,6 +69,11 @@ SETTINGS = (
     Setting("MagCache 0.06", ("magcache.enabled=true", "magcache.threshold=0.06")),
     Setting("MagCache 0.12", ("magcache.enabled=true",)),
     Setting("MagCache 0.24", ("magcache.enabled=true", "magcache.threshold=0.24", "magcache.max_skips=4")),
+    *(Setting(kind, (f"cache.kind={kind}",)) for kind in ("tracked", "taylorseer", "firstblock", "dbcache")),
+    Setting("attention in int8", ("model.attention.engine=sage_emulated",)),
+    Setting(
+        "int8, exact at the end", ("model.attention.engine=sage_emulated", "model.attention.exact_steps=[0.75,1.0]")
+    ),
     Setting("guidance every 2nd step", ("model.guidance_every=2",)),
     Setting("guidance in the first half", ("model.guidance_interval=[0.0,0.5]",)),
     Setting("no guidance", ("model.guidance_weight=1",)),
