@@ -125,7 +125,9 @@ def test_all_rows_of_a_prompts_file_count(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_shards_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """By themselves several processes compile as one does, but for blocks whose weights are elsewhere."""
     monkeypatch.setattr(loading, "is_wanted", lambda *_: True)
-    processes: Any = SimpleNamespace(rank=0, size=2, local_rank=0)
+    monkeypatch.setattr(loading, "machine_of_all", lambda machine, _: machine)
+    monkeypatch.setattr(loading, "resolve_runtime", lambda config, *_: config)
+    processes: Any = SimpleNamespace(rank=0, size=2, local_rank=0, connect=lambda device: None)
     given = dict.fromkeys(("dit", "vae", "qwen", "clip"))
     for shards in (False, True):
         overrides = ["runtime.cfg_parallel=2", f"runtime.shard_weights={str(shards).lower()}"]
