@@ -47,11 +47,6 @@ def check_processes(config: Config, count: int) -> None:
             f"runtime.heads_at_once is {config.runtime.heads_at_once}, and several processes share the heads: leave it "
             "out, or start one process"
         )
-    if count > branches and config.runtime.compile == "on":
-        raise ValueError(
-            "runtime.compile is on, and blocks whose attention goes over several processes are not compiled: "
-            "leave it out"
-        )
     if count not in possible:
         *most, last = map(str, possible)
         halves = "in two halves " if branches > 1 else ""

@@ -142,7 +142,8 @@ def put_together(
             transformer_parts, hand_out = dit_parts(dit, on_host, settled.resident, devices["dit"], adapters, from_file)
     execution = dataclasses.replace(attention, chunk_tokens=config.runtime.chunk_tokens, hand_out=hand_out)
     if team is not None and team.sequence.size > 1:
-        execution = dataclasses.replace(execution, around=team.sequence.around)
+        sequence = team.sequence.for_graphs() if settled.compiled else team.sequence
+        execution = dataclasses.replace(execution, around=sequence.around)
     if (heads := config.runtime.heads_at_once) is not None:  # whole blocks are what is compiled
         execution = with_blocks_in_parts(execution, heads, config.runtime.attention_on_host)
     elif settled.compiled:
@@ -276,10 +277,7 @@ def settle(
     if scheme in LINEARS:
         require_scheme(scheme, devices["dit"])
     compiled = is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
-    if compiled and processes is not None and processes.size > config.runtime.cfg_parallel:
-        compiled = False
-        logger.info("not compiled: attention goes over several processes")
-    elif compiled and config.runtime.shard_weights:  # by itself: asked for it is refused (config/rules.py)
+    if compiled and config.runtime.shard_weights:  # by itself: asked for it is refused (config/rules.py)
         compiled = False
         logger.info("not compiled: each process has a part of the weights, and a block asks for the others' as it runs")
     if compiled:

@@ -8,7 +8,7 @@ One graph serves a whole run. Prompts differ in length, so the number of text to
 makes a second graph. The first size that is asked for is built into the graph; from the second on the number of visual
 tokens is left open too, by PyTorch, which compiles once more for it. Attention other than PyTorch's own is one opaque
 operation in the graph: kernels of other packages, NABLA's, which depend on data, and flex_attention, which is compiled
-by itself.
+by itself. So is what processes that share the tokens send each other.
 
 What was compiled is kept on disk, where the next process finds it; looking at the block's code, a few seconds, is done
 by every process. Knows nothing of configs' files, tasks or samplers.
@@ -158,7 +158,9 @@ def run_compiled(
         text = torch.cat((text, text), dim=1)
         text_mask = None if text_mask is None else torch.cat((text_mask, text_mask), dim=-1)
     if x._is_view():
-        x = x.clone()  # the first block's tokens; a view, whose base a graph asks for, and no other block's are one
+        # The first block's tokens; a view, whose base a graph asks for, and no other block's are one. Nor have others
+        # the strides that one has of several processes' tokens.
+        x = x.clone(memory_format=torch.contiguous_format)
     torch._dynamo.mark_dynamic(text, 1)
     if text_mask is not None:
         torch._dynamo.mark_dynamic(text_mask, 3)

@@ -31,6 +31,7 @@ from kandinsky.common.limits import BLOCK_TOKENS
 from kandinsky.common.out_of_memory import of_the_host, ran_out_of_memory
 from kandinsky.models.dit import BlockInputs, RunBlocks
 from kandinsky.models.rope import RotaryTable
+from kandinsky.runtime.compile import operation
 from kandinsky.runtime.processes import Processes, Value
 from kandinsky.sampling.sampler import Branch, Guidance, Velocity
 from kandinsky.text.embeddings import PromptEncoder, TextEmbeddings
@@ -92,10 +93,19 @@ class SequenceParallel:
 
     group: dist.ProcessGroup
     meets: bool = True  # whether processes meet before each exchange, in case that memory ran out in one
+    operation: Callable[[Tensor], Tensor] | None = None  # what `exchange` is within a compiled graph
 
     @property
     def size(self) -> int:
         return self.group.size()
+
+    def for_graphs(self) -> SequenceParallel:
+        """The same, around blocks that are compiled: to a compiler an exchange is one operation."""
+
+        def fake(x: Tensor) -> Tensor:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+        return replace(self, operation=operation("exchange", self.exchange, fake, "(Tensor x) -> Tensor"))
 
     def around(self, run_blocks: RunBlocks) -> RunBlocks:
         """`run_blocks` of which this process computes its part."""
@@ -157,6 +167,8 @@ class SequenceParallel:
 
     def exchange(self, x: Tensor) -> Tensor:
         """x (processes, ...): part i goes to process i; returns what came from each."""
+        if self.operation is not None:
+            return self.operation(x)
         x = x.contiguous()
         received = torch.empty_like(x)
         self.meet()

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from benchmarks.memory import status, write_checkpoint
@@ -34,6 +35,7 @@ from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import resolve_request
 from kandinsky.runtime.caches import cache_maker
+from kandinsky.runtime.compile import with_compiled_blocks
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes, SequenceParallel
 from kandinsky.runtime.processes import Processes
@@ -79,13 +81,14 @@ VELOCITIES: dict[str, tuple[int, tuple[int, int, int], NablaConfig | None]] = {
 
 
 @torch.no_grad()
-def velocity(name: str, team: DistributedTeam | None, folder: Path) -> Tensor:
+def velocity(name: str, team: DistributedTeam | None, folder: Path, execution: Execution | None = None) -> Tensor:
     """Of one request, with a masked text. Each process's blocks see its share of the tokens, in whole NABLA blocks."""
     dit = peaked_dit()
     batch, size, nabla = VELOCITIES[name]
-    execution = Execution()
-    if team is not None:
-        execution = Execution(around=team.sequence.around)
+    if team is None:
+        execution = Execution()
+    else:
+        execution = execution or Execution(around=team.sequence.around)
         tokens, whole = math.prod(size) // 4, 64 if nabla else 1
         share = -(-tokens // (whole * team.sequence.size)) * whole
 
@@ -100,6 +103,20 @@ def velocity(name: str, team: DistributedTeam | None, folder: Path) -> Tensor:
     mask[-1, 4:] = False
     timesteps = torch.tensor([723.4567, 41.875])[:batch]
     return dit(latents, text, pooled, timesteps, nabla=nabla, text_mask=mask, execution=execution)
+
+
+@torch.no_grad()
+def compiled(name: str, team: DistributedTeam | None, folder: Path) -> Tensor:
+    """One graph of all blocks of two requests, the exchanges in it; run as it is. Of two processes, as of one."""
+    if team is None or team.size != 2:
+        return velocity(name, team, folder)
+    torch._dynamo.reset()
+    counters.clear()
+    execution = with_compiled_blocks(Execution(around=team.sequence.for_graphs().around), "aot_eager")
+    found = velocity(name, team, folder, execution)
+    velocity(name, team, folder, execution)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    return found
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
@@ -473,6 +490,7 @@ Case = Callable[[DistributedTeam | None, Path], Tensor]
 CASES: dict[str, Case] = {
     "memory": memory,  # the first, as a peak is one of all that has been
     **{f"velocity: {name}": functools.partial(velocity, name) for name in VELOCITIES},
+    **{f"compiled: {name}": functools.partial(compiled, name) for name in ("odd", "nabla")},
     **{name: functools.partial(task, name) for name in TASKS},
     "given frames": given_frames,
     **{f"directed: {how}": functools.partial(directed, how) for how in ("video", "mask", "overlap", "overlap, i2v")},
@@ -558,7 +576,7 @@ def found(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     """The results of all cases in each process."""
     context = multiprocessing.get_context("forkserver")  # its processes begin with what is imported here, once for all
     context.set_forkserver_preload(
-        ["torch.distributed.fsdp", "kandinsky.loading.assemble", "tests.unit.small_pipelines"]
+        ["torch.distributed.fsdp", "torch._dynamo", "kandinsky.loading.assemble", "tests.unit.small_pipelines"]
     )
     size, port = request.param, free_port()
     members = [context.Process(target=process, args=(rank, size, port, folder)) for rank in range(size)]
