@@ -62,40 +62,51 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def draw_quality(lines: list[dict[str, Any]], machine: str, path: Path) -> None:
     """Of `benchmarks/quality.py`'s summary: PSNR and VMAF against operations and processor seconds, as shares of the
-    plain run's. What is known to be worse stands at the right, as a scale."""
-    figure, rows = plt.subplots(2, 2, figsize=(12, 9), sharey="row", sharex=True)
+    plain run's. Dotted, as a scale: what is known to be worse."""
+    figure, rows = plt.subplots(2, 2, figsize=(12, 10), sharex=True)
     costs = {"operations share": "operations, plain run = 1", "seconds share": "processor seconds, plain run = 1"}
     marks = [line for line in lines if "seconds share" in line and not line["known"] and line["psnr worst"] < 100]
-    grey = COLOURS["diffusers"]
+    known = [line for line in lines if line["known"]]
+    shares = [line[cost] for line in marks for cost in costs]
     for axes_row, (name, title) in zip(rows, {"psnr": "PSNR, dB", "vmaf": "VMAF"}.items(), strict=True):
+        low, high = (pick(line[name] for line in lines if name in line) for pick in (min, max))
+        low, high = low - 2, min(high, max(line[name] for line in marks)) + 2
         for axes, (cost, label) in zip(axes_row, costs.items(), strict=True):
-            for i, line in enumerate(sorted(marks, key=lambda line: line[name])):
-                is_large = line["config"].endswith("_10s")
-                axes.plot(line[cost], line[name], "o", color=FLOOR if is_large else COLOURS["ours"], markersize=4)
-                # To the right and to the left in turn, so that neighbours do not cover each other.
-                where = {"xytext": (-5, 3), "ha": "right"} if i % 2 else {"xytext": (5, -7), "ha": "left"}
-                place = (line[cost], line[name])
-                axes.annotate(line["name"], place, textcoords="offset points", fontsize=7, **where)
-            for line in lines:
-                if line["known"]:
-                    axes.axhline(line[name], color=COLOURS["diffusers compiled"], linewidth=0.5, linestyle=":")
-                    if axes is axes_row[1]:
-                        at = {"transform": axes.get_yaxis_transform(), "va": "center"}
-                        axes.text(1.01, line[name], line["name"], fontsize=6, color=grey, **at)
+            axes.set_xlim(min(shares) - 0.15, max(shares) + 0.05)
+            axes.set_ylim(low, high)
+            left, right = axes.get_xlim()
+            for line, y in zip(marks, spread([line[name] for line in marks], low, high), strict=True):
+                colour = FLOOR if line["config"].endswith("_10s") else COLOURS["ours"]
+                axes.plot(line[cost], line[name], "o", color=colour, markersize=4)
+                axes.plot([line[cost], right], [line[name], y], color=colour, linewidth=0.3)
+                axes.text(right, y, f" {line['name']}", fontsize=7, va="center")
+            for line, y in zip(known, spread([line[name] for line in known], low, high), strict=True):
+                axes.axhline(line[name], color=COLOURS["diffusers compiled"], linewidth=0.5, linestyle=":")
+                axes.text(left, y, f" {line['name']}", fontsize=6, va="center", color=COLOURS["diffusers"])
             axes.tick_params(labelsize=8)
-            if name == "vmaf":
-                axes.set_xlabel(label, fontsize=8)
+            axes.set_xlabel(label, fontsize=8)
+            axes.set_ylabel(title, fontsize=8)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
-        axes_row[0].set_ylabel(title, fontsize=8)
-    shares = [line[cost] for line in marks for cost in costs]
-    rows[0, 0].set_xlim(min(shares) - 0.12, max(shares) + 0.12)
-    rows[0, 0].text(0.01, 0.01, "red: 256x256", fontsize=7, color=FLOOR, transform=rows[0, 0].transAxes)
+    rows[0, 0].text(0.12, 0.01, "red: 256x256", fontsize=7, color=FLOOR, transform=rows[0, 0].transAxes)
     cases = max(line["cases"] for line in lines)
     figure.suptitle(f"to the plain run of the same seed, {cases} held-out captions; {machine}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def spread(heights: list[float], low: float, high: float, lines: int = 32) -> list[float]:
+    """Where to write names of what is at these heights, so that none covers another: `lines` of them fit."""
+    gap = (high - low) / lines
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    places, above = list(heights), high + gap
+    for i in reversed(order):
+        places[i] = above = min(heights[i], above - gap)
+    below = low - gap
+    for i in order:  # what was pushed out at the bottom goes up again
+        places[i] = below = max(places[i], below + gap)
+    return places
 
 
 def main() -> None:
