@@ -52,6 +52,9 @@ class RatioRecorder:
     def spares(self, blocks: int) -> int:
         return 0
 
+    def saved(self) -> dict[str, Any]:
+        return {}
+
     def run_blocks(self, branch: str, sample: int, run_blocks: Any) -> Any:
         def measured(hidden: Any, inputs: Any) -> Any:
             result = run_blocks(hidden, inputs)

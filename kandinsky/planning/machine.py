@@ -11,7 +11,7 @@ CUDA_CONTEXT = int(0.5 * GB)
 GPU_SLACK = 0.1  # share of the activations that PyTorch's allocator and the kernels take on a GPU besides them
 HOST_OF_GPU_RUN = int(3 * GB)  # of the process besides weights: Python, torch, CUDA's libraries
 # Measured: what is resident with everything imported.
-HOST_OF_CPU_RUN = int(0.4 * GB)
+HOST_OF_CPU_RUN = int(0.29 * GB)
 
 
 @dataclass(frozen=True)
