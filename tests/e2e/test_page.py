@@ -161,7 +161,9 @@ def test_a_video_is_the_source_and_goes_on(page: Any, tmp_path: Path) -> None:
     page.fill("#t2v-then textarea", "a red circle moves right on a white background")
     page.click("#t2v-make")
     page.wait_for_selector(f"#shown .k-done:not([data-id='{made}']):has-text('Overlap')", state="attached")
-    # The first one's settings again: its video is there, and there are no segments.
+    # The first one's settings again: its video is there, and there are no segments. The gallery is made anew when the
+    # second one is done, and who presses just then presses what is no more.
+    page.wait_for_selector(f"#gallery .k-card:first-child:not([data-id='{made}']) img", state="attached")
     page.locator(f"#gallery .k-card[data-id='{made}'] button[data-action=use]").click()
     page.wait_for_function("document.querySelector('#t2v-then textarea').value === ''")
     assert "dark" in page.text_content("#t2v-video")
