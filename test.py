@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for flag in ("memory_gb", "host_memory_gb"):
         if getattr(args, flag) is not None and not args.plan:
             parser.error(f"--{flag} says for which machine --plan is made: give --plan, or leave it out")
+    if args.processes is not None and not args.plan:
+        parser.error("--processes is for --plan: several processes are started by torchrun (docs/gpus.md)")
     work = finish if args.decode_latents is not None else resume if args.resume_from is not None else run
     if work is not run:
         given = [flag for flag in FIXED_BY_A_FILE if getattr(args, flag) is not None]

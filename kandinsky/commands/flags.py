@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kandinsky.checkpoints.files import REPOSITORY
+from kandinsky.common.given import LONGEST_LINE, shortened, shown
 
 if TYPE_CHECKING:
     from kandinsky.config.schema import Config
@@ -68,9 +69,16 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as all other mistakes are told."""
 
     def error(self, message: str) -> NoReturn:
-        from kandinsky.common.given import LONGEST_LINE, shortened
-
         self.exit(2, f"error: {shortened(message, LONGEST_LINE)} (python test.py --help shows every flag)\n")
+
+
+def added_seconds(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{shown(word)} is not how many seconds are to be added, like 2.5; the video that goes on is --video's"
+        ) from None
 
 
 def build_parser() -> Parser:
@@ -118,7 +126,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--extend",
-        type=float,
+        type=added_seconds,
         metavar="SECONDS",
         help="so much longer, segment by segment: --video, or what is made first; i2v configs begin each segment with "
         "the last frame, t2v configs hold the latents of the last frames",

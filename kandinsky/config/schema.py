@@ -45,7 +45,9 @@ def _smallest(value: Any) -> Any:
 
 NOT_EMPTY = Allowed(lambda text: bool(text.strip()), "not empty")
 OR_MORE = at_least(0, "0 or more")
-SHARES = Allowed(lambda pair: 0 <= pair[0] <= pair[1] <= 1, "two shares of the steps, 0 to 1, the first one not the larger")
+SHARES = Allowed(
+    lambda pair: 0 <= pair[0] <= pair[1] <= 1, "two shares of the steps, 0 to 1, the first one not the larger"
+)
 MASS = Allowed(
     lambda shares: (
         all(0 < share <= 1 for share in (shares if isinstance(shares, tuple) else (shares,))) and shares != ()

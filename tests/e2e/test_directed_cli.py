@@ -162,6 +162,7 @@ APART = [
     ("t2v i2v t2i i2i", ("--plan", "--save_last_frame"), "leave --save_last_frame or --plan out"),
     ("t2i i2i", ("--plan", "--extend", "1"), "makes videos longer"),
     ("t2v i2v", ("--plan", *VIDEO, "--extend", "0"), "adds nothing"),
+    ("t2v", ("--extend", "a.mp4"), "'a.mp4' is not how many seconds are to be added, like 2.5"),
 ]  # fmt: skip
 
 

@@ -143,6 +143,12 @@ def test_sizes_of_machines_are_for_plans(flag: str, cli: ModuleType, capsys: pyt
     assert f"{flag} says for which machine --plan is made: give --plan, or leave it out" in capsys.readouterr().err
 
 
+def test_processes_are_started_by_a_launcher(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*TINY, "--prompt", "a red circle", "--processes", "2"])
+    assert "--processes is for --plan: several processes are started by torchrun" in capsys.readouterr().err
+
+
 def test_what_nf4_needs_is_said(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--memory_gb", "24", "--host_memory_gb", "64")
     for flags, is_said in (((), False), (("--qwen_quantization",), True), (("--dit_quantization", "nf4"), True)):
