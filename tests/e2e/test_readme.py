@@ -89,29 +89,30 @@ def no_cluster(address: str, **_: object) -> None:
     raise ConnectionError(f"Could not find any running Ray instance at {address}.")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("command", HERE)
 def test_every_command(
+    command: str,
     tiny: Path,
     cli: ModuleType,
     workplace: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """In their order: later ones read what earlier ones write."""
     monkeypatch.chdir(workplace)
     if importlib.util.find_spec("ray"):  # `--ray_address auto` would join the cluster of a test that runs beside this
         monkeypatch.setattr("ray.init", no_cluster)
-    for command in HERE:
-        words = shlex.split(command)[2:]
-        if command.startswith("python -m"):
-            assert checkpoints.main(words[1:]) == 0, command
-            continue
-        status = cli.main(words)
-        captured = capsys.readouterr()
-        if "config_tiny_" in command or "--plan" in words:
-            assert status == 0, (command, captured.err)
-            if "--plan" not in words:
-                assert (workplace / captured.out.strip()).is_file(), command
-        else:
-            missing = "Ray" if "--ray_address" in words else "weights not found"
-            missing = "no such file" if "--decode_latents" in words else missing
-            assert status == 2 and missing in captured.err, (command, captured.err)
+    words = shlex.split(command)[2:]
+    if command.startswith("python -m"):
+        assert checkpoints.main(words[1:]) == 0
+        return
+    status = cli.main(words)
+    captured = capsys.readouterr()
+    if "config_tiny_" in command or "--plan" in words:
+        assert status == 0, captured.err
+        if "--plan" not in words:
+            assert (workplace / captured.out.strip()).is_file()
+    else:
+        missing = "Ray" if "--ray_address" in words else "weights not found"
+        missing = "no such file" if "--decode_latents" in words else missing
+        assert status == 2 and missing in captured.err, captured.err
