@@ -56,8 +56,10 @@ class Decoding:
             second = (inner + 2 * outer) * size + outer * cast + outer * work
             return max(first, second) * pixels
         if frames == 1:
-            # Normalising: input, input in float32, result in float32. Convolution: input, two padded copies, result.
-            return (inner * size + max(2 * inner * FLOAT32, (2 * inner + outer) * work)) * pixels
+            # Normalising: input, input in float32, result in float32. Convolution: input, two padded copies, result;
+            # and where it is in another dtype, what is cast.
+            before_cast = inner * size if cast else 0
+            return (inner * size + max(2 * inner * FLOAT32, (2 * inner + outer) * work + before_cast)) * pixels
         # First convolution of the block: input and result; a window of a few padded frames with two of history, and
         # what comes of it. A CPU takes fewer frames, and the same again in its kernels' layout.
         on_gpu = min(frames, LEAST_FRAMES_ON_GPU)
