@@ -5,7 +5,6 @@ What is offloaded stays on the meta device and gets its weights when its stage b
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import logging
@@ -175,9 +174,7 @@ def with_magcache(pipeline: Pipeline, wanted: bool) -> Pipeline:
     """The same models, with MagCache or without. Raises ValueError where the config has no ratios for it."""
     if wanted == pipeline.config.uses_magcache:
         return pipeline
-    tuned = copy.copy(pipeline)
-    tuned.config = reading.with_magcache(pipeline.config, wanted)
-    tuned.relatives.add(tuned)
+    tuned = pipeline.under(reading.with_magcache(pipeline.config, wanted))
     tuned.make_cache = cache_maker(tuned.config, pipeline.team.all_in_sequence)
     return tuned
 

@@ -6,11 +6,12 @@ loading to say.
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -219,6 +220,18 @@ class Parts:
         self.interrupt = self._is_stopping = False
         self.is_denoising = False
         self.lock = threading.RLock()  # who holds it has models and adapters to itself
+
+    def under(self, config: Config) -> Self:
+        """The same models under another config, which differs in nothing that they were loaded by.
+
+        Want of memory that one of them meets changes both (retries.py).
+        """
+        if config == self.config:
+            return self
+        other = copy.copy(self)
+        other.config = config
+        other.relatives.add(other)
+        return other
 
     def active_adapters(self) -> list[dict[str, Any]]:
         """Name, path, scale and trigger of each."""

@@ -7,7 +7,6 @@ after the step that runs, with what there is kept beside the output, where the j
 
 from __future__ import annotations
 
-import copy
 import functools
 import io
 import json
@@ -39,7 +38,6 @@ from kandinsky.serving.unfinished import what_is_left
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kandinsky.config.schema import Config
     from kandinsky.pipelines.base import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,7 @@ class Making:
         self.request: Request = recorded_request(job["request"], pipeline.config)
         self.extras = extras_from(job["extras"], pipeline.config)
         self.files = {field: [Path(path) for path in paths] for field, paths in job["files"].items()}
-        self.pipeline, self.asked = with_config(pipeline, post_settings(pipeline.config, self.extras)), pipeline.config
+        self.pipeline, self.asked = pipeline.under(post_settings(pipeline.config, self.extras)), pipeline.config
         self.segment, self._steps_before = self.request, 0  # what is made of a longer video, and all its earlier steps
         self.output = Path(job["output"])
         self.picture = None if job["picture"] is None else Path(job["picture"])
@@ -256,15 +254,6 @@ class Worker:
                 self.pipeline.set_adapter([name for name, _ in scales], [scale for _, scale in scales])
             elif self.pipeline.active_adapters():
                 self.pipeline.disable_adapters()
-
-
-def with_config(pipeline: Pipeline, config: Config) -> Pipeline:
-    """The same models under another config."""
-    if config == pipeline.config:
-        return pipeline
-    other = copy.copy(pipeline)
-    other.config = config
-    return other
 
 
 def changed_at(path: Path) -> float:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kandinsky.config.reading import load_config
+from kandinsky.config.reading import load_config, with_settings
 from kandinsky.loading import assemble
 from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
@@ -175,6 +175,19 @@ def test_an_image_s_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = picture(pipe, **words)
     starve(monkeypatch, "encode image", [1])
     assert torch.equal(picture(pipe, **words), expected) and pipe.taken == ["runtime.offload=on"]
+
+
+def test_under_another_config(undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the server and segments have it: what memory runs out under goes on itself, and so does what it is made of."""
+    pipe = load()
+    other = pipe.under(with_settings(pipe.config, runtime={"upscale": 2}))
+    assert pipe.under(pipe.config) is pipe and other is not pipe
+    with monkeypatch.context() as patch:
+        starve(patch, "denoise", [3])
+        assert torch.equal(picture(other), undisturbed())
+    assert other.config.runtime.offload == pipe.config.runtime.offload == "on"
+    assert other.config.runtime.upscale == 2 and pipe.config.runtime.upscale == 1
+    assert other.dit is pipe.dit and torch.equal(picture(pipe), undisturbed())
 
 
 def test_with_adapters_and_a_cache_of_blocks(undisturbed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
