@@ -30,6 +30,7 @@ def extend(args: argparse.Namespace, launch: Launch) -> Path | None:
     from kandinsky.config.rules import check_processes
     from kandinsky.outputs import media
     from kandinsky.serving import segments
+    from kandinsky.serving.longer import without_post
 
     config, post = without_post(config_for(args))
     check_processes(config, launch.size)
@@ -53,21 +54,11 @@ def extend(args: argparse.Namespace, launch: Launch) -> Path | None:
         args.output_filename = output  # for the words that say how to go on
         download(args, config, launch)
         logging.info("%d segments: %s", len(video.requests), segments.HOW[config.task])
-        longest = max(video.requests, key=lambda one: one.num_frames)
-        pipeline = load(args, config, launch, longest)
+        pipeline = load(args, config, launch, video.largest)
         last = segments.make_long(pipeline, video, first, output)
         if args.save_last_frame and last is not None:
             media.write_image(last, media.last_frame_path(output))
         return output
-
-
-def without_post(config: Config) -> tuple[Config, Post]:
-    """The config of segments, and what is done to the whole that they make."""
-    from kandinsky.config.reading import with_settings
-    from kandinsky.outputs.post import Post
-
-    post = Post.of(vars(config.runtime))
-    return with_settings(config, runtime={"fps": None, "upscale": 1, "upscaler": None}), post
 
 
 def asked(args: argparse.Namespace, config: Config, post: Post, any_picture: bool = False) -> tuple[LongVideo, Media]:

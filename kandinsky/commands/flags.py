@@ -44,16 +44,8 @@ FIXED_BY_A_FILE = (
     *("prompt", "prompts_file", "image", "last_image", "loop", "keyframe"),
     *("video", "strength", "mask", "extend", "segments"),
     *("negative_prompt", "width", "height", "video_duration"),
-    *(
-        "sample_steps",
-        "seed",
-        "guidance_weight",
-        "guidance_interval",
-        "guidance_every",
-        "coarse_steps",
-        "scheduler_scale",
-        "lora",
-    ),
+    *("sample_steps", "seed", "guidance_weight", "guidance_interval", "guidance_every"),
+    *("coarse_steps", "scheduler_scale", "lora"),
 )
 CHOICES = {
     "cache": ("magcache", "dbcache", "taylorseer", "firstblock", "tracked", "auto", "off"),

@@ -28,7 +28,7 @@ def plan(args: argparse.Namespace) -> str:
         config, request = recorded(args)
     elif args.extend or args.segments is not None or (args.extend is not None and args.video is not None):
         config, video = asked_longer(args)
-        request = max(video.requests, key=lambda one: one.num_frames)
+        request = video.largest
     else:
         config, request = asked(args)
     machine = planned_machine(args)
@@ -58,8 +58,9 @@ def of_segments(video: LongVideo, largest: Plan, dtype: str, cache_dir: str) -> 
 def asked_longer(args: argparse.Namespace) -> tuple[Config, LongVideo]:
     """What flags ask for that is made segment by segment; of any prompt and picture, where they name none."""
     from kandinsky.commands import extend
+    from kandinsky.serving.longer import without_post
 
-    config, post = extend.without_post(config_for(args))
+    config, post = without_post(config_for(args))
     if args.prompt is None and args.segments is None:
         args.prompt = "a prompt"
     video, _ = extend.asked(args, config, post, any_picture=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from kandinsky.outputs.post import Post
 from kandinsky.outputs.sources import Media, open_source, read_mask, read_source
 from kandinsky.request import MAX_SEED, Request, recorded_request, resolve_request
 from kandinsky.serving.limits import Limits
-from kandinsky.serving.longer import resolve_long
+from kandinsky.serving.longer import resolve_long, rows_of, without_post
 from kandinsky.serving.segments import LongVideo
 
 if TYPE_CHECKING:
@@ -131,6 +132,18 @@ def _row(request: Mapping[str, Any], before: int) -> dict[str, Any]:
 # --- from what is asked for -------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def told_by_names(files: Files) -> Iterator[None]:
+    """No folder of these files stands in a ValueError from within: their client knows names."""
+    try:
+        yield
+    except ValueError as error:
+        words = str(error)
+        for path in (path for paths in files.values() for path in paths):
+            words = words.replace(f"{path.parent}/", "")
+        raise ValueError(words) from None
+
+
 def resolve(
     config: Config,
     text: str | None,
@@ -142,26 +155,7 @@ def resolve(
     limits: Limits,
 ) -> tuple[Request, Extras]:
     """The request that fields come to, and what it has besides; `names` as in `Extras`. Raises ValueError for what is
-    wrong, in which no path stands."""
-    try:
-        return _resolve(config, text, picture, fields, files, names, wishes, limits)
-    except ValueError as error:
-        words = str(error)
-        for path in (path for paths in files.values() for path in paths):
-            words = words.replace(f"{path.parent}/", "")
-        raise ValueError(words) from None
-
-
-def _resolve(
-    config: Config,
-    text: str | None,
-    picture: tuple[int, int] | None,
-    fields: Mapping[str, Any],
-    files: Files,
-    names: Sequence[tuple[str, str]],
-    wishes: Mapping[str, Any],
-    limits: Limits,
-) -> tuple[Request, Extras]:
+    wrong, to be `told_by_names`."""
     post = {name: fields[name] for name in ("fps", "upscale") if name in fields}
     for name, value in post.items():
         if isinstance(value, str):
@@ -218,8 +212,6 @@ def _resolve_long(
         raise ValueError("there is no prompt: say what to show")
     clip, rows, most = None, None, limits.clip_seconds * FPS
     for path in files.get("video", ()):
-        if sizes:
-            raise ValueError("the video's last frame is what goes on: leave the picture or the video out")
         clip = open_clip(path, FPS, most + 1)
         if clip.frames > most:
             raise ValueError(
@@ -229,7 +221,7 @@ def _resolve_long(
         given = fields["segments"]
         if len(given) > limits.segments:
             raise ValueError(f"there are {len(given)} segments; this server makes at most {limits.segments} in a job")
-        rows = [(f"segment {number}", {"prompt": text, **row}) for number, row in enumerate(given, 1)]
+        rows = rows_of(text, given)
     video = resolve_long(
         config,
         text,
@@ -313,6 +305,6 @@ def _upscale(config: Config, extras: Extras) -> int:
 def post_settings(config: Config, extras: Extras) -> Config:
     """The config of the pipeline that makes an order: segments are processed once they are joined."""
     if extras.is_long:
-        return with_settings(config, runtime={"fps": None, "upscale": 1, "upscaler": None})
+        return without_post(config)[0]
     post = {"fps": extras.fps or config.runtime.fps, "upscale": _upscale(config, extras)}
     return with_settings(config, runtime=post)

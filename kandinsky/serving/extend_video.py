@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky.clips import open_clip
-from kandinsky.config.reading import with_settings
 from kandinsky.config.schema import MAX_SECONDS
 from kandinsky.frames import FPS
 from kandinsky.outputs import media
-from kandinsky.outputs.post import Post
 from kandinsky.outputs.sources import ImageSource, Media, name_of
 from kandinsky.pictures import load_image
-from kandinsky.serving.longer import resolve_long
+from kandinsky.serving.longer import resolve_long, rows_of, without_post
 from kandinsky.serving.segments import MOST_SEGMENTS, check_folder, make_long, recorded_seed
 
 if TYPE_CHECKING:
@@ -50,28 +47,22 @@ def extend_video(
 
     Raises ValueError for what can't be, and what a call raises.
     """
-    output, post = Path(save_path), Post.of(vars(pipe.config.runtime))
+    output = Path(save_path)
     media.check_writable(output, media.VIDEO_SUFFIX)
-    if not post.does_nothing:  # that is done to the whole
-        pipe = copy.copy(pipe)
-        pipe.config = with_settings(pipe.config, runtime={"fps": None, "upscale": 1, "upscaler": None})
+    config, post = without_post(pipe.config)
+    pipe = pipe.under(config)
     clip = None if video is None else open_clip(video, FPS, MOST_SEGMENTS * MAX_SECONDS * FPS)
-    if clip is not None and image is not None:
-        raise ValueError("the video's last frame is what goes on: leave the picture or the video out")
     if (seconds is None) == (segments is None):
         raise ValueError("give how many seconds longer it is to be, or segments, and not both")
     pictures = [] if image is None else [load_image(image)]
     if resume and wishes.get("seed") is None:
         wishes["seed"] = recorded_seed(output)
-    rows = (
-        None if segments is None else [(f"segment {i}", {"prompt": text, **row}) for i, row in enumerate(segments, 1)]
-    )
     long = resolve_long(
         pipe.config,
         text,
         name="seconds" if segments is None else "segments",
         seconds=seconds,
-        rows=rows,
+        rows=None if segments is None else rows_of(text, segments),
         clip=clip,
         image=None if image is None else Path(name_of(image)),
         image_sizes=[picture.size for picture in pictures],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky.clips import Clip
+from kandinsky.config.reading import with_settings
 from kandinsky.config.schema import Config
 from kandinsky.frames import wanted_frames
 from kandinsky.outputs.post import Post
@@ -30,6 +31,16 @@ from kandinsky.sizes import check_picture, size_for_video
 OF_A_SEGMENT = ("prompt", "seconds", "seed", "negative_prompt")
 NO_POST = Post()
 Rows = Sequence[tuple[str, Mapping[str, Any]]]  # what messages call a segment, and what it says
+
+
+def without_post(config: Config) -> tuple[Config, Post]:
+    """The config that segments are made with, and what is done to the whole that they make."""
+    return with_settings(config, runtime=vars(NO_POST)), Post.of(vars(config.runtime))
+
+
+def rows_of(text: str | None, segments: Sequence[Mapping[str, Any]]) -> Rows:
+    """The rows of segments that have no names of their own; text: of those that have no prompt of their own."""
+    return [(f"segment {number}", {"prompt": text, **row}) for number, row in enumerate(segments, 1)]
 
 
 def resolve_long(
@@ -60,6 +71,8 @@ def resolve_long(
     if time_length == 0:
         raise ValueError(f"a duration of 0 makes a picture, and {name} a longer video: leave one of them out")
     if clip is not None:
+        if image_sizes:
+            raise ValueError("the video's last frame is what goes on: leave the picture or the video out")
         check_picture(clip.size)
     there = checked_overlap(config.task, overlap, None if clip is None else clip.frames)
     has_clip, requests = clip is not None, list[Request]()

@@ -88,6 +88,11 @@ class LongVideo:
     image: Path | None = None
     post: Post = field(default_factory=Post)
 
+    @property
+    def largest(self) -> Request:
+        """What has to fit: segments are made one after the other."""
+        return max(self.requests, key=lambda one: one.num_frames)
+
     def overlap_of(self, number: int) -> int:
         """How many frames the segment `number`, from 0, goes on from."""
         return self.overlap if number or self.clip is not None else 0

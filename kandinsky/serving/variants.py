@@ -24,7 +24,15 @@ from kandinsky.planning.costs import denoising_flops
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import Plan, default_request, make_plan, weight_files
 from kandinsky.request import FPS, Request, recorded_request
-from kandinsky.serving.directed import NOTHING_MORE, Extras, Files, resolve, settings_of_extras, with_seed
+from kandinsky.serving.directed import (
+    NOTHING_MORE,
+    Extras,
+    Files,
+    resolve,
+    settings_of_extras,
+    told_by_names,
+    with_seed,
+)
 from kandinsky.serving.fields import FIELDS, split_size
 from kandinsky.serving.limits import Limits
 
@@ -216,7 +224,8 @@ class Catalogue:
             raise ValueError(f"n is {shown(fields['n'])}; it must be a whole number from 1 to {self.limits.images}")
         names = [(name, path.name) for name, paths in files.items() for path in paths]
         text = fields.get("prompt")
-        request, extras = resolve(variant.config, text, picture, fields, files, names, wishes, self.limits)
+        with told_by_names(files):
+            request, extras = resolve(variant.config, text, picture, fields, files, names, wishes, self.limits)
         loras = self._loras(fields.get("loras", []), variant)
         magcache = fields.get("magcache", variant.config.uses_magcache)
         variant.with_magcache(magcache)  # or refused
