@@ -25,6 +25,8 @@ from kandinsky.models.dit import DiffusionTransformer3D
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.pipelines.base import Pipeline
+from kandinsky.pipelines.inputs import Inputs
+from kandinsky.request import Request, resolve_request
 from kandinsky.runtime.placement import FixedPlacement
 from kandinsky.text.embeddings import TextEmbeddings
 
@@ -116,3 +118,32 @@ def latents_of(pipe: Any, text: Any = "a red cat", **options: Any) -> Tensor:
 
 def count_name(pipe: Pipeline) -> str:
     return "num_videos_per_prompt" if pipe.config.task.endswith("v") else "num_images_per_prompt"
+
+
+class Abort(Exception):
+    pass
+
+
+def abort_at(last_step: int) -> Any:
+    """A callback that ends a call after this step."""
+
+    def callback(pipe: Pipeline, step: int, *_: object) -> None:
+        if step == last_step:
+            raise Abort
+
+    return callback
+
+
+def two_prompts(pipe: Pipeline, num_steps: int, **more: Any) -> tuple[Request, Inputs]:
+    """A guided request with two prompts, and a picture where the task takes one; `more`: of `resolve_request`."""
+    pictures = [PICTURE] if pipe.config.task in ("i2v", "i2i") else []
+    request = resolve_request(
+        pipe.config,
+        ["a red cat", "a dog in the snow"],
+        image_sizes=[picture.size for picture in pictures],
+        seed=3,
+        num_steps=num_steps,
+        guidance_weight=3.0,
+        **more,
+    )
+    return request, Inputs(pictures, ["cat.png"] * len(pictures))

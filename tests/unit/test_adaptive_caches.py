@@ -19,14 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_pipelines import PICTURE, TASKS, build, call, count_name, latents_of, randomised
+from small_pipelines import PICTURE, TASKS, Abort, abort_at, build, call, count_name, latents_of, randomised
 from torch import Tensor
 
 from kandinsky.config.reading import load_config, with_magcache, with_settings
 from kandinsky.config.schema import CACHE_DEFAULTS, CacheConfig
 from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run
-from kandinsky.pipelines.base import Pipeline
 from kandinsky.planning.activations import cache_bytes
 from kandinsky.request import resolve_request
 from kandinsky.runtime.adaptive_caches import (
@@ -207,18 +206,6 @@ def test_bfloat16_stays_bfloat16(kind: str) -> None:
 
 
 # --- nothing stays behind ---------------------------------------------------------------------------------------------
-
-
-class Abort(Exception):
-    pass
-
-
-def abort_at(last_step: int) -> Any:
-    def callback(pipe: Pipeline, step: int, *_: object) -> None:
-        if step == last_step:
-            raise Abort
-
-    return callback
 
 
 @pytest.mark.parametrize("last_step", [0, 3, STEPS - 2])

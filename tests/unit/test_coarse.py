@@ -22,7 +22,7 @@ from kandinsky.planning.costs import denoising_flops, forward_flops, num_evaluat
 from kandinsky.request import resolve_request
 from kandinsky.sampling.coarse import coarsened, enlarged, grids_of, pooled, pooled_noise
 from kandinsky.sampling.conditioning import compose, frame_item, from_source, overlap_items
-from tests.unit.small_pipelines import CONFIGS, PICTURE, TASKS, build, call, latents_of
+from tests.unit.small_pipelines import CONFIGS, TASKS, build, call, latents_of, two_prompts
 
 STEPS = 4
 
@@ -109,19 +109,8 @@ def _levels(request: Any) -> Tensor:
 
 
 def arguments(pipe: Pipeline) -> tuple[Any, Inputs]:
-    has_picture = pipe.config.task in ("i2v", "i2i")
-    request = resolve_request(
-        pipe.config,
-        ["a red cat", "a dog in the snow"],
-        image_sizes=[PICTURE.size] if has_picture else [],
-        width=32,
-        height=32,
-        seed=3,
-        num_steps=STEPS,
-        guidance_weight=3.0,
-        guidance_every=3,  # the first step after the switch goes on with the difference from before it
-    )
-    return request, Inputs([PICTURE] if has_picture else [], ["cat.png"] if has_picture else [])
+    """The first step after the switch goes on with guidance's difference from before it."""
+    return two_prompts(pipe, STEPS, width=32, height=32, guidance_every=3)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_pipelines import TASKS, build, call, count_name, latents_of
+from small_pipelines import TASKS, Abort, abort_at, build, call, count_name, latents_of
 from torch import Tensor
 
 from kandinsky import get_I2I_pipeline
@@ -131,18 +131,6 @@ def test_blocks_and_head_see_the_models_dtype(dtype: torch.dtype) -> None:
 
 
 # --- nothing stays behind ---------------------------------------------------------------------------------------------
-
-
-class Abort(Exception):
-    pass
-
-
-def abort_at(last_step: int) -> Any:
-    def callback(pipe: Pipeline, step: int, *_: object) -> None:
-        if step == last_step:
-            raise Abort
-
-    return callback
 
 
 @pytest.mark.parametrize("last_step", range(STEPS - 1))

@@ -15,9 +15,8 @@ from kandinsky.config.schema import MagCacheConfig
 from kandinsky.outputs.resume import Stopped, load_run, output_path, read_record, stopped_path
 from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.inputs import Inputs
-from kandinsky.request import resolve_request
 from kandinsky.runtime.magcache import cache_for_request
-from tests.unit.small_pipelines import PICTURE, TASKS, build
+from tests.unit.small_pipelines import TASKS, build, two_prompts
 
 STEPS = 4
 CACHE = MagCacheConfig(mag_ratios=(1.0,) * 2 * (STEPS - 1), enabled=True, threshold=1.0, max_skips=1, retention=0.25)
@@ -28,18 +27,8 @@ def pipeline(task: str, **options: Any) -> Pipeline:
 
 
 def arguments(pipe: Pipeline) -> tuple[Any, Inputs]:
-    """Two prompts, with guidance whose difference is kept for a step."""
-    has_picture = pipe.config.task in ("i2v", "i2i")
-    request = resolve_request(
-        pipe.config,
-        ["a red cat", "a dog in the snow"],
-        image_sizes=[PICTURE.size] if has_picture else [],
-        seed=3,
-        num_steps=STEPS,
-        guidance_weight=3.0,
-        guidance_every=2,
-    )
-    return request, Inputs([PICTURE] if has_picture else [], ["cat.png"] if has_picture else [])
+    """With guidance whose difference is kept for a step."""
+    return two_prompts(pipe, STEPS, guidance_every=2)
 
 
 def stop_after(pipe: Pipeline, step: int, path: Path) -> Path:
