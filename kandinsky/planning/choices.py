@@ -15,7 +15,6 @@ from kandinsky.common.limits import CHUNK_TOKENS, STREAM_BUFFERS
 from kandinsky.config.schema import Config, RuntimeConfig
 from kandinsky.planning.costs import Rates
 from kandinsky.planning.machine import Machine
-from kandinsky.planning.stages import shares
 from kandinsky.planning.weights import Models
 
 
@@ -51,8 +50,7 @@ def families(config: Config, models: Models, machine: Machine) -> Iterator[tuple
         sources = (runtime.blocks_from,)
     if runtime.offload != "auto":
         offloads = (runtime.offload,)
-    is_sharded = shares(config, machine)[1]
-    if is_sharded:  # weights in shards are on the device for good
+    if runtime.shard_weights:  # they are on the device for good
         offloads = ("off",)
     num_heads = config.model.dit_params.num_heads if machine.processes == 1 else 1  # which processes share
     for chunk, heads, on_host in parts(runtime, num_heads, on_gpu):
@@ -61,7 +59,7 @@ def families(config: Config, models: Models, machine: Machine) -> Iterator[tuple
                 # Where all blocks stay, or as many as were set, their source says nothing unless some stream.
                 for source in sources if runtime.blocks_on_gpu is not None else sources[:1]:
                     yield Choice(offload, runtime.blocks_on_gpu, source, chunk, heads, on_host, encoders), range(0)
-            if runtime.blocks_on_gpu is None and on_gpu and not is_sharded:
+            if runtime.blocks_on_gpu is None and on_gpu and not runtime.shard_weights:
                 counts = range(models.dit_blocks - STREAM_BUFFERS - 1, -1, -1)  # of more the buffers eat the gain
                 for source in sources:
                     yield Choice(offloads[-1], None, source, chunk, heads, on_host, encoders), counts

@@ -285,7 +285,10 @@ def nearest(config: Config, request: Request, machine: Machine, files: Mapping[s
             continue
         flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in runtime.items()]
         for generation in ({}, {"expand_prompts": False}) if can_write else ({},):
-            changed = with_settings(config, runtime=runtime, generation=generation)
+            try:
+                changed = with_settings(config, runtime=runtime, generation=generation)
+            except ValueError:  # it does not go with what else is set, and so is no advice
+                continue
             of_changed = models_in(dtype, changed, files, machine)
             lighter.append((" ".join(flags + ["--expand_prompt off"] * bool(generation)), changed, of_changed))
     if dtype == "float32":

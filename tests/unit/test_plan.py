@@ -473,6 +473,16 @@ def test_several_processes_share_what_there_is() -> None:
         assert plan.config.runtime.heads_at_once is None and plan.config.runtime.blocks_on_gpu is not None
 
 
+@pytest.mark.parametrize("branches", [1, 2])
+def test_shards_that_do_not_fit_are_refused_for_what_they_take(branches: int) -> None:
+    """And not for settings that were tried, or would be advised, and that shards do not go with."""
+    config = config_of("5s_t2v_pro_hd", None, "runtime.shard_weights=true", f"runtime.cfg_parallel={branches}")
+    machine = Machine(64 * GB, 24 * GB, processes=2, on_host=2)
+    plan = make_plan(config, default_request(config), machine, {}, "bfloat16")
+    assert plan.refusal is not None and "denoise takes" in plan.refusal and "quantization" not in plan.refusal
+    assert plan.config.runtime.offload == "off" and plan.config.runtime.shard_weights
+
+
 def test_adapters_are_counted(tmp_path: Path) -> None:
     """Their matrices on the host; on the device, too, where layers are quantised."""
     config = config_of("5s_sft")
