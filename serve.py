@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kandinsky.common.command_line import Once, show_every_character
+from kandinsky.common.given import check_device_name
 
 KEY_VARIABLE = "KANDINSKY_API_KEY"
 PACKAGES = "fastapi uvicorn python-multipart prometheus_client"
@@ -80,6 +81,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"--keep_seconds is {args.keep_seconds:g}; it must be more than 0")
     if args.replicas is not None and args.ray_address is None:
         raise ValueError(f"--replicas {args.replicas}: give --ray_address with it")
+    if args.device is not None:
+        check_device_name(args.device)
     if args.lora_dir is not None and not args.lora_dir.is_dir():
         raise ValueError(f"--lora_dir {args.lora_dir}: there is no such folder")
     return args

@@ -110,7 +110,11 @@ def work_on(
     launch: Launch,
 ) -> int:
     """Do what flags ask for, and tell how it ended; the exit status."""
+    from kandinsky.common.given import check_device_name
+
     try:
+        if args.device is not None:
+            check_device_name(args.device)
         if args.plan:
             print(plan(args))
             return 0

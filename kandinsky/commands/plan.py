@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kandinsky.request import Request
     from kandinsky.serving.segments import LongVideo
 
+LEAST_GB, MOST_GB = 0.1, 100_000  # of a machine: what is less is shown as 0.0
+
 
 def plan(args: argparse.Namespace) -> str:
     """The plan in words. Raises ValueError, after printing it, for a request that does not fit."""
@@ -104,8 +106,8 @@ def planned_machine(args: argparse.Namespace) -> Machine:
     from kandinsky.planning.machine import Machine
 
     for flag in ("memory_gb", "host_memory_gb"):
-        if (size := getattr(args, flag)) is not None and not size > 0:
-            raise ValueError(f"--{flag} is {size:g}; it must be more than 0 (GB of 2^30 bytes)")
+        if (size := getattr(args, flag)) is not None and not LEAST_GB <= size <= MOST_GB:
+            raise ValueError(f"--{flag} is {size:g}; it must be from {LEAST_GB:g} to {MOST_GB:,} (GB of 2^30 bytes)")
     host = host_memory() if args.host_memory_gb is None else args.host_memory_gb * GB
     count = 1 if args.processes is None else args.processes
     if count < 1:

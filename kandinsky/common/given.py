@@ -1,4 +1,5 @@
-"""What a person or a stranger's file gave: numbers as Python's own, values in words, and whether a name is a file's.
+"""What a person or a stranger's file gave: numbers as Python's own, values in words, and whether a name is a file's or
+a device's.
 
 Everything that checks what it was given starts here, so that a NumPy number is one, a number of four hundred digits is
 out of range like any other, and a message that quotes what it was given stays one short line.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 MISSING = "there is nothing of that name"
 LONGEST_LINE = 1000  # characters of a message
 LONGEST_SHOWN = 200  # characters of a value that a message quotes
+DEVICES = "cpu, cuda or cuda:0, mps, xpu or xpu:0"
 
 
 def as_whole(value: object) -> int | None:
@@ -55,6 +58,12 @@ def shortened(text: str, longest: int = LONGEST_SHOWN) -> str:
     """`text` on one line, its middle left out where it is longer than that many characters."""
     text = one_line(text)
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+
+
+def check_device_name(name: str) -> None:
+    """Raise ValueError unless `name` is that of a device, on this machine or another."""
+    if not re.fullmatch("cpu|(cuda|mps|xpu)(:[0-9]{1,4})?", name):
+        raise ValueError(f"{shown(name)} is not a device: use {DEVICES}")
 
 
 def why_no_file(path: str | Path) -> str | None:

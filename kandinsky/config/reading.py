@@ -20,13 +20,13 @@ from kandinsky.config.defaults import fill_defaults
 from kandinsky.config.original_names import our_config
 from kandinsky.config.rules import check_config, hints_of, join_key, not_allowed
 from kandinsky.config.schema import Config
-from kandinsky.config.yaml_files import read_yaml, with_overrides
+from kandinsky.config.yaml_files import CONFIGS, read_yaml, with_overrides
 
 logger = logging.getLogger(__name__)
 
 LARGEST_WHOLE = 10**15 - 1  # of a setting; what is computed from several of them still is a float's size
 
-DEVICE_PRESETS = Path(__file__).resolve().parents[2] / "configs" / "devices"
+DEVICE_PRESETS = CONFIGS / "devices"
 
 # Keys seen in other people's YAML files that do nothing here. Most of them never did anything anywhere.
 IGNORED_KEYS = (

@@ -14,6 +14,7 @@ from typing import Any
 
 from kandinsky.common.given import shortened, shown, why_no_file
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
 
@@ -31,6 +32,9 @@ def read_yaml(path: Path, overrides: Sequence[str], presets: Sequence[Path]) -> 
         raise ValueError("not a config: the file is not a mapping of keys to values")
     if not config:
         raise ValueError("not a config: there is nothing in the file")
+    written = OmegaConf.to_container(config)
+    if isinstance(written, dict) and list(written.values()) == [None]:  # as which OmegaConf takes a file of plain text
+        raise ValueError("not a config: the file is text, and not a mapping of keys to values")
 
     def merged() -> Any:
         config.merge_with(*layers[1:], OmegaConf.from_dotlist(list(overrides)))
@@ -83,7 +87,21 @@ def _advice(path: Path, reason: str) -> str:
     if path.is_dir():
         names = sorted(file.name for file in path.glob("*.yaml") if file.is_file())
         return f": {reason}" + (f"; name a file in it, like {names[0]}" if names else "")
-    folder = path.parent
-    names = sorted(file.name for file in folder.glob("*.yaml") if file.is_file()) if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=3)
-    return (f": {reason}" if path.exists() else "") + (f"; did you mean {' or '.join(near)}?" if near else "")
+    if path.exists():
+        return f": {reason}"
+    known = {file.stem: _from_here(file) for file in _configs_in(CONFIGS)}
+    known |= {file.stem: file.name for file in _configs_in(path.parent)}
+    alike = [path.stem] if path.stem in known else difflib.get_close_matches(path.stem, known, n=3)
+    near = " or ".join(known[name] for name in alike)
+    return f"; did you mean {near}?" if near else f"; the models' configs are in {_from_here(CONFIGS)}"
+
+
+def _configs_in(folder: Path) -> list[Path]:
+    """Files of a folder that may be configs of models: those of other programs have no section called model."""
+    files = sorted(file for file in folder.glob("*.yaml") if why_no_file(file) is None) if folder.is_dir() else []
+    return [file for file in files if re.search(rb"^model:", file.read_bytes()[:100_000], re.MULTILINE)]
+
+
+def _from_here(path: Path) -> str:
+    """As it is called from the current folder, where it lies in that."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

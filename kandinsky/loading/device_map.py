@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from kandinsky.common.given import DEVICES
+
 COMPONENTS = ("dit", "vae", "text_embedder")
-DEVICES = "cpu, cuda or cuda:0, mps, xpu or xpu:0"
 COUNTS = {  # what they are called, and how many this PyTorch finds
     "cuda": ("CUDA", lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0),
     "mps": ("MPS", lambda: int(torch.backends.mps.is_available())),

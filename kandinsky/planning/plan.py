@@ -214,7 +214,8 @@ def _first_that_fits(config: Config, request: Request, machine: Machine, models:
         request=request,
         machine=machine,
         stages=estimate(settled, request, machine, models),
-        reason="; ".join(reasons) or "everything fits",
+        reason="; ".join(reasons)
+        or ("of all that may be chosen it takes the least" if too_large else "everything fits"),
         costs=(*costs(settled, request, machine, models), f"decode: {tiles_of(settled, request, models)}"),
         overrides=_new_budget(settled, config),
         refusal="; ".join(_too_much(stage, machine) for stage in too_large) or None,

@@ -377,6 +377,11 @@ MISTAKES = {
     "unknown key": Mistake(("model.num_step=3",), r"unknown key model.num_step; did you mean model.num_steps\?"),
     "unknown key in file": Mistake(("--config", "{tmp}/typo.yaml"), "typo.yaml: unknown key .*did you mean"),
     "no such config": Mistake(("--config", f"{CONFIG.parent}/config_tiny_t2w.yaml"), "mean config_tiny_t2v.yaml"),
+    "config of another program": Mistake(
+        ("--config", "{tmp}/nope.yaml"), "config file; the models' configs are in con"
+    ),
+    "config elsewhere": Mistake(("--config", "{tmp}/config_5s_sft.yaml"), r"mean configs/config_5s_sft.yaml\?$"),
+    "config is text": Mistake(("--config", "{tmp}/words.yaml"), "words.yaml: not a config: the file is text"),
     "config is a folder": Mistake(("--config", "{tmp}"), "no such config file"),
     "config is a preset": Mistake(
         ("--config", f"{CONFIG.parent}/devices/8gb.yaml"),
@@ -448,7 +453,8 @@ MISTAKES = {
     "other tokenizer": Mistake(("model.text_embedder.qwen.crop=9",), "tokens before the prompt, but 9 are", False),
     "dtype": Mistake(("--dtype", "int8"), "dtype is 'int8'; choose one of float32, bfloat16, float16", False),
     "engine": Mistake(("--attention_engine", "abacus"), "'abacus' does not exist: choose one of auto, sdpa", False),
-    "device": Mistake(("--device", "tpu"), "'tpu' is not a device: use cpu", False),
+    "device": Mistake(("--device", "tpu"), "'tpu' is not a device: use cpu, cuda or cuda:0, mps, xpu"),
+    "device without a number": Mistake(("--device", "cuda:x"), "'cuda:x' is not a device: use cpu, cuda or cuda:0"),
     "absent device": Mistake(("--device", "cuda:99"), "this machine has no cuda:99", False),
 }
 
@@ -491,6 +497,8 @@ def workshop(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("out", "folder.mp4"):
         (folder / name).mkdir()
     (folder / "typo.yaml").write_text(CONFIG.read_text().replace("guidance_weight:", "guidance_wight:"))
+    (folder / "words.yaml").write_text("a cat\nin a boat\n")
+    (folder / "compose.yaml").write_text("services: {}\n")
     (folder / "broken.yaml").write_text("model: [1, 2")
     (folder / "binary.yaml").write_bytes(bytes(range(256)))
     (folder / "model.pt").write_bytes(b"PK\x03\x04")

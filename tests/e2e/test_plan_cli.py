@@ -53,6 +53,15 @@ def test_what_cannot_fit_is_refused_with_what_can(cli: ModuleType, capsys: pytes
     assert cli.main(words("10s_t2v_pro_hd", *machine, "--video_duration", "7")) == 0
 
 
+def test_what_cannot_fit_is_not_said_to_fit(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where flags leave nothing to be chosen, too."""
+    machine = ("--memory_gb", "6", "--host_memory_gb", "64", "--offload", "--stream_encoders", "off")
+    assert cli.main(words("t2i", *machine, "--blocks_on_gpu", "4")) == 2
+    out, err = capsys.readouterr()
+    assert "everything fits" not in out and "because of all that may be chosen it takes the least" in out
+    assert err.startswith("error: expand prompt takes ")
+
+
 def test_plan_of_all_segments(cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory is the largest segment's, seconds are those of all."""
     machine = ("--memory_gb", "24", "--host_memory_gb", "64")
@@ -115,13 +124,17 @@ def test_plan_for_a_picture_needs_none(name: str, cli: ModuleType, capsys: pytes
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--memory_gb", "0"), "error: --memory_gb is 0; it must be more than 0"),
-        (("--memory_gb", "8", "--host_memory_gb", "-1"), "error: --host_memory_gb is -1; it must be more than 0"),
+        (("--memory_gb", "0"), "error: --memory_gb is 0; it must be from 0.1 to 100,000 (GB of 2^30 bytes)"),
+        (("--memory_gb", "8", "--host_memory_gb", "-1"), "error: --host_memory_gb is -1; it must be from 0.1"),
         (
             ("--memory_gb", "8", "--device_preset", "9gb"),
             "error: there is no device preset '9gb': choose one of 8gb, 12gb",
         ),
         (("--memory_gb", "8", "--dtype", "int3"), "error: dtype is 'int3'"),
+        (("--memory_gb", "inf"), "error: --memory_gb is inf; it must be from 0.1 to 100,000 (GB of 2^30 bytes)"),
+        (("--memory_gb", "1e-5"), "error: --memory_gb is 1e-05; it must be from 0.1"),
+        (("--memory_gb", "nan"), "error: --memory_gb is nan; it must be from 0.1"),
+        (("--memory_gb", "8", "--host_memory_gb", "inf"), "error: --host_memory_gb is inf; it must be from 0.1"),
     ],
 )
 def test_mistakes(flags: tuple[str, ...], message: str, cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -369,6 +369,7 @@ def test_two_hundred_at_once(served: Served) -> None:
         (["--replicas", "2"], "give --ray_address with it"),
         (["--max_queue", "0"], "--max_queue is 0; it must be at least 1"),
         (["--lora_dir", "nowhere"], "there is no such folder"),
+        (["--device", "banana"], "'banana' is not a device: use cpu, cuda or cuda:0, mps, xpu"),
         (["--config", str(CONFIGS["tiny_t2v"])], "give one or more, each once"),
         (["model.nonsense=1"], "unknown key model.nonsense"),
         (["--api_key", " "], "--api_key is empty"),

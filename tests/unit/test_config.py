@@ -468,6 +468,7 @@ def refused(path: Path, overrides: tuple[str, ...] = ()) -> str:
         ("a: &a [*a]\n", "not readable as YAML"),
         ("a: \x00\n", "not readable as YAML"),
         ("'5'\n", "not readable as YAML: it is not a mapping of keys to values"),
+        ("a cat\n in a boat", "not a config: the file is text, and not a mapping of keys to values"),
         ("null: 1\n", "not readable as YAML: Incompatible key type 'null'"),
         ("a: {b: '${oc.env:NO_SUCH}'}\n", "a.b: what ${...} stands for is not there, or not text"),
     ],
@@ -486,15 +487,29 @@ def test_unknown_keys_are_shown_as_one_short_line(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_file_is_not_told_its_own(tmp_path: Path) -> None:
-    """A folder is told a file in it; what neither is nor is alike gets no advice."""
+    """A folder is told a file in it; what neither is nor is alike, where configs are. No pipe is opened for that."""
     (tmp_path / "configs.yaml").mkdir()
     assert refused(tmp_path / "configs.yaml").endswith("configs.yaml: no such config file: it is a folder")
     (tmp_path / "configs.yaml" / "a.yaml").write_text("")
     assert refused(tmp_path / "configs.yaml").endswith("it is a folder; name a file in it, like a.yaml")
     os.mkfifo(tmp_path / "config.yaml")  # who opens it waits for ever
     assert refused(tmp_path / "config.yaml").endswith("no such config file: it is a pipe, a socket or a device")
-    assert refused(tmp_path / "confix.yaml").endswith("no such config file")
-    assert refused(tmp_path / "a\0.yaml").endswith("no such config file")
+    where = "no such config file; the models' configs are in configs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        assert refused(tmp_path / "a picture.yaml").endswith(where)
+        assert refused(tmp_path / "a\0.yaml").endswith(where)
+    assert "config.yaml" not in refused(tmp_path / "confix.yaml")
+
+
+def test_candidates_are_configs_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compose.yaml").write_text("services: {model: a}\n")
+    assert refused(Path("composed.yaml")).endswith(f"the models' configs are in {REPOSITORY / 'configs'}")
+    (tmp_path / "composing.yaml").write_text("# mine\nmodel: {}\n")
+    assert refused(Path("composed.yaml")).endswith("did you mean composing.yaml?")
+    named = REPOSITORY / "configs" / "config_5s_sft.yaml"
+    assert refused(Path("config_5s_sft.yaml")).endswith(f"did you mean {named}?")
 
 
 def test_recorded_configs_under_overrides_that_are_none() -> None:
