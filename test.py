@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_strays(parser, args, words)
     if not own and "LOCAL_RANK" in os.environ:  # the original's example of a launch names nothing at all
         args.prompt = PROMPT_OF_A_BARE_LAUNCH
+    # Longer by nothing is the plain run, unless it is a clip that is to be longer.
+    is_long = args.segments is not None or bool(args.extend) or (args.extend is not None and args.video is not None)
+    if args.resume and args.prompts_file is None and not is_long:
+        parser.error(
+            "--resume is for many prompts: give --prompts_file, or for a video of segments --extend or --segments; one "
+            "run that was stopped is gone on with by --resume_from FILE"
+        )
     starts = (args.prompt, args.prompts_file, args.decode_latents, args.resume_from, args.segments)
     if all(given is None for given in starts) and not args.plan:
         parser.error("the following arguments are required: --prompt")
@@ -61,8 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given:
             flag = "decode_latents" if work is finish else "resume_from"
             parser.error(f"--{flag} goes on from a file that settles this: leave out --{', --'.join(given)}")
-    # Longer by nothing is the plain run, unless it is a clip that is to be longer.
-    is_long = args.segments is not None or bool(args.extend) or (args.extend is not None and args.video is not None)
     for flag in ("prompt", "extend"):
         if args.segments is not None and getattr(args, flag) is not None:
             parser.error(f"--segments has its own prompts and seconds: leave --{flag} out")
@@ -74,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for flag in ("overlap", "no_colour_match"):
         if getattr(args, flag) is not None and args.extend is None and args.segments is None:
             parser.error(f"--{flag} is about segments: give --extend SECONDS or --segments FILE")
-    for flag in ("resume", "data_parallel", "ray_address", "ray_actors", "ray_gpus"):
-        if getattr(args, flag) and args.prompts_file is None and not (flag == "resume" and is_long):
+    for flag in ("data_parallel", "ray_address", "ray_actors", "ray_gpus"):
+        if getattr(args, flag) and args.prompts_file is None:
             parser.error(f"--{flag} is for many prompts: give --prompts_file")
     work = extend if is_long and work is run else work
     # How long a CPU thread that waits for the others spins before it sleeps, read when torch is loaded. As long as GNU

@@ -20,7 +20,7 @@ from kandinsky.config.schema import Config
 from kandinsky.frames import FPS as FPS
 from kandinsky.frames import FRAMES_PER_LATENT as FRAMES_PER_LATENT
 from kandinsky.frames import checked_frames, checked_loop, frames_of_clip, wanted_frames
-from kandinsky.sizes import check_picture, size_for_image, size_for_video
+from kandinsky.sizes import TAKE_A_PICTURE, check_picture, size_for_image, size_for_video
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def _recorded_sample(values: object) -> Sample:
     prompt = as_whole(values["prompt"])
     if prompt is None:
         raise ValueError(f"a sample's prompt is {shown(values['prompt'])}; it must be a number")
-    seed = None if values["seed"] is None else _checked_seed(values["seed"])
+    seed = None if values["seed"] is None else checked_seed(values["seed"])
     return Sample(values["text"], values["negative_caption"], seed, prompt, values["expanded"])
 
 
@@ -291,11 +291,12 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if isinstance(seed, list | tuple):
         if len(seed) != count:
             raise ValueError(f"{len(seed)} seeds for {count} outputs: give one seed, or one for each")
-        return [_checked_seed(one) for one in seed]
-    return [(_checked_seed(seed) + i) % (MAX_SEED + 1) for i in range(count)]
+        return [checked_seed(one) for one in seed]
+    return [(checked_seed(seed) + i) % (MAX_SEED + 1) for i in range(count)]
 
 
-def _checked_seed(seed: object) -> int:
+def checked_seed(seed: object) -> int:
+    """Raises ValueError for what is none."""
     number = as_whole(seed)
     if number is None or not 0 <= number <= MAX_SEED:
         raise ValueError(f"the seed is {shown(seed)}; it must be a whole number from 0 to {MAX_SEED}")
@@ -316,7 +317,8 @@ def _size(
     """(width, height): what is asked for, else what the pictures' aspect gives, else what the YAML says."""
     wants_image = config.task in ("i2v", "i2i") or starts
     if bool(image_sizes) != wants_image:
-        advice = "needs a picture: give --image FILE (image= in Python)" if wants_image else "takes none: leave it out"
+        needs = "needs a picture: give --image FILE (image= in Python)"
+        advice = needs if wants_image else f"takes none: leave the picture out, or take {TAKE_A_PICTURE[config.task]}"
         raise ValueError(f"{config.source} is a config for {config.task}, which {advice}")
     for image_size in image_sizes:
         check_picture(image_size)

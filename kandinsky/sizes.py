@@ -14,6 +14,11 @@ from kandinsky.config.schema import Config
 MIN_SIDE = PATCH_PIXELS
 MAX_ASPECT = 4
 HD_RESOLUTION = 1024
+# What takes a picture where a config of this task does not.
+TAKE_A_PICTURE = {
+    "t2v": "an i2v config, whose videos begin with it",
+    "t2i": "an i2i config, which edits it, or give a strength below 1 to start from it",
+}
 
 
 def check_picture(image_size: tuple[int, int]) -> None:

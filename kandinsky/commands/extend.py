@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from kandinsky.outputs.sources import Media
     from kandinsky.serving.segments import LongVideo
 
-# What belongs to one segment that nothing comes before.
-NOT_OF_SEGMENTS = ("strength", "mask", "last_image", "loop", "keyframe")
+# What is not for videos that go on, and why.
+NOT_OF_SEGMENTS = {
+    **dict.fromkeys(("strength", "mask"), "is about one video that is changed, and one that goes on stays as it is"),
+    **dict.fromkeys(("last_image", "loop", "keyframe"), "is about one video alone, and this one is of several"),
+}
 
 
 def extend(args: argparse.Namespace, launch: Launch) -> Path | None:
@@ -65,30 +68,29 @@ def asked(args: argparse.Namespace, config: Config, post: Post, any_picture: boo
     """What flags ask for, with the picture that it begins with. any_picture: where one is needed and none is named, it
     is of the usual size. Raises ValueError for what doesn't go together."""
     from kandinsky.clips import open_clip
-    from kandinsky.config.schema import MAX_SECONDS
     from kandinsky.frames import FPS
     from kandinsky.outputs.sources import Media
     from kandinsky.pictures import load_image
     from kandinsky.serving.longer import resolve_long
     from kandinsky.serving.prompts_file import read_prompts
-    from kandinsky.serving.segments import MOST_SEGMENTS, OVERLAPS
+    from kandinsky.serving.segments import MOST_SECONDS, OVERLAPS
 
     flag = "segments" if args.segments is not None else "extend"
     for name in NOT_OF_SEGMENTS if config.task in OVERLAPS else ():
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is about one video that another one is made of: leave it or --{flag} out")
+            raise ValueError(f"--{name} {NOT_OF_SEGMENTS[name]}: leave it or --{flag} out")
     clip, pictures, rows = None, [], None
     if args.video is not None and config.task in OVERLAPS:
         if args.image is not None:
             raise ValueError("--video's last frame is what goes on: leave --image or --video out")
-        clip = open_clip(args.video, FPS, MOST_SEGMENTS * MAX_SECONDS * FPS)
+        clip = open_clip(args.video, FPS, MOST_SECONDS * FPS)
     if args.image is not None:
         pictures = [load_image(args.image)]
     sizes = [picture.size for picture in pictures]
     if any_picture and config.task == "i2v" and args.image is None and clip is None:
         sizes = [(config.generation.width, config.generation.height)]
     if args.segments is not None and config.task in OVERLAPS:
-        rows = [(f"{args.segments}, {row}", row.values) for row in read_prompts(args.segments)]
+        rows = [(f"{args.segments}, {row}", row.values) for row in read_prompts(args.segments, others=True)]
     wishes = {name: value for name, value in wishes_of(args).items() if name not in NOT_OF_SEGMENTS}
     video = resolve_long(
         config,

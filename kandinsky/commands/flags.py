@@ -61,6 +61,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as all other mistakes are told."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument --keyframe: expected"):  # also for a time that begins with a minus
+            message += ", SECONDS:FILE, with a time in the video like 0.5:pose.png"
         self.exit(2, f"error: {shortened(message, LONGEST_LINE)} (python test.py --help shows every flag)\n")
 
 
@@ -120,8 +122,8 @@ def build_parser() -> Parser:
         "--extend",
         type=added_seconds,
         metavar="SECONDS",
-        help="so much longer, segment by segment: --video, or what is made first; i2v configs begin each segment with "
-        "the last frame, t2v configs hold the latents of the last frames",
+        help="so much longer, segment by segment, at most 1000 of them: --video, or what is made first; i2v configs "
+        "begin each segment with the last frame, t2v configs hold the latents of the last frames",
     )
     parser.add_argument(
         "--segments",
@@ -131,7 +133,10 @@ def build_parser() -> Parser:
         "seed, negative_prompt of each segment",
     )
     parser.add_argument(
-        "--overlap", type=int, metavar="FRAMES", help="that a segment goes on from, 4n + 1; default: 1 for i2v, else 5"
+        "--overlap",
+        type=int,
+        metavar="FRAMES",
+        help="that a segment goes on from: 4n + 1, from 1 to 501, and fewer than it has; default: 1 for i2v, else 5",
     )
     parser.add_argument(
         "--no_colour_match",
@@ -147,8 +152,8 @@ def build_parser() -> Parser:
         "--width", type=int, help="pixels, a multiple of 16; default: the config's, or the picture's shape"
     )
     parser.add_argument("--height", type=int, help="likewise")
-    parser.add_argument("--video_duration", type=float, help="seconds at 24 frames a second; 0 makes a picture")
-    parser.add_argument("--sample_steps", type=int, help="Euler steps")
+    parser.add_argument("--video_duration", type=float, help="seconds at 24 frames a second, at most 21; 0: a picture")
+    parser.add_argument("--sample_steps", type=int, help="Euler steps, 1 to 1000")
     parser.add_argument("--guidance_weight", type=float, help="classifier-free guidance; 1 switches it off")
     parser.add_argument(
         "--guidance_interval",
@@ -247,14 +252,18 @@ def build_parser() -> Parser:
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
-    """What stands over the YAML: key=value as given, and the flags that stand for one."""
+    """What stands over the YAML: key=value as given, and the flags that stand for one. Raises ValueError for two that
+    contradict each other."""
     flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
     if args.coarse_steps is not None:
         share, _, scale = args.coarse_steps.partition(":")
         flags.append(f"generation.coarse_steps={{share: {share}, scale: {scale or 0.5}}}")
     if args.lora:  # as JSON, which YAML reads: whatever is in a path stays a path
         flags.append(f"model.loras={json.dumps(args.lora, ensure_ascii=False)}")
-    return [*args.overrides, *flags]
+    words = [*args.overrides, *flags]
+    if "magcache.enabled=true" in words and "cache.kind=off" in words:
+        raise ValueError("--magcache switches a cache on, and --cache off each of them off: leave one of the two out")
+    return words
 
 
 def config_for(args: argparse.Namespace) -> Config:

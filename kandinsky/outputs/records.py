@@ -82,7 +82,26 @@ def recorded_config(record: Mapping[str, Any], overrides: Sequence[str], path: s
     for name in SETTLED:  # a whole section may have been overridden
         if _value(config, name) != _value(before, name):
             raise ValueError(f"{name} is settled by {path}, which goes on with what its run began with: leave it out")
+    if not decoding:
+        _check_cache(config, before, path)
     return config
+
+
+def _check_cache(config: Config, before: Config, path: str | Path) -> None:
+    """Raise ValueError unless blocks are left out as in the steps before, or no longer at all."""
+    now, then = config.block_cache, before.block_cache
+    if now is None:
+        return
+    if then is None:
+        raise ValueError(f"the cache is {now.kind}, and the run of {path} began without one: leave it out")
+    advice = "give that, or leave blocks out no longer: --cache off"
+    for name, value in now._asdict().items():
+        if value != (began := getattr(then, name)):
+            what = "the cache" if name == "kind" else f"cache.{name}"
+            raise ValueError(f"{what} is {value}, and the run of {path} began with {began}: {advice}")
+    for name in ("mag_ratios", "retention"):
+        if config.uses_magcache and _value(config.magcache, name) != _value(before.magcache, name):
+            raise ValueError(f"magcache.{name} is another one than the run of {path} began with: {advice}")
 
 
 def _value(config: Any, name: str) -> Any:

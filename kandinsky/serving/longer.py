@@ -6,16 +6,19 @@ Knows configs, clips that were looked at, and rows; knows no flags, no fields of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from kandinsky.clips import Clip
+from kandinsky.common.given import shortened
 from kandinsky.config.reading import with_settings
 from kandinsky.config.schema import Config
 from kandinsky.frames import wanted_frames
 from kandinsky.outputs.post import Post
-from kandinsky.request import MAX_SEED, Request, resolve_request
+from kandinsky.request import MAX_SEED, Request, checked_seed, resolve_request
 from kandinsky.serving.segments import (
     MOST_SEGMENTS,
     OVERLAPS,
@@ -41,6 +44,15 @@ def without_post(config: Config) -> tuple[Config, Post]:
 def rows_of(text: str | None, segments: Sequence[Mapping[str, Any]]) -> Rows:
     """The rows of segments that have no names of their own; text: of those that have no prompt of their own."""
     return [(f"segment {number}", {"prompt": text, **row}) for number, row in enumerate(segments, 1)]
+
+
+@contextmanager
+def told_of(label: str) -> Iterator[None]:
+    """Has a ValueError say what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
 
 
 def resolve_long(
@@ -98,7 +110,8 @@ def resolve_long(
     for number, part in enumerate(parts[len(requests) :], len(requests)):
         if part.seed is None and seed is not None:
             part = dataclasses.replace(part, seed=(seed + number) % (MAX_SEED + 1))
-        request = request_of(config, part, size, there, **wishes)
+        with nullcontext() if rows is None else told_of(rows[number][0]):
+            request = request_of(config, part, size, there, **wishes)
         requests.append(request)
         if seed is None:
             seed = request.samples[0].seed
@@ -123,10 +136,19 @@ def _listed_parts(
     usual = wanted_frames(config, longest)
     for label, values in rows:
         if others := sorted(set(values) - set(OF_A_SEGMENT)):
-            raise ValueError(f"{label}: a segment has prompt, seconds, seed and negative_prompt, and no {others[0]}")
+            near = difflib.get_close_matches(others[0][:100], OF_A_SEGMENT, n=1)
+            advice = f"; did you mean {near[0]}?" if near else ""
+            given = shortened(others[0])
+            raise ValueError(
+                f"{label}: a segment has prompt, seconds, seed and negative_prompt, and no {given}{advice}"
+            )
+        if values.get("prompt") is None:
+            raise ValueError(f"{label}: there is no prompt: say what to show")
         frames = usual - (overlap if parts or has_clip else 1)
         if "seconds" in values:
             frames = added_frames(values["seconds"], f"{label}: seconds")
         own = values.get("seed", seed if not parts else None)
-        parts.append(Part(values.get("prompt"), frames, own, values.get("negative_prompt")))
+        with told_of(label):
+            own = None if own is None else checked_seed(own)
+            parts.append(Part(values["prompt"], frames, own, values.get("negative_prompt")))
     return parts

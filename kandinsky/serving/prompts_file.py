@@ -82,10 +82,11 @@ def read_stream(lines: Iterable[bytes]) -> Iterator[Row | str]:
             yield f"line {line}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error}"
 
 
-def read_prompts(path: str | Path) -> list[Row]:
+def read_prompts(path: str | Path, others: bool = False) -> list[Row]:
     """The rows of a .txt, .csv, .tsv, .jsonl, .yaml or .yml file.
 
-    Columns are those of `COLUMNS`; others are left out, and a line of the log names them. Raises ValueError for a file
+    Columns are those of `COLUMNS`; others are in the rows as they are where `others` is true, and left out where it is
+    not: a line of the log names them then. Raises ValueError for a file
     that cannot be read, and RowMistakes for rows that cannot.
     """
     path = Path(path)
@@ -110,7 +111,7 @@ def read_prompts(path: str | Path) -> list[Row]:
             mistakes.append(f"{path}, line {line}: {given}")
             continue
         unknown |= dict.fromkeys(name for name in given if name not in COLUMNS)
-        filled = {name: given[name] for name in COLUMNS if given.get(name) not in (None, "")}
+        filled = {name: given[name] for name in (given if others else COLUMNS) if given.get(name) not in (None, "")}
         row = Row(len(rows) + 1, line, filled)
         try:
             rows.append(replace(row, values=_typed(filled)))
@@ -121,7 +122,7 @@ def read_prompts(path: str | Path) -> list[Row]:
         raise RowMistakes(mistakes)
     if not rows:
         raise ValueError(f"{path} has no prompts in it")
-    if unknown:
+    if unknown and not others:
         logger.info("%s: columns that mean nothing here are left out: %s", path, shortened(", ".join(unknown)))
     return rows
 
@@ -240,7 +241,7 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
             if word not in YES_NO:
                 raise ValueError(f"loop is {shown(value)}; it must be true or false")
             typed[name] = YES_NO[word]
-        elif not isinstance(value, str):
+        elif name in COLUMNS and not isinstance(value, str):
             raise ValueError(f"{name} is {shown(value)}; it must be text")
     return typed
 

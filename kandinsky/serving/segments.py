@@ -52,6 +52,8 @@ HOW = {
     "t2v": "text to video with the latents of the last frames held",
 }
 MOST_SEGMENTS = 1000
+MOST_SECONDS = MOST_SEGMENTS * MAX_SECONDS  # of all of them
+MOST_OVERLAP = (MAX_SECONDS * FPS - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1  # frames
 DESCRIPTION = "segments.json"  # in the folder: what is being made
 
 
@@ -111,8 +113,11 @@ def checked_overlap(task: str, overlap: int | None, there: int | None) -> int:
     if overlap is None:
         overlap = OVERLAPS[task] if there is None else min(OVERLAPS[task], (there - 1) // 4 * 4 + 1)
     count = as_whole(overlap)
-    if count is None or not 1 <= count <= MAX_SECONDS * FPS or count % FRAMES_PER_LATENT != 1:
-        raise ValueError(f"the overlap is {shown(overlap)}; it must be 1, 5, 9 or another 4n + 1 frames")
+    if count is None or not 1 <= count <= MOST_OVERLAP or count % FRAMES_PER_LATENT != 1:
+        raise ValueError(
+            f"the overlap is {shown(overlap)}; it must be 1, 5, 9 or another 4n + 1 frames up to {MOST_OVERLAP}, fewer "
+            "than a segment has"
+        )
     if there is not None and count > there:
         raise ValueError(f"the overlap is {count} frames, and there are {there}: ask for fewer")
     return count
@@ -121,8 +126,8 @@ def checked_overlap(task: str, overlap: int | None, there: int | None) -> int:
 def added_frames(seconds: object, what: str) -> int:
     """Whole latent frames in that time. Raises ValueError for what is none."""
     length = as_number(seconds)
-    if not 0 <= length <= MOST_SEGMENTS * MAX_SECONDS:
-        raise ValueError(f"{what} is {shown(seconds)}; it must be a number of seconds from 0")
+    if not 0 <= length <= MOST_SECONDS:
+        raise ValueError(f"{what} is {shown(seconds)}; it must be a number of seconds from 0 to {MOST_SECONDS}")
     frames = int(length * FPS) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
     if length > 0 and not frames:
         raise ValueError(f"{what} is {length:g}; the least that can be added is 4 frames, 0.17 s")

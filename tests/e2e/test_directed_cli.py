@@ -117,11 +117,13 @@ APART = [
     ("t2v", ("--strength", "0.5"), "give --video FILE"),
     ("t2v", ("--mask", "picture.png"), "give --video FILE"),
     ("t2v", (*VIDEO, "--strength", "2"), "must be from 0"),
-    ("t2v", (*VIDEO, "--strength", "0.5", "--extend", "1"), "--strength is about one video"),
+    ("t2v", (*VIDEO, "--strength", "0.5", "--extend", "1"), "--strength is about one video that is changed"),
     ("t2v", (*VIDEO, "--mask", "picture.png", "--extend", "1"), "--mask is about one video"),
     ("t2v", (*VIDEO, "--extend", "0"), "adds nothing"),
     ("t2v", (*VIDEO, *PICTURE, "--extend", "1"), "--video's last frame"),
-    ("t2v i2v", (*VIDEO, "--extend", "-1"), "a number of seconds from 0"),
+    ("t2v i2v", (*VIDEO, "--extend", "-1"), "a number of seconds from 0 to 21000"),
+    ("t2v", ("--extend", "1e6"), "--extend is 1000000.0; it must be a number of seconds from 0 to 21000"),
+    ("t2v", ("--extend", "1", "--overlap", "505"), "4n . 1 frames up to 501, fewer than a segment has"),
     ("t2v i2v", (*VIDEO, "--extend", "0.1"), "the least that can be added"),
     ("t2v i2v", (*VIDEO, "--extend", "1", "--overlap", "2"), "4n . 1 frames"),
     ("t2v i2v", (*VIDEO, "--extend", "1", "--overlap", "13"), "there are 9"),
@@ -137,13 +139,16 @@ APART = [
     ("i2v", (*PICTURE, "--loop", "--last_image", "picture.png"), "leave the last picture out, or the loop"),
     ("i2v", (*PICTURE, "--keyframe", "picture.png"), "it must be SECONDS:FILE"),
     ("i2v", (*PICTURE, "--keyframe", "9:picture.png"), "keyframe at 9.0 s is none"),
+    ("i2v", (*PICTURE, "--keyframe", "-1:picture.png"), "expected one argument, SECONDS:FILE, with a time in the vid"),
+    ("i2v", (*PICTURE, "--keyframe=-1:picture.png"), "keyframe at -1.0 s is none: give one from 0.04 to 1.00"),
     ("i2v", (*PICTURE, "--last_image", "text.mp4"), "the last frame: "),
     ("i2v", (*PICTURE, "--loop", "--extend", "1"), "--loop is about one video"),
     ("t2v", ("--loop",), "a loop goes with i2v configs"),
     ("t2v t2i", ("--last_image", "picture.png"), "a last picture goes with i2v configs"),
     ("i2i", (*PICTURE, "--keyframe", "1:picture.png"), "a keyframe goes with i2v configs"),
     ("t2v i2v t2i i2i", (*ROWS, "--loop"), "leave --prompts_file or --loop out"),
-    ("t2v", PICTURE, "takes none"),
+    ("t2v", PICTURE, "takes none: leave the picture out, or take an i2v config"),
+    ("t2i", PICTURE, "takes none: .*an i2i config, which edits it, or give a strength below 1 to start from it"),
     ("t2i i2i", ("--extend", "1"), "makes videos longer"),
     ("t2i i2i", ("--segments", "rows.txt"), "makes videos longer"),
     ("t2i i2i", (*VIDEO,), "it makes pictures"),
@@ -151,11 +156,18 @@ APART = [
     ("t2v", ("--video_duration", "0", "--save_last_frame"), "makes a picture"),
     ("i2i", (*PICTURE, "--mask", "picture.png"), "i2i configs have none"),
     ("t2i", ("--mask", "picture.png"), "give --image FILE"),
-    ("t2v i2v", ("--segments", "image.csv"), "and no image"),
+    ("t2v i2v", ("--segments", "image.csv"), "and no image$"),
+    ("t2v i2v", ("--segments", "typo.yaml"), r"typo.yaml, row 2 \(line 2\): a segment has .* no promt; did you mean p"),
+    ("t2v i2v", ("--segments", "typo.jsonl"), r"typo.jsonl, row 1 \(line 1\): .* no secnds; did you mean seconds"),
+    ("t2v i2v", ("--segments", "bare.yaml"), r"bare.yaml, row 1 \(line 1\): there is no prompt: say what to show"),
+    ("t2v i2v", ("--segments", "seed.yaml"), r"seed.yaml, row 1 \(line 1\): the seed is -1"),
+    ("t2v i2v", ("--segments", "long.yaml"), r"long.yaml, row 1 \(line 1\): a segment of 30.00 s is asked for"),
     ("t2v i2v", ("--segments", "missing.txt"), "No such file"),
     ("t2v i2v t2i i2i", ("--overlap", "5"), "give --extend SECONDS or --segments"),
     ("t2v i2v t2i i2i", ("--no_colour_match",), "give --extend SECONDS or --segments"),
-    ("t2v i2v t2i i2i", ("--resume",), "give --prompts_file"),
+    ("t2v i2v t2i i2i", ("--resume",), "give --prompts_file, or for a video of segments --extend or --segments"),
+    ("t2v", ("--cache", "off", "--magcache"), "--magcache switches .* and --cache off .*: leave one of the two out"),
+    ("t2v", ("magcache.enabled=true", "--cache", "off"), "leave one of the two out"),
     ("t2v i2v t2i i2i", ("--segments", "rows.txt", "--extend", "1"), "leave --extend out"),
     ("t2v i2v t2i i2i", (*ROWS, "--extend", "1"), "leave --extend or --prompts_file out"),
     ("t2v i2v t2i i2i", (*ROWS, "--save_last_frame"), "leave --save_last_frame or --prompts_file out"),
@@ -188,6 +200,14 @@ def test_what_does_not_go_together_is_one_line(
     Path("text.mp4").write_text("no video")
     Path("rows.txt").write_text("a cat\n")
     Path("image.csv").write_text("prompt,image\na cat,picture.png\n")
+    Path("typo.yaml").write_text("- a cat\n- {promt: a dog}\n")
+    Path("typo.jsonl").write_text('{"prompt": "a cat", "secnds": 2}\n')
+    for name, row in (
+        ("bare", "{seconds: 1}"),
+        ("seed", "{prompt: a, seed: -1}"),
+        ("long", "{prompt: a, seconds: 30}"),
+    ):
+        Path(f"{name}.yaml").write_text(f"- {row}\n")
     prompt = () if {"--prompts_file", "--segments"} & set(words) else ("--prompt", "a red circle")
     try:
         status = cli.main(["--config", str(CONFIG.with_name(f"config_tiny_{task}.yaml")), *prompt, *words])

@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kandinsky.config.reading import config_from_dict, config_to_dict
 from kandinsky.config.schema import MagCacheConfig
 from kandinsky.outputs import latents_file, resume
 from kandinsky.outputs.records import OUTPUT, STOPPED, recorded_config
@@ -372,6 +373,34 @@ def test_overrides_without_an_effect_are_refused(
         before = path.read_bytes()
         assert command_line.main([flag, str(path), override, "--output_filename", str(tmp_path / "x.mp4")]) == 2
         assert path.read_bytes() == before and not list(tmp_path.iterdir())
+
+
+def test_the_cache_stays_as_it_was_or_is_switched_off(stopped: dict[str, Path]) -> None:
+    """Two values are named; of each setting, before anything is loaded."""
+    record = resume.read_record(stopped["t2v"])
+
+    def resumed(began: Sequence[str], now: Sequence[str]) -> str | None:
+        config = config_from_dict(record["config"], [f"magcache.mag_ratios={[1.0] * 32}", *began])
+        begun = {**record, "config": config_to_dict(config)}
+        return clearly_refused(lambda: recorded_config(begun, now, "a.stopped.safetensors", decoding=False))
+
+    tracked = ["cache.kind=tracked", "cache.threshold=0.3"]
+    for now in ([], ["cache.kind=off"], ["runtime.offload=on"], tracked):
+        assert resumed(tracked, now) is None
+    assert resumed(["magcache.enabled=true"], ["magcache.enabled=false"]) is None
+    began = "and the run of a.stopped.safetensors began"
+    for words, now, says in (
+        (tracked, "cache.threshold=0.5", f"cache.threshold is 0.5, {began} with 0.3"),
+        (tracked, "cache.max_skips=9", f"cache.max_skips is 9, {began} with 3"),
+        (tracked, "cache.order=0", f"cache.order is 0, {began} with 1"),
+        (tracked, "cache.kind=dbcache", f"the cache is dbcache, {began} with tracked"),
+        ([], "cache.kind=tracked", f"the cache is tracked, {began} without one: leave it out"),
+        (["magcache.enabled=true"], "magcache.threshold=0.5", f"cache.threshold is 0.5, {began} with 0.12"),
+        (["magcache.enabled=true"], "magcache.retention=0.5", "magcache.retention is another one"),
+    ):
+        message = resumed(words, [now])
+        assert message is not None and says in message, message
+    assert (resumed(tracked, ["cache.order=0"]) or "").endswith("or leave blocks out no longer: --cache off")
 
 
 def test_overrides_with_an_effect(stopped: dict[str, Path], waiting: dict[str, Path]) -> None:
