@@ -12,10 +12,23 @@ Several GPUs make one output together where a launcher starts this program once 
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # until signals are heeded (below), and while Python ends: imports take a while
+    import os
+    import signal
+    from types import FrameType
+
+    def interrupted_early(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, interrupted_early)
+
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import join
@@ -99,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.INFO if launch.is_first else logging.ERROR
     logging.basicConfig(level=level, format=f"{who}%(message)s", stream=sys.stderr)
     # Libraries report every file they open at this level; their warnings stay.
-    for library in ("httpx", "httpx2"):
+    for library in ("httpx", "httpx2", "torch"):  # torch reports its caches when it is interrupted as it is imported
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is ours to say
     from kandinsky.common.signals import stop_on_signals

@@ -5,11 +5,13 @@ The first steps of sampling settle layout and motion, for which fewer pixels do.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from kandinsky.common.limits import NABLA_PIXELS, PATCH_PIXELS
 from kandinsky.config.schema import Config
 
+logger = logging.getLogger(__name__)
 MOST_BENT = 1.1  # how many times wider or narrower the coarse picture may be
 
 
@@ -42,6 +44,22 @@ def coarse_steps(config: Config, num_steps: int, width: int, height: int) -> Coa
             "take another scale or size, or --coarse_steps 0"
         )
     return CoarseSteps(steps, small[0], small[1])
+
+
+def tell_coarse_steps(config: Config, num_steps: int, width: int, height: int) -> None:
+    """Say in the log which steps are made at which size, and where it comes to no step that some are asked for."""
+    if (coarse := coarse_steps(config, num_steps, width, height)) is not None:
+        logger.info(
+            "%dx%d, of which the first %d of %d steps are made at %dx%d",
+            *(width, height, coarse.steps, num_steps, coarse.width, coarse.height),
+        )
+    elif (share := config.generation.coarse_steps.share) > 0:
+        logger.warning("generation.coarse_steps %s", none_of(share, num_steps))
+
+
+def none_of(share: float, num_steps: int) -> str:
+    """In words, that a share of the steps comes to none."""
+    return f"is {share:g} of {num_steps} steps, which rounds to none (the last one never counts): all are at full size"
 
 
 def check_coarse(config: Config, num_steps: int, width: int, height: int, has_source: bool) -> None:

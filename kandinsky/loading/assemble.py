@@ -323,6 +323,12 @@ def chosen_attention(settled: Settled, name: str | None) -> Execution:
         if not model.attention.is_ever_exact:
             return execution
         exact_anyway = model.attention.type == "full" and engine[0] not in APPROXIMATE
+        if exact_anyway:
+            logger.warning(
+                "model.attention.exact_steps and exact_blocks change nothing: attention is exact everywhere, as it is "
+                "neither of type nabla nor computed by %s",
+                " or ".join(APPROXIMATE),
+            )
         exact = execution.attention if exact_anyway else resolve_engine("auto", *engine[1:])
         return dataclasses.replace(execution, exact=exact)
     except RuntimeError as error:  # a kernel that does not compile: the message says what to take instead

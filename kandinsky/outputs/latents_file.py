@@ -94,7 +94,7 @@ def on_disk(
     """The latents lie beside `output` until the body has succeeded, and after it where `keep` says so.
 
     Where they can't lie there, among temporary files. Where the body fails they stay, and a warning says how to go on;
-    where it is interrupted, so does the Kept that is raised in place of KeyboardInterrupt.
+    where it is interrupted, the Kept that is raised in place of KeyboardInterrupt does.
     """
     output, path = Path(output), kept(output, latents, records)
     try:
@@ -105,9 +105,9 @@ def on_disk(
         if path is None:
             raise
         message, flags = f"the denoised latents are kept in {path}", flags_for("--decode_latents", path, output)
-        logger.warning("%s; what is left is done by: python test.py %s", message, flags)
         if isinstance(error, KeyboardInterrupt):
             raise Kept(message, path, flags) from None
+        logger.warning("%s; what is left is done by: python test.py %s", message, flags)
         raise
     if path is not None and not keep:
         discard(path)

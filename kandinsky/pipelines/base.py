@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kandinsky.coarse import tell_coarse_steps
 from kandinsky.common.writing import remove_leftovers
 from kandinsky.keyframes import read_keyframes
 from kandinsky.outputs import media
@@ -138,6 +139,7 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             save_path, progress = None, False
         self.check_inputs(request, inputs, save_path, output_type)
         warn_about_size(self.config, request)
+        tell_coarse_steps(self.config, request.num_steps, request.width, request.height)
         self.interrupt = self._is_stopping = False
         watch = Stopwatch(devices=self._devices())
         run = self._encoded(request, inputs, watch)
@@ -171,6 +173,7 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
         request = self.team.agree(request)
         self.check_inputs(request, inputs)
         warn_about_size(self.config, request)
+        tell_coarse_steps(self.config, request.num_steps, request.width, request.height)
         self.interrupt = self._is_stopping = False
         watch = Stopwatch(devices=self._devices())
         run = self._encoded(request, inputs, watch)

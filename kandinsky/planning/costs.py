@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
-from kandinsky.coarse import coarse_steps
+from kandinsky.coarse import coarse_steps, none_of
 from kandinsky.config.schema import Config
 from kandinsky.planning.activations import NABLA_DENSITY
 from kandinsky.planning.machine import Machine
@@ -107,6 +107,8 @@ def costs(config: Config, request: Request, machine: Machine, models: Models) ->
             f"coarse steps: the first {coarse.steps} of {request.num_steps} at {coarse.width}x{coarse.height}; "
             f"{share:.2f} of the operations of all at full size"
         )
+    elif (asked := config.generation.coarse_steps.share) > 0:
+        yield f"coarse steps: what is asked for {none_of(asked, request.num_steps)}"
     if models.adapted.missing:
         yield f"not here, and so not counted: {', '.join(models.adapted.missing)}"
     yield from _moving(config, machine, models)

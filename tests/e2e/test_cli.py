@@ -319,8 +319,9 @@ def test_cache_dir_is_what_weights_stands_for(generate: Generate, tiny: Path, tm
         generate("--cache_dir", tmp_path / "nothing", override)
 
 
-def test_attention_engine_and_device(generate: Generate) -> None:
-    _, facts = generate("--attention_engine", "sdpa", "--device", "cpu")
+def test_attention_engine_and_device(generate: Generate, caplog: pytest.LogCaptureFixture) -> None:
+    _, facts = generate("--attention_engine", "sdpa", "--device", "cpu", "model.attention.exact_blocks=[0]")
+    assert "model.attention.exact_steps and exact_blocks change nothing: attention is exact everywhere" in caplog.text
     assert facts["attention_engine"] == "sdpa"
     assert facts["devices"] == {"dit": "cpu", "vae": "cpu", "text_embedder": "cpu"}
     with pytest.raises(AssertionError, match="attention engine 'abacus' does not exist"):

@@ -44,6 +44,11 @@ def test_request_and_settings_are_those_of_the_flags(cli: ModuleType, capsys: py
     assert "runtime.qwen_quantization=true" in out
 
 
+def test_coarse_steps_that_come_to_none(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words("5s_distil", "--memory_gb", "24", "--host_memory_gb", "64", "--coarse_steps", "0.01")) == 0
+    assert "coarse steps: what is asked for is 0.01 of 16 steps, which rounds to none" in capsys.readouterr().out
+
+
 def test_what_cannot_fit_is_refused_with_what_can(cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     machine = ("--memory_gb", "6", "--host_memory_gb", "8")
     assert cli.main(words("10s_t2v_pro_hd", *machine)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,22 @@ def test_none_is_the_plain_run_to_the_bit(task: str) -> None:
     )
 
 
+def test_a_share_that_comes_to_no_step_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = with_coarse(build("t2i"), 0.1)
+    call(pipe, num_steps=STEPS)
+    assert caplog.messages.count(
+        "generation.coarse_steps is 0.1 of 4 steps, which rounds to none (the last one never counts): all are at full "
+        "size"
+    ) == 1  # fmt: skip
+    caplog.clear()
+    call(with_coarse(pipe, 0), num_steps=STEPS)
+    assert "coarse" not in caplog.text
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_first_steps_are_small(task: str, tmp_path: Path) -> None:
-    """Latents, tokens and positions; what comes out is as large as ever, and the record says what was done."""
+def test_first_steps_are_small(task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Latents, tokens and positions; what comes out is as large as ever, and log and record say what was done."""
+    caplog.set_level(logging.INFO)
     pipe, sizes, shapes, scales = with_coarse(build(task)), [], [], []
     pipe.dit.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:4])))
     tables = pipe.dit.request_tables
@@ -65,6 +79,7 @@ def test_first_steps_are_small(task: str, tmp_path: Path) -> None:
 
     output = tmp_path / ("a.mp4" if task.endswith("v") else "a.png")
     call(pipe, num_steps=STEPS, callback_on_step_end=look, save_path=output, width=32, height=32)
+    assert caplog.messages.count("32x32, of which the first 2 of 4 steps are made at 16x16") == 1
     assert sizes == [(2, 2), (4, 4), (4, 4), (4, 4)]  # what enters the third step is large already
     assert shapes == [(2, 2)] * 4 + [(4, 4)] * 4  # two evaluations a step
     full = list(pipe.config.metrics.scale_factor)
