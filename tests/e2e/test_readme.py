@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from PIL import Image
 
 from kandinsky.checkpoints import inspect as checkpoints
 
@@ -74,12 +73,10 @@ def test_all_commands_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a clone, with the pictures and prompts that the documents speak of."""
+    """A folder that looks like a clone, with the prompts that the documents speak of."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "assets"):
         (folder / name).symlink_to(REPOSITORY / name, target_is_directory=True)
-    Image.radial_gradient("L").convert("RGB").resize((96, 64)).save(folder / "cat.png")
-    Image.linear_gradient("L").rotate(90).save(folder / "right.png")
     (folder / "prompts.csv").write_text("prompt,seed\na cat in a boat,1\n")
     (folder / "segments.yaml").write_text("- {prompt: a cat, seconds: 0.2}\n- {prompt: a dog, seconds: 0.2}\n")
     return folder

@@ -153,7 +153,23 @@ def test_model_table_is_the_configs() -> None:
         assert attention == model.attention.type
         count = sum(prod(shape) for shape in expected_dit_shapes(model.dit_params).values())
         assert int(parameters.replace(",", "")) == count
-        assert state.startswith("runs; weights are in" if "tiny" in name else "runs, once")
+        assert (
+            state.startswith("runs; weights are in") if "tiny" in name else state == "to be downloaded; never run here"
+        )
+
+
+def test_sizes_of_downloads_are_the_parameters() -> None:
+    from kandinsky.planning import weights
+
+    qwen = weights.QWEN_PARAMETERS + weights.QWEN_HEAD_PARAMETERS + weights.QWEN_VISION_PARAMETERS
+    said = re.search(
+        r"Lite transformer is (\S+) GB, an image one (\S+), a Pro one\s(\S+), and .* need, ([0-9.]+):", README
+    )
+    assert said is not None
+    counts = [int(row[8].replace(",", "")) for row in table_rows(README, "config")]
+    sizes = [f"{2 * count / 1e9:.1f}" for count in (2_007_702_848, 6_022_080_576, 19_311_325_248)]
+    assert all(count in counts for count in (2_007_702_848, 6_022_080_576, 19_311_325_248))
+    assert list(said.groups()) == [*sizes, f"{2 * qwen / 1e9:.1f}"]
 
 
 def test_flag_table_is_the_parser() -> None:
