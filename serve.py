@@ -13,24 +13,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from kandinsky.common.command_line import Once, show_every_character
+from kandinsky.common.command_line import Once, Parser, show_every_character
 from kandinsky.common.given import check_device_name
 
 KEY_VARIABLE = "KANDINSKY_API_KEY"
 PACKAGES = "fastapi uvicorn python-multipart prometheus_client"
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (python serve.py --help shows every flag)\n")
-
-
 def build_parser() -> Parser:
     parser = Parser(
+        prog="python serve.py",
         description="Serve videos and pictures over HTTP, as OpenAI's API does.",
         epilog="Any value of the YAMLs can be overridden: python serve.py --config FILE model.num_steps=20",
         allow_abbrev=False,

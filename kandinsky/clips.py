@@ -28,7 +28,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 40_000_000  # of a frame: 8K has 33
 MOST_SECONDS = 300.0  # that ffmpeg is waited for; a minute of 4K takes 30 on two cores
 FRAME_SECONDS = 0.1  # and for each frame that is asked for after the first: one of 8K takes 0.08
-ADVICE = "give an MP4, WebM, MOV, GIF, AVI or MPEG file, or a folder of pictures"
+FILES = "give an MP4, WebM, MOV, GIF, AVI or MPEG file"
+ADVICE = f"{FILES}, or a folder of pictures"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kandinsky.checkpoints.files import REPOSITORY
-from kandinsky.common.given import LONGEST_LINE, shortened, shown
+from kandinsky.common import command_line
+from kandinsky.common.given import shown
 
 if TYPE_CHECKING:
     from kandinsky.config.schema import Config
@@ -33,7 +34,7 @@ SETTINGS = {
     "preview": ("runtime.preview", "write a small preview beside the output after every N-th step"),
     "vae": ("model.vae.decoder", "what decodes the result: full, or tiny for a quick look; default: full"),
     "save_latents": ("runtime.save_latents", "keep the denoised latents beside the output"),
-    "fps": ("runtime.fps", "frames a second of the file, computed between the 24 that are made"),
+    "fps": ("runtime.fps", "frames a second of the file, 1 to 240, computed between the 24 that are made"),
     "upscale": ("runtime.upscale", "write it 2 or 4 times as large"),
     "upscaler": ("runtime.upscaler", "a Real-ESRGAN network's file to do that with; default: Lanczos' filter"),
     "cfg_parallel": ("runtime.cfg_parallel", "of several processes, one half evaluates the negative prompt"),
@@ -57,13 +58,11 @@ CHOICES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all other mistakes are told."""
-
+class Parser(command_line.Parser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument --keyframe: expected"):  # also for a time that begins with a minus
             message += ", SECONDS:FILE, with a time in the video like 0.5:pose.png"
-        self.exit(2, f"error: {shortened(message, LONGEST_LINE)} (python test.py --help shows every flag)\n")
+        super().error(message)
 
 
 def added_seconds(word: str) -> float:
@@ -76,9 +75,8 @@ def added_seconds(word: str) -> float:
 
 
 def build_parser() -> Parser:
-    from kandinsky.common.command_line import Once
-
     parser = Parser(
+        prog="python test.py",
         description="Generate a video or a picture from a text prompt, and from a picture where the config says so.",
         epilog="Any value of the YAML can be overridden: python test.py --prompt '...' model.num_steps=20",
         allow_abbrev=False,
@@ -86,11 +84,15 @@ def build_parser() -> Parser:
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="the variant's YAML file")
     parser.add_argument("--prompt", help="what to show, what happens, or what to change")
     parser.add_argument(
-        "--image", type=Path, action=Once, help="the picture that a video begins with, or that is edited"
+        "--image", type=Path, action=command_line.Once, help="the picture that a video begins with, or that is edited"
     )
     experimental = "for i2v; experimental with checkpoints that learnt to be given the first frame alone, as published"
     parser.add_argument(
-        "--last_image", type=Path, action=Once, metavar="FILE", help=f"the picture that it ends with: {experimental}"
+        "--last_image",
+        type=Path,
+        action=command_line.Once,
+        metavar="FILE",
+        help=f"the picture that it ends with: {experimental}",
     )
     parser.add_argument(
         "--loop", action="store_true", default=None, help="have it end as it begins, so that it can go round: likewise"
@@ -313,7 +315,6 @@ def keyframes_of(args: argparse.Namespace, config: Config, num_frames: int) -> t
 
 def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str]) -> None:
     """Refuse words that are no overrides, and say what happened where they are text that lost its quotes."""
-    from kandinsky.common.command_line import without_quotes
     from kandinsky.config.schema import Config
 
     sections = {field.name for field in dataclasses.fields(Config)}
@@ -321,5 +322,5 @@ def check_strays(parser: Parser, args: argparse.Namespace, words: Sequence[str])
     strays = [word for word in args.overrides if "=" not in word and not word.startswith(keys)]
     takes_text = [action for action in parser._actions if action.nargs is None and action.type in (None, Path)]
     flags = [flag for action in takes_text for flag in action.option_strings]
-    if strays and (what := without_quotes(words, strays, flags)) is not None:
+    if strays and (what := command_line.without_quotes(words, strays, flags)) is not None:
         parser.error(what)

@@ -1,4 +1,4 @@
-"""What the front doors' command lines share: streams that show every character, and words that went astray.
+"""What command lines share: mistakes in one line, streams that show every character, and words that went astray.
 
 Knows arguments and streams; knows no flag's meaning, and nothing that is made.
 """
@@ -9,9 +9,9 @@ import argparse
 import io
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from kandinsky.common.given import shortened
+from kandinsky.common.given import LONGEST_LINE, shortened
 
 
 def show_every_character() -> None:
@@ -22,6 +22,13 @@ def show_every_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all other mistakes are told. `prog` is what a person types to start it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {shortened(message, LONGEST_LINE)} ({self.prog} --help shows every flag)\n")
 
 
 class Once(argparse.Action):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from kandinsky.common.limits import MAX_TEXT_TOKENS
 
 MAX_SECONDS = 21  # 24 fps, 4 frames to a latent frame: 21 s are 127 latent frames
+MOST_FPS = 240  # frames a second that a file is given
 MIN_SECONDS = 4 / 24  # the shortest video has 5 frames: the first one and those of one more latent frame
 
 
@@ -266,7 +267,9 @@ class RuntimeConfig:
     preview: Annotated[int | None, at_least(1, "at least 1 step, or left out")] = None
     save_latents: bool = False  # keep what was denoised beside the output; while decoding it lies there in any case
     # Outputs that are processed further: frames a second, pixels a side, and a network's file in place of Lanczos'.
-    fps: Annotated[int | None, between(25, 240, "25 to 240, or left out: 24 frames a second are made")] = None
+    fps: Annotated[int | None, between(1, MOST_FPS, f"1 to {MOST_FPS}, or left out: 24 frames a second are made")] = (
+        None
+    )
     upscale: Literal[1, 2, 4] = 1
     upscaler: str | None = None
     # 2: of several processes, one half evaluates the prompt, the other the negative prompt.

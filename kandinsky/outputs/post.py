@@ -11,7 +11,6 @@ Knows frames, files and ffmpeg; knows nothing of how a video was made.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import subprocess
@@ -27,8 +26,10 @@ import numpy as np
 from PIL import Image
 
 from kandinsky.checkpoints.headers import open_tensors, read_header
-from kandinsky.clips import open_clip, rate_and_sound, stream_clip
-from kandinsky.common.given import LONGEST_LINE, MISSING, shortened, why_no_file
+from kandinsky.clips import ADVICE, FILES, PICTURES, open_clip, rate_and_sound, stream_clip
+from kandinsky.common.command_line import Parser, show_every_character
+from kandinsky.common.given import LONGEST_LINE, MISSING, check_device_name, shortened, why_no_file
+from kandinsky.config.schema import MOST_FPS
 from kandinsky.outputs import media
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TILE = 256  # pixels of the small picture that the network takes at once
-MOST_FPS, SCALES = 240, (1, 2, 4)
+SCALES = (1, 2, 4)
 MOST_FRAMES = 200_000  # of a file that is given
 CONVERT = "python tools/convert_upscaler.py"
 BETWEEN = "mi_mode=mci:mc_mode=aobmc:me_mode=bidir:vsbmc=1"
@@ -93,8 +94,16 @@ def load_upscaler(path: str | Path, device: Any) -> CompactUpscaler:
     from kandinsky.models.upscaler import upscaler_of
 
     check_upscaler(path)
-    with open_tensors(path) as file:
-        tensors = {name: file.get_tensor(name).to(device).float() for name in file.keys()}  # noqa: SIM118
+    try:
+        with open_tensors(path) as file:
+            tensors = {name: file.get_tensor(name).to(device).float() for name in file.keys()}  # noqa: SIM118
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch's: of devices that are not there, and of builds without them
+        if str(device) == "cpu":
+            raise
+        raise ValueError(f"the upscaler can't be brought to {device}: {error}; use cpu") from None
     network = upscaler_of({name: tensor.shape for name, tensor in tensors.items()})
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
@@ -208,8 +217,13 @@ def _between(video: Frames, fps: float, count: int) -> Iterator[np.ndarray]:
 def open_video(path: Path) -> Frames:
     """Any video that clips.py reads, at its own rate and size. Raises ValueError for what can't be read."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give a video, or a PNG")
-    open_clip(path, 24, 1)  # is it one
+        raise ValueError(f"{path} is a folder: give a video, or with --upscale a PNG")
+    if path.suffix.lower() in PICTURES:
+        raise ValueError(f"{path} is a picture that is no PNG: save it as one")
+    try:
+        open_clip(path, 24, 1)  # is it one
+    except ValueError as error:  # a folder has no frames a second
+        raise ValueError(str(error).replace(ADVICE, f"{FILES}, or with --upscale a PNG")) from None
     fps, has_sound = rate_and_sound(path)
     if fps > MOST_FPS:
         raise ValueError(f"{path} has {fps:g} frames a second; it may have {MOST_FPS}")
@@ -235,7 +249,7 @@ def process_file(path: str | Path, post: Post, output: str | Path | None = None,
     output = Path(output)
     if output.absolute() == path.absolute():
         raise ValueError(f"{path} can't be its own result: name another --output_filename")
-    if is_picture:
+    if is_picture and not path.is_dir():
         picture = np.asarray(media.load_image(path))
         video = Frames([picture], 1, picture.shape[1], picture.shape[0], 1)
     else:
@@ -282,18 +296,20 @@ def check(post: Post, is_picture: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m kandinsky.outputs.post", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("file", type=Path, help="a video, or with --upscale a PNG")
-    parser.add_argument("--fps", type=float, help="frames a second, computed between those there are")
+    parser.add_argument("--fps", type=float, help="1 to 240 frames a second, computed between those there are")
     parser.add_argument("--upscale", type=int, default=1, help="how many times larger: 2 or 4")
     parser.add_argument("--upscaler", help="a network's .safetensors file; default: Lanczos' filter")
     parser.add_argument("--output_filename", type=Path, help="default: a name beside the file that says what was done")
     parser.add_argument("--device", default="cpu", help="where the network runs: cpu, cuda, ... (default: %(default)s)")
+    show_every_character()
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        check_device_name(args.device)
         output = process_file(args.file, Post(args.fps, args.upscale, args.upscaler), args.output_filename, args.device)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {shortened(str(error), LONGEST_LINE)}\n")

@@ -198,6 +198,8 @@ def test_a_picture(tmp_path: Path) -> None:
         (["--upscale", "2", "--upscaler", "missing.safetensors"], "there is no upscaler missing.safetensors"),
         (["--upscale", "2", "--output_filename", "{clip}"], "can't be its own result"),
         (["--upscale", "2", "--output_filename", "out.avi"], "call it"),
+        (["--upscale", "2", "--device", "banana"], "'banana' is not a device: use cpu, cuda or cuda:0"),
+        (["--fps", "241"], "it must be from 1 to 240"),
     ],
 )
 def test_refused_in_one_line(words: list[str], says: str, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,12 +208,51 @@ def test_refused_in_one_line(words: list[str], says: str, clip: Path, capsys: py
     assert says in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "the following arguments are required: file (python -m kandinsky.outputs.post --help shows every flag)"),
+        (["a.mp4", "--upscale", "two"], "argument --upscale: invalid int value: 'two'"),
+    ],
+)
+def test_flags_are_refused_in_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        post.main(words)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith(f"error: {says}") and told.count("\n") == 1
+
+
+def test_an_upscaler_on_a_device_that_is_not_there(upscaler: Path) -> None:
+    with pytest.raises(ValueError, match=r"the upscaler can't be brought to xpu: .*; use cpu"):
+        load_upscaler(upscaler, "xpu")
+
+
+def test_rates_are_the_same_everywhere() -> None:
+    """1 to 240, also fewer than there are; a config's are those of the file."""
+    for fps in (1, 12, 24, 240):
+        assert load_config(T2V, [f"runtime.fps={fps}"]).runtime.fps == fps
+        post.check(Post(fps), is_picture=False)
+    for fps in (0, 241):
+        with pytest.raises(ValueError, match="1 to 240"):
+            load_config(T2V, [f"runtime.fps={fps}"])
+        with pytest.raises(ValueError, match="1 to 240"):
+            post.check(Post(fps), is_picture=False)
+    fewer = interpolated(frames_of(moving(12)), 12)
+    assert fewer.count == len(list(fewer.frames)) == 6
+
+
 def test_files_that_are_none(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     Image.fromarray(moving(1)[0]).save(tmp_path / "a.png")
+    Image.fromarray(moving(1)[0]).save(tmp_path / "a.jpg")
+    (tmp_path / "folder.png").mkdir()
     for words, says in (
         (["text.mp4", "--upscale", "2"], "can't read the video"),
+        (["text.mp4", "--upscale", "2"], "or MPEG file, or with --upscale a PNG"),
+        ([".", "--upscale", "2"], "is a folder: give a video, or with --upscale a PNG"),
+        (["folder.png", "--upscale", "2"], "is a folder: give a video, or with --upscale a PNG"),
+        (["a.jpg", "--upscale", "2"], "a.jpg is a picture that is no PNG: save it as one"),
         (["missing.mp4", "--upscale", "2"], "there is no video"),
         (["a.png", "--fps", "48"], "a picture has no frames a second"),
         ([str(clip), "--upscale", "2", "--upscaler", str(tmp_path / "other.safetensors")], "are not those of Real"),

@@ -389,7 +389,7 @@ def test_a_plan_before_anything_is_queued(site: Site) -> None:
         ("videos", {"json": {"prompt": "a", "segments": [{"size": 3}]}}, "segment 1: a segment has prompt, seconds"),
         ("videos", {"json": {"prompt": "a", "segments": [{}] * 21}}, "at most 20 in a job"),
         ("videos", {"json": {"prompt": "a", "extend": 100}}, "at most 20 in a job"),
-        ("videos", {"json": {"prompt": "a", "fps": 3}}, "runtime.fps = 3 is not allowed"),
+        ("videos", {"json": {"prompt": "a", "fps": 300}}, "runtime.fps = 300 is not allowed: it must be 1 to 240"),
         ("videos", {"json": {"prompt": "a", "upscale": 3}}, "runtime.upscale = 3 is not allowed"),
         (
             "videos",
