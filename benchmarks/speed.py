@@ -7,7 +7,8 @@
 
 On a CPU sizes are small and `generation` and `text` are the tiny checkpoints'; on a GPU they are the published ones,
 with random weights and embeddings (`text` needs the published encoders in --weights), of every config that fits by
-the plan. Ours is compiled as `--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`. The
+the plan. Ours is compiled as `--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`;
+"ours elementwise" is `--compile elementwise`. The
 VAE and the text encoders are compiled in neither. diffusers has NABLA only compiled, and on a GPU (see NO_NABLA).
 
 Times are medians of calls in which the implementations take turns, without autograd, after a call that isn't counted;
@@ -74,7 +75,7 @@ from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import default_request, make_plan
-from kandinsky.runtime.compile import CACHE_VARIABLE, with_compiled_blocks
+from kandinsky.runtime.compile import CACHE_VARIABLE, with_compiled_blocks, with_compiled_elementwise
 from kandinsky.runtime.placement import FixedPlacement
 from kandinsky.text.embeddings import TextEmbeddings
 from kandinsky.text.prompts import IMAGE_TOKEN, get_template, render
@@ -82,7 +83,8 @@ from kandinsky.text.prompts import IMAGE_TOKEN, get_template, render
 ROOT = Path(__file__).resolve().parents[1]
 EAGER = ("ours", "diffusers")
 COMPILED = ("ours compiled", "diffusers compiled")
-PARTS = {"forward": EAGER + COMPILED, "vae": EAGER, "text": EAGER, "generation": EAGER + COMPILED}
+ELEMENTWISE = "ours elementwise"  # compiled is only what lies between products: --compile elementwise
+PARTS = {"forward": (*EAGER, ELEMENTWISE, *COMPILED), "vae": EAGER, "text": EAGER, "generation": EAGER + COMPILED}
 REPEATS = {"forward": 7, "vae": 3, "text": 15, "generation": 3}
 PROMPT = "a red circle moves left on a white background"
 CONFIGS = ROOT / "configs"
@@ -171,6 +173,8 @@ def our_execution(
         execution = replace(execution, block_sparse=resolve_block_sparse("auto", device, dtype, head_dim))
     else:
         execution = replace(execution, attention=resolve_engine("auto", device, dtype, head_dim))
+    if name == ELEMENTWISE:
+        return with_compiled_elementwise(execution)
     return with_compiled_blocks(execution) if name == "ours compiled" else execution
 
 
@@ -592,7 +596,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, else bfloat16")
     parser.add_argument("--part", choices=tuple(PARTS), nargs="+", default=list(PARTS))
-    parser.add_argument("--only", choices=EAGER + COMPILED, nargs="+", help="these implementations and no others")
+    parser.add_argument("--only", choices=(*EAGER, ELEMENTWISE, *COMPILED), nargs="+", help="these implementations and no others")
     parser.add_argument("--configs", type=Path, nargs="+", help="of `generation`; those of the module's text if not")
     parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="where `text` finds published encoders")
     parser.add_argument("--repeats", type=int, help="timed calls of each implementation")

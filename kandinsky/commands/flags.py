@@ -50,7 +50,7 @@ FIXED_BY_A_FILE = (
 )
 CHOICES = {
     "cache": ("magcache", "dbcache", "taylorseer", "firstblock", "tracked", "auto", "off"),
-    "compile": ("auto", "on", "off"),
+    "compile": ("auto", "on", "off", "elementwise"),
     "expand_prompt": ("on", "off"),
     "stream_encoders": ("auto", "on", "off"),
     "dit_quantization": ("int8", "fp8", "nf4"),

@@ -246,7 +246,8 @@ CACHE_DEFAULTS: Mapping[str, tuple[float, int, int]] = {
 class RuntimeConfig:
     """What makes a run fast or small and changes nothing else, or little and in known ways; and its files."""
 
-    compile: Literal["auto", "on", "off"] = "auto"
+    # Blocks, each as one graph; elementwise: only what lies between their products.
+    compile: Literal["auto", "on", "off", "elementwise"] = "auto"
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's: how long it searches
     cache_prompts: bool = False  # keep embeddings on disk; those of the default negative prompt are kept in any case
     offload: Literal["auto", "on", "off"] = "auto"  # a model is on its device only while its stage runs

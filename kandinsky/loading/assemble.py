@@ -59,7 +59,13 @@ from kandinsky.planning.plan import default_request, models_in, resolve_runtime
 from kandinsky.request import Request
 from kandinsky.runtime.block_parts import with_blocks_in_parts
 from kandinsky.runtime.caches import cache_maker
-from kandinsky.runtime.compile import is_wanted, keep_compiled_code, model_evaluations, with_compiled_blocks
+from kandinsky.runtime.compile import (
+    is_wanted,
+    keep_compiled_code,
+    model_evaluations,
+    with_compiled_blocks,
+    with_compiled_elementwise,
+)
 from kandinsky.runtime.lora import Adapters
 from kandinsky.runtime.offload import Offloaded, OffloadPlacement, Part, TextEncodersOnDemand
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes
@@ -141,13 +147,15 @@ def put_together(
             transformer_parts, hand_out = dit_parts(dit, on_host, settled.resident, devices["dit"], adapters, from_file)
     execution = dataclasses.replace(attention, chunk_tokens=config.runtime.chunk_tokens, hand_out=hand_out)
     if team is not None and team.sequence.size > 1:
-        sequence = team.sequence.for_graphs() if settled.compiled else team.sequence
+        sequence = team.sequence.for_graphs() if settled.compiles_blocks else team.sequence
         execution = dataclasses.replace(execution, around=sequence.around)
     if (heads := config.runtime.heads_at_once) is not None:  # whole blocks are what is compiled
         execution = with_blocks_in_parts(execution, heads, config.runtime.attention_on_host)
-    elif settled.compiled:
+    elif settled.compiles_blocks:
         required, mode = config.runtime.compile == "on", config.runtime.compile_mode
         execution = with_compiled_blocks(execution, required=required, mode=mode)
+    if settled.compiled and not settled.compiles_blocks:
+        execution = with_compiled_elementwise(execution)
 
     placement = place(settled, vae, {"text_embedder": text_parts, "dit": transformer_parts})
     if adapters is not None:
@@ -188,12 +196,16 @@ class Settled:
     dtype: torch.dtype
     paths: dict[str, Path]  # of "dit", "vae", "qwen", "clip", of "tiny" where there is a tiny decoder, and of adapters
     loras: Mapping[str, tuple[LoraFile, float]]  # files and scales
-    compiled: bool
+    compiled: bool  # whole blocks, or what `runtime.compile` names
     machine: Machine  # of several processes, what all of them have
 
     @property
     def offload(self) -> bool:
         return self.config.runtime.offload == "on"  # "auto" is off
+
+    @property
+    def compiles_blocks(self) -> bool:
+        return self.compiled and self.config.runtime.compile != "elementwise"
 
     @property
     def resident(self) -> int | None:
@@ -274,7 +286,8 @@ def settle(
     if scheme in LINEARS:
         require_scheme(scheme, devices["dit"])
     compiled = is_wanted(config.runtime.compile, devices["dit"], evaluations, scheme)
-    if compiled and config.runtime.shard_weights:  # by itself: asked for it is refused (config/rules.py)
+    # By itself: asked for it is refused (config/rules.py). What lies between products needs none of the weights.
+    if compiled and config.runtime.shard_weights and config.runtime.compile != "elementwise":
         compiled = False
         logger.info("not compiled: each process has a part of the weights, and a block asks for the others' as it runs")
     if compiled:

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from kandinsky.attention.engines import Attention
 from kandinsky.common.limits import CHUNK_TOKENS
-from kandinsky.models.layers import (
-    MultiheadAttention,
-    VisualBlock,
-    by_chunks,
-    gated_residual,
-    modulated_norm,
-    norm_and_rotate,
-)
+from kandinsky.models.layers import EAGER, Elementwise, MultiheadAttention, VisualBlock, by_chunks
 from kandinsky.models.rope import RotaryTable
 
 
@@ -44,6 +37,7 @@ def run_block_in_parts(
     *,
     heads_at_once: int,
     aside: Callable[[Tensor], Tensor] = stay,
+    elementwise: Elementwise = EAGER,
 ) -> Tensor:
     """What `VisualBlock.forward` returns, written over x (B, N, D), which is also returned.
 
@@ -52,6 +46,7 @@ def run_block_in_parts(
     """
     assert not torch.is_grad_enabled(), "hidden states are written over"
     size = chunk_tokens or CHUNK_TOKENS
+    modulated_norm, gated_residual, norm_and_rotate = elementwise
     own, cross, ff = block.visual_modulation.of_parts(time_embed)
     layer = block.self_attention
 
@@ -59,7 +54,7 @@ def run_block_in_parts(
         return modulated_norm(rows, own.shift, own.scale)
 
     attended = [
-        aside(attend(layer, x, normed, slice(first, first + heads_at_once), rope, attention, size))
+        aside(attend(layer, x, normed, slice(first, first + heads_at_once), rope, attention, size, norm_and_rotate))
         for first in range(0, layer.num_heads, heads_at_once)
     ]
     for start in range(0, x.shape[1], size):
@@ -67,7 +62,9 @@ def run_block_in_parts(
         heads = torch.cat([group[:, tokens].to(x.device, non_blocking=True) for group in attended], dim=-1)
         rows = gated_residual(x[:, tokens], layer.out_layer(heads), own.gate)
         del heads
-        seen = block.cross_attention(modulated_norm(rows, cross.shift, cross.scale), context=text, mask=text_mask)
+        seen = block.cross_attention(
+            modulated_norm(rows, cross.shift, cross.scale), context=text, mask=text_mask, elementwise=elementwise
+        )
         rows = gated_residual(rows, seen, cross.gate)
         del seen
         x[:, tokens] = gated_residual(rows, block.feed_forward(modulated_norm(rows, ff.shift, ff.scale)), ff.gate)
@@ -82,6 +79,7 @@ def attend(
     rope: RotaryTable,
     attention: Attention,
     chunk_tokens: int,
+    norm_and_rotate: Callable[..., Tensor],
 ) -> Tensor:
     """Self-attention of some heads to normed(x), before the layer that brings heads together: (B, N, group * d)."""
     head_dim = layer.to_query.out_features // layer.num_heads

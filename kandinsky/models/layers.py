@@ -7,6 +7,7 @@ dtype; everything else runs in the dtype of the weights.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,6 +37,31 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update for x, update (B, N, D) and gate (B, 1, D); in the gate's float32, result as x."""
     return torch.addcmul(x, gate, update).to(x.dtype)
+
+
+def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Tensor:
+    """RMS norm over head_dim and rotary embedding of x (B, h, N, d) in one float32 stretch; result as x."""
+    wide = upcast(x)
+    # One buffer for both products, unless autograd has to keep what is in it. It also puts the tokens of a head next to
+    # each other in memory, where x has them apart: attention on a CPU is up to a tenth faster so.
+    buffer = None if torch.is_grad_enabled() else wide.new_empty(wide.shape)
+    # Written out because F.rms_norm on a CPU first copies what is not contiguous, and makes twice as many passes.
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+    normed = torch.mul(wide, torch.rsqrt(mean_square + RMS_NORM_EPS), out=buffer)
+    normed = torch.mul(normed, upcast(norm.weight), out=buffer)
+    return (normed if rope is None else apply_rotary(normed, rope)).to(x.dtype)
+
+
+class Elementwise(NamedTuple):
+    """What passes over all tokens and computes little for each: in place of these functions a block may be given such
+    as compute the same in fewer passes over memory."""
+
+    modulated_norm: Callable[[Tensor, Tensor, Tensor], Tensor] = modulated_norm
+    gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_residual
+    norm_and_rotate: Callable[[Tensor, nn.RMSNorm, RotaryTable | None], Tensor] = norm_and_rotate
+
+
+EAGER = Elementwise()
 
 
 def by_chunks(function: Callable[[Tensor, slice], Tensor], x: Tensor, chunk_tokens: int | None) -> Tensor:
@@ -165,14 +191,19 @@ class MultiheadAttention(nn.Module):
         mask: Tensor | None = None,
         attention: Attention = sdpa,
         chunk_tokens: int | None = None,
+        elementwise: Elementwise = EAGER,
     ) -> Tensor:
         """x (B, N, D), context (B, M, D); `rope` rotates queries and keys; `mask` (B, 1, 1, M) is True on real keys.
 
         `chunk_tokens` is for how many tokens at a time queries, keys and values are made: the same, in less memory.
         """
         context = x if context is None else context
-        q = self._split(self.to_query, x, chunk_tokens, self.query_norm, rope)  # (B, h, N, d)
-        k = self._split(self.to_key, context, chunk_tokens, self.key_norm, rope)  # (B, h, M, d)
+
+        def normed(norm: nn.RMSNorm, heads: Tensor, tokens: slice) -> Tensor:
+            return elementwise.norm_and_rotate(heads, norm, rope and rope.of(tokens))
+
+        q = self._split(self.to_query, x, chunk_tokens, functools.partial(normed, self.query_norm))  # (B, h, N, d)
+        k = self._split(self.to_key, context, chunk_tokens, functools.partial(normed, self.key_norm))  # (B, h, M, d)
         v = self._split(self.to_value, context, chunk_tokens)  # (B, h, M, d)
         out = attention(q, k, v, mask) if mask is not None else attention(q, k, v)
         return self.out_layer(out.transpose(1, 2).flatten(2))  # heads side by side again: (B, N, D)
@@ -182,31 +213,15 @@ class MultiheadAttention(nn.Module):
         layer: nn.Module,
         x: Tensor,
         chunk_tokens: int | None,
-        norm: nn.RMSNorm | None = None,
-        rope: RotaryTable | None = None,
+        normed: Callable[[Tensor, slice], Tensor] | None = None,
     ) -> Tensor:
-        """One projection of x (B, N, D) as heads (B, h, N, d), normalised and rotated where there is a norm."""
+        """One projection of x (B, N, D) as heads (B, h, N, d), as `normed` of some tokens makes them."""
 
         def project(x: Tensor, tokens: slice) -> Tensor:
             heads = layer(x).unflatten(-1, (self.num_heads, -1))  # (B, n, h, d)
-            if norm is None:
-                return heads
-            return norm_and_rotate(heads.transpose(1, 2), norm, rope and rope.of(tokens)).transpose(1, 2)
+            return heads if normed is None else normed(heads.transpose(1, 2), tokens).transpose(1, 2)
 
         return by_chunks(project, x, chunk_tokens).transpose(1, 2)
-
-
-def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Tensor:
-    """RMS norm over head_dim and rotary embedding of x (B, h, N, d) in one float32 stretch; result as x."""
-    wide = upcast(x)
-    # One buffer for both products, unless autograd has to keep what is in it. It also puts the tokens of a head next to
-    # each other in memory, where x has them apart: attention on a CPU is up to a tenth faster so.
-    buffer = None if torch.is_grad_enabled() else wide.new_empty(wide.shape)
-    # Written out because F.rms_norm on a CPU first copies what is not contiguous, and makes twice as many passes.
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-    normed = torch.mul(wide, torch.rsqrt(mean_square + RMS_NORM_EPS), out=buffer)
-    normed = torch.mul(normed, upcast(norm.weight), out=buffer)
-    return (normed if rope is None else apply_rotary(normed, rope)).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -269,17 +284,27 @@ class VisualBlock(nn.Module):
         text_mask: Tensor | None,
         attention: Attention,
         chunk_tokens: int | None = None,
+        elementwise: Elementwise = EAGER,
     ) -> Tensor:
         """x (B, N, D), text (B, L, D), text_mask None or (B, 1, 1, L); `attention` is the self-attention's engine."""
+        modulated_norm, gated_residual, _ = elementwise
         own, cross, ff = self.visual_modulation.of_parts(time_embed)
         # No name for the updates: it would keep one in memory while the next is computed.
         normed = modulated_norm(x, own.shift, own.scale)
         x = gated_residual(
-            x, self.self_attention(normed, rope=rope, attention=attention, chunk_tokens=chunk_tokens), own.gate
+            x,
+            self.self_attention(
+                normed, rope=rope, attention=attention, chunk_tokens=chunk_tokens, elementwise=elementwise
+            ),
+            own.gate,
         )
         normed = modulated_norm(x, cross.shift, cross.scale)
         x = gated_residual(
-            x, self.cross_attention(normed, context=text, mask=text_mask, chunk_tokens=chunk_tokens), cross.gate
+            x,
+            self.cross_attention(
+                normed, context=text, mask=text_mask, chunk_tokens=chunk_tokens, elementwise=elementwise
+            ),
+            cross.gate,
         )
         normed = modulated_norm(x, ff.shift, ff.scale)
         return gated_residual(x, self.feed_forward(normed, chunk_tokens), ff.gate)

@@ -1,5 +1,7 @@
 """Compiles the DiT's visual blocks, from this one place: one graph, made once, run with the weights of every block.
 
+Or, where whole blocks are not compiled, what lies between their products (`with_compiled_elementwise`).
+
 Only the visual blocks: they are nearly all of the work, and their norms, rotations, modulations and gates become a few
 kernels. The text blocks see few tokens and would need a graph of their own. What wraps blocks knows nothing of it: a
 cache and block swap go on calling blocks.
@@ -32,7 +34,7 @@ from torch import Tensor
 from kandinsky.attention.engines import Attention, first_line, sdpa
 from kandinsky.config.schema import ModelConfig
 from kandinsky.models.dit import Execution
-from kandinsky.models.layers import VisualBlock
+from kandinsky.models.layers import EAGER, Elementwise, VisualBlock
 from kandinsky.models.rope import RotaryTable
 from kandinsky.sampling.sampler import uses_guidance
 
@@ -63,7 +65,7 @@ class CompileError(ValueError):
 
 
 def is_wanted(setting: str, device: torch.device, evaluations: int, quantization: str | None = None) -> bool:
-    """Whether `runtime.compile` (auto, on or off) means that a run of this many evaluations on this device compiles.
+    """Whether `runtime.compile` means that a run of this many evaluations on this device compiles blocks or parts of them.
 
     quantization: of the DiT's weights. Raises ValueError where it was asked for and the device has no compiler, or none
     for such weights.
@@ -71,18 +73,20 @@ def is_wanted(setting: str, device: torch.device, evaluations: int, quantization
     if setting == "off" or (setting == "auto" and (device.type != "cuda" or evaluations < BREAK_EVEN_EVALUATIONS)):
         return False
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"runtime.compile is on, but blocks are not compiled for {device}: run with --compile off")
+        raise ValueError(
+            f"runtime.compile is {setting}, but blocks are not compiled for {device}: run with --compile off"
+        )
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
         missing, capability = "", torch.cuda.get_device_capability(device)
         if not has_triton():
             missing = f"no Triton that compiles for {device} (pip install triton, or triton-windows on Windows)"
-        elif quantization == "fp8" and capability < FP8_CAPABILITY:
+        elif quantization == "fp8" and setting != "elementwise" and capability < FP8_CAPABILITY:
             missing = f"no fp8 in Triton for {device}, of compute capability {capability[0]}.{capability[1]} (from 8.9)"
         if missing:
-            if setting == "on":
-                raise ValueError(f"runtime.compile is on, but there is {missing}: run with --compile off")
+            if setting != "auto":
+                raise ValueError(f"runtime.compile is {setting}, but there is {missing}: run with --compile off")
             logger.info("not compiled: %s", missing)
             return False
     return True
@@ -108,22 +112,50 @@ def with_compiled_blocks(
     compiled = torch.compile(
         VisualBlock.forward, fullgraph=True, backend=backend, mode=None if mode == "default" else mode
     )
-    has_failed = False
-
-    def run_block(*inputs: Any) -> Tensor:
-        nonlocal has_failed
-        if not has_failed:
-            try:
-                return run_compiled(compiled, *inputs)
-            except CompileError as error:
-                if required:
-                    raise
-                logger.warning("%s. Going on so", error)
-                has_failed = True
-        return execution.run_block(*inputs)
-
+    run_block = Fallback(required).of(functools.partial(run_compiled, compiled), execution.run_block)
     logger.info("the DiT's blocks are compiled when they first run: that evaluation takes longer")
     return dataclasses.replace(execution, attention=dense, exact=exact, block_sparse=block_sparse, run_block=run_block)
+
+
+def with_compiled_elementwise(execution: Execution, backend: str | Callable[..., Any] = "inductor") -> Execution:
+    """The same with visual blocks of which only what lies between products and attention is compiled.
+
+    For blocks that are not compiled whole: because their weights are elsewhere, because they run in parts, or because
+    there are too few evaluations for it. These are small graphs, one or a few of each function, for any number of
+    tokens. Where one cannot be compiled a warning says so, and all run as they are from then on.
+    """
+    fallback = Fallback(required=False)
+
+    def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        graph = torch.compile(function, fullgraph=True, backend=backend)
+        return fallback.of(functools.partial(call_compiled, graph), function)
+
+    run_block = functools.partial(execution.run_block, elementwise=Elementwise(*map(compiled, EAGER)))
+    return dataclasses.replace(execution, run_block=run_block)
+
+
+class Fallback:
+    """Compiled functions that go over to uncompiled ones, all at once and with one warning, where compiling fails.
+
+    required: that failure is raised instead, a CompileError.
+    """
+
+    def __init__(self, required: bool) -> None:
+        self.required, self.has_failed = required, False
+
+    def of(self, compiled: Callable[..., Tensor], otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*inputs: Any) -> Tensor:
+            if not self.has_failed:
+                try:
+                    return compiled(*inputs)
+                except CompileError as error:
+                    if self.required:
+                        raise
+                    logger.warning("%s. Going on so", error)
+                    self.has_failed = True
+            return otherwise(*inputs)
+
+        return run
 
 
 def keep_compiled_code() -> None:
@@ -164,9 +196,14 @@ def run_compiled(
     torch._dynamo.mark_dynamic(text, 1)
     if text_mask is not None:
         torch._dynamo.mark_dynamic(text_mask, 3)
+    return call_compiled(compiled, block, x, text, time_embed, rope, text_mask, attention, chunk_tokens)
+
+
+def call_compiled(compiled: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """compiled(*inputs), whose failure to compile becomes a CompileError."""
     try:
         with _more_graphs():
-            return compiled(block, x, text, time_embed, rope, text_mask, attention, chunk_tokens)
+            return compiled(*inputs)
     except Exception as error:
         if not type(error).__module__.startswith(COMPILERS):
             raise

@@ -22,10 +22,12 @@ from torch._dynamo.utils import counters
 from kandinsky import get_T2V_pipeline
 from kandinsky.attention.engines import sdpa
 from kandinsky.attention.nabla import NablaConfig
+from kandinsky.checkpoints.dit_layout import KEEP_PRECISION
 from kandinsky.config.schema import CacheConfig, MagCacheConfig
 from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D, Execution, RunBlocks
+from kandinsky.runtime.block_parts import with_blocks_in_parts
 from kandinsky.runtime.caches import cache_maker
-from kandinsky.runtime.compile import CACHE_VARIABLE, with_compiled_blocks
+from kandinsky.runtime.compile import CACHE_VARIABLE, with_compiled_blocks, with_compiled_elementwise
 from kandinsky.runtime.quantization import FP8Linear, Int8Linear, NF4Linear
 from tests.unit.small_pipelines import build, latents_of, randomised
 
@@ -34,6 +36,7 @@ TOLERANCE = 1e-4
 PLAIN = Execution()
 SAME = 1e-5  # where a graph is run as it is, uncompiled
 LATENT_SIZE = (2, 16, 16)
+MOST_STRETCHES = 12  # graphs, of three functions
 SPARSE = NablaConfig(P=0.5, wT=1, wH=1, wW=1)
 BLOCKS = 5  # of the small pipelines: first, middle and last ones for every cache
 # Random models tell little of their residuals: with these thresholds some evaluations are skipped, not all that may be.
@@ -232,6 +235,51 @@ def test_what_nobody_asked_for_may_fail(caplog: pytest.LogCaptureFixture) -> Non
         execution = with_compiled_blocks(Execution(), broken, required=False)
         for _ in range(2):
             assert torch.equal(dit(*inputs, execution=execution), expected)
+    assert len(attempts) == 1
+    assert caplog.text.count("could not be compiled") == 1 and "no g++ here" in caplog.text
+
+
+# --- only what lies between products ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, SAME), (torch.bfloat16, 0.05)])
+def test_elementwise_stretches(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Of whole blocks, of chunks of tokens, and of blocks in parts; a few graphs for all sizes and texts."""
+    dit = build_dit().to(dtype)
+    if dtype == torch.bfloat16:
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.float() if any(part in name for part in KEEP_PRECISION) else parameter
+    inputs = [[x.to(dtype) for x in given[:3]] + [given[3]] for given in (make_inputs(7), make_inputs(30, (3, 8, 16)))]
+    in_parts = with_blocks_in_parts(PLAIN, heads_at_once=1, on_host=False)
+    ways = [PLAIN, dataclasses.replace(PLAIN, chunk_tokens=64), in_parts]
+    graphs = []
+    with torch.no_grad():
+        for given in inputs + inputs:
+            for way in ways:
+                ours = dit(*given, execution=with_compiled_elementwise(way, backend))
+                assert ours.dtype == dtype
+                assert largest_difference(ours, dit(*given, execution=way)) <= tolerance
+            graphs.append(counters["stats"]["unique_graphs"])
+        for length, latent_size in ((9, (1, 16, 8)), (256, (2, 24, 16)), (31, (3, 8, 8))):
+            given = [x.to(dtype) for x in make_inputs(length, latent_size)[:3]] + [inputs[0][3]]
+            dit(*given, execution=with_compiled_elementwise(PLAIN, backend))
+    assert 0 < graphs[0] and counters["stats"]["unique_graphs"] == graphs[1] <= MOST_STRETCHES
+
+
+def test_elementwise_stretches_that_fail(caplog: pytest.LogCaptureFixture) -> None:
+    """All of them run as they are from the first failure on, with one warning."""
+    attempts: list[int] = []
+
+    def broken(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        attempts.append(1)
+        raise RuntimeError("there is no g++ here")
+
+    dit, inputs = build_dit(), make_inputs()
+    with torch.no_grad():
+        execution = with_compiled_elementwise(PLAIN, broken)
+        for _ in range(2):
+            assert torch.equal(dit(*inputs, execution=execution), dit(*inputs))
     assert len(attempts) == 1
     assert caplog.text.count("could not be compiled") == 1 and "no g++ here" in caplog.text
 

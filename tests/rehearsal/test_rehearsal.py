@@ -317,13 +317,13 @@ def test_a_block_that_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_block_that_is_not_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    residual = layers.gated_residual
+    forward = layers.FeedForward.forward
 
     def looked_at(*args: Any) -> Tensor:
         torch._dynamo.graph_break()
-        return residual(*args)
+        return forward(*args)
 
-    monkeypatch.setattr(layers, "gated_residual", looked_at)
+    monkeypatch.setattr(layers.FeedForward, "forward", looked_at)
     with pytest.raises(CompileError, match="could not be compiled"):
         rehearse_graphs(small())
 
