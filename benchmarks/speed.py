@@ -7,9 +7,9 @@
 
 On a CPU sizes are small and `generation` and `text` are the tiny checkpoints'; on a GPU they are the published ones,
 with random weights and embeddings (`text` needs the published encoders in --weights), of every config that fits by
-the plan. Ours is compiled as `--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`;
-"ours elementwise" is `--compile elementwise`. The
-VAE and the text encoders are compiled in neither. diffusers has NABLA only compiled, and on a GPU (see NO_NABLA).
+the plan. Ours is compiled as `--compile on` does it, diffusers' DiT by its own `compile_repeated_blocks`; "ours
+elementwise" is `--compile elementwise`. The VAE and the text encoders are compiled in neither. diffusers has NABLA only
+compiled, and on a GPU (see NO_NABLA).
 
 Times are medians of calls in which the implementations take turns, without autograd, after a call that isn't counted;
 processor time where there is one thread on a CPU, so that other programs disturb less. The floor is the time that the
@@ -596,7 +596,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, else bfloat16")
     parser.add_argument("--part", choices=tuple(PARTS), nargs="+", default=list(PARTS))
-    parser.add_argument("--only", choices=(*EAGER, ELEMENTWISE, *COMPILED), nargs="+", help="these implementations and no others")
+    parser.add_argument(
+        "--only", choices=(*EAGER, ELEMENTWISE, *COMPILED), nargs="+", help="these implementations and no others"
+    )
     parser.add_argument("--configs", type=Path, nargs="+", help="of `generation`; those of the module's text if not")
     parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="where `text` finds published encoders")
     parser.add_argument("--repeats", type=int, help="timed calls of each implementation")

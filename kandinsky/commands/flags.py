@@ -23,7 +23,10 @@ DEFAULT_CONFIG = REPOSITORY / "configs" / "config_5s_sft.yaml"
 SETTINGS = {
     "magcache": ("magcache.enabled", "skip model evaluations that change little"),
     "cache": ("cache.kind", "skip what changes little by this rule; all but magcache need no calibration"),
-    "compile": ("runtime.compile", "compile the DiT's blocks; auto: on a GPU, where there are steps enough"),
+    "compile": (
+        "runtime.compile",
+        "compile the DiT's blocks, or only what is elementwise; auto: on a GPU, for many steps",
+    ),
     "cache_prompts": ("runtime.cache_prompts", "keep the prompts' embeddings on disk"),
     "offload": ("runtime.offload", "have each model on the device only while it runs"),
     "stream_encoders": ("runtime.stream_encoders", "have Qwen's layers come from the file one after the other"),

@@ -65,7 +65,7 @@ class CompileError(ValueError):
 
 
 def is_wanted(setting: str, device: torch.device, evaluations: int, quantization: str | None = None) -> bool:
-    """Whether `runtime.compile` means that a run of this many evaluations on this device compiles blocks or parts of them.
+    """Whether `runtime.compile` means that a run of this many evaluations on this device compiles anything.
 
     quantization: of the DiT's weights. Raises ValueError where it was asked for and the device has no compiler, or none
     for such weights.

@@ -35,7 +35,7 @@ from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import resolve_request
 from kandinsky.runtime.caches import cache_maker
-from kandinsky.runtime.compile import with_compiled_blocks
+from kandinsky.runtime.compile import with_compiled_blocks, with_compiled_elementwise
 from kandinsky.runtime.magcache import cache_for_request
 from kandinsky.runtime.parallel import DistributedTeam, FirstProcessEncodes, SequenceParallel
 from kandinsky.runtime.processes import Processes
@@ -257,6 +257,13 @@ def sharded(kind: str, team: DistributedTeam | None, folder: Path) -> Tensor:
             own += parameter.to_local().numel()
         assert own <= 1.02 * sum(p.numel() for p in dit.parameters()) / team.sequence.size
     pipe = pipeline("t2v", team, dit, nabla=kind == "nabla")
+    if kind == "elementwise" and team is not None and team.size == 2:
+        torch._dynamo.reset()
+        counters.clear()
+        pipe.execution = with_compiled_elementwise(pipe.execution, "aot_eager")
+        latents = latents_of(pipe, num_steps=STEPS)
+        assert counters["stats"]["unique_graphs"] > 0
+        return latents
     if kind == "magcache":
         pipe.make_cache = MAGCACHE
     if kind in ADAPTIVE:
@@ -286,6 +293,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "firstblock": {},
     "tracked": {"guidance_interval": (0.1, 0.9)},
     "nabla": {"width": 256, "height": 128},
+    "elementwise": {},
 }
 
 
@@ -527,12 +535,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def process(rank: int, size: int, port: int, folder: Path) -> None:
-    """Every case, with its results or its traceback in a file."""
+def joined(rank: int, size: int, port: int) -> Processes:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     processes = Processes.join(rank, size, rank)
     processes.connect(torch.device("cpu"))
+    return processes
+
+
+def process(rank: int, size: int, port: int, folder: Path) -> None:
+    """Every case, with its results or its traceback in a file."""
+    processes = joined(rank, size, port)
     results: dict[str, Any] = {}
     for branches in (1, 2):
         team = DistributedTeam(processes, branches, "cpu")
@@ -545,6 +558,50 @@ def process(rank: int, size: int, port: int, folder: Path) -> None:
                 raise  # the others, who wait for this one, end as well
     torch.save(results, folder / f"{size}_{rank}.pt")
     processes.leave()
+
+
+def process_compiled(rank: int, size: int, port: int, folder: Path) -> None:
+    """One request whose blocks are compiled, its tokens divided and then its branches."""
+    processes = joined(rank, size, port)
+    results: dict[str, Any] = {}
+    for branches, how in enumerate(("tokens", "guidance"), start=1):
+        team = DistributedTeam(processes, branches, "cpu")
+        pipe = pipeline("t2v", team)
+        execution = Execution(around=team.sequence.for_graphs().around) if how == "tokens" else Execution()
+        pipe.execution = with_compiled_blocks(execution)
+        counters.clear()
+        try:
+            results[how] = latents_of(pipe)
+            assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        except Exception:
+            results[how] = traceback.format_exc()
+            torch.save(results, folder / f"{size}_{rank}.pt")
+            raise
+    torch.save(results, folder / f"{size}_{rank}.pt")
+    processes.leave()
+
+
+def in_processes(size: int, folder: Path, target: Callable[[int, int, int, Path], None]) -> list[dict[str, Any]]:
+    """What `target` has left in each process's file."""
+    context = multiprocessing.get_context("forkserver")  # its processes begin with what is imported here, once for all
+    context.set_forkserver_preload(
+        ["torch.distributed.fsdp", "torch._dynamo", "kandinsky.loading.assemble", "tests.unit.small_pipelines"]
+    )
+    port = free_port()
+    members = [context.Process(target=target, args=(rank, size, port, folder)) for rank in range(size)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(120)
+    for member in members:
+        member.kill()
+    files = [folder / f"{size}_{rank}.pt" for rank in range(size)]
+    results = [torch.load(file) for file in files if file.exists()]
+    failures = [value for result in results for value in result.values() if isinstance(value, str)]
+    assert not failures, failures[0]
+    assert len(results) == size, [member.exitcode for member in members]
+    assert [member.exitcode for member in members] == [0] * size
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -574,25 +631,20 @@ def expected(folder: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     """The results of all cases in each process."""
-    context = multiprocessing.get_context("forkserver")  # its processes begin with what is imported here, once for all
-    context.set_forkserver_preload(
-        ["torch.distributed.fsdp", "torch._dynamo", "kandinsky.loading.assemble", "tests.unit.small_pipelines"]
-    )
-    size, port = request.param, free_port()
-    members = [context.Process(target=process, args=(rank, size, port, folder)) for rank in range(size)]
-    for member in members:
-        member.start()
-    for member in members:
-        member.join(120)
-    for member in members:
-        member.kill()
-    files = [folder / f"{size}_{rank}.pt" for rank in range(size)]
-    results = [torch.load(file) for file in files if file.exists()]
-    failures = [value for result in results for value in result.values() if isinstance(value, str)]
-    assert not failures, failures[0]
-    assert len(results) == size, [member.exitcode for member in members]
-    assert [member.exitcode for member in members] == [0] * size
-    return results
+    return in_processes(request.param, folder, process)
+
+
+@pytest.mark.exhaustive
+def test_compiled_by_inductor(folder: Path) -> None:
+    """Guidance over two processes, and tokens; they compile at once, into the same cache."""
+    results = in_processes(2, folder, process_compiled)
+    reference = latents_of(pipeline("t2v", None))
+    assert results[0].keys() == {"tokens", "guidance"}
+    for result in results:
+        for how, latents in result.items():
+            difference = (latents - reference).abs().max().item()
+            assert difference <= TOLERANCE * reference.abs().max().item(), (how, difference)
+            assert torch.equal(latents, results[0][how])
 
 
 @pytest.mark.parametrize("name", [*CASES, *(f"{name}, cfg_parallel" for name in WITH_BRANCHES)])

@@ -44,6 +44,8 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", CPU, 1000, False),
         ("on", CPU, 1, True),
         ("on", GPU, 1, True),
+        ("elementwise", GPU, 1, True),
+        ("elementwise", CPU, 1, True),
         ("off", GPU, 1000, False),
         ("off", CPU, 1000, False),
     ],
@@ -60,8 +62,9 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     with caplog.at_level("INFO"):
         assert not is_wanted("auto", GPU, ENOUGH)
     assert "not compiled: no Triton" in caplog.text
-    with pytest.raises(ValueError, match=r"no Triton .* run with --compile off"):
-        is_wanted("on", GPU, ENOUGH)
+    for setting in ("on", "elementwise"):
+        with pytest.raises(ValueError, match=rf"compile is {setting}, .* no Triton .* run with --compile off"):
+            is_wanted(setting, GPU, ENOUGH)
     assert is_wanted("on", CPU, ENOUGH)  # which has a compiler of its own
 
 
@@ -79,6 +82,7 @@ def test_fp8_weights_on_gpus_without_fp8(
         with pytest.raises(ValueError, match=r"no fp8 in Triton .* 8.9.* run with --compile off"):
             is_wanted("on", GPU, ENOUGH, "fp8")
     assert is_wanted("on", GPU, ENOUGH, "int8") and is_wanted("on", CPU, ENOUGH, "fp8")
+    assert is_wanted("elementwise", GPU, ENOUGH, "fp8")  # there are no weights in it
 
 
 def test_the_requests_evaluations_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +127,8 @@ def test_all_rows_of_a_prompts_file_count(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_shards_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """By themselves several processes compile as one does, but for blocks whose weights are elsewhere."""
+    """By themselves several processes compile as one does, but for blocks whose weights are elsewhere. Of those what
+    lies between products is compiled, where it is asked for."""
     monkeypatch.setattr(loading, "is_wanted", lambda *_: True)
     monkeypatch.setattr(loading, "machine_of_all", lambda machine, _: machine)
     monkeypatch.setattr(loading, "resolve_runtime", lambda config, *_: config)
@@ -134,8 +139,23 @@ def test_shards_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         config = load_config(CONFIGS / "config_tiny_t2v.yaml", overrides)
         with caplog.at_level("INFO"):
             settled = loading.settle(config, "cpu", "weights", given, None, None, None, processes)
-        assert settled.compiled != shards
+        assert settled.compiled == settled.compiles_blocks != shards
+        overrides.append("runtime.compile=elementwise")
+        config = load_config(CONFIGS / "config_tiny_t2v.yaml", overrides)
+        settled = loading.settle(config, "cpu", "weights", given, None, None, None, processes)
+        assert settled.compiled and not settled.compiles_blocks
     assert "not compiled: each process has a part of the weights" in caplog.text
+
+
+@pytest.mark.parametrize("overrides", [[], ["runtime.heads_at_once=1"]], ids=["whole", "in parts"])
+def test_only_what_lies_between_products(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole blocks and of blocks in parts; whole ones are not compiled then."""
+    made: list[Any] = []
+    monkeypatch.setattr(loading, "with_compiled_blocks", None)
+    monkeypatch.setattr(loading, "with_compiled_elementwise", lambda execution: made.append(execution) or execution)
+    config = load_config(CONFIGS / "config_tiny_t2v.yaml", ["runtime.compile=elementwise", *overrides])
+    pipeline = loading.load_pipeline(config, "cpu", read_text_encoders=False)
+    assert pipeline.execution is made[0] and made[0].writes_over == bool(overrides)
 
 
 @pytest.mark.parametrize(
