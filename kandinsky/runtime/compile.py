@@ -130,7 +130,8 @@ def with_compiled_elementwise(execution: Execution, backend: str | Callable[...,
         graph = torch.compile(function, fullgraph=True, backend=backend)
         return fallback.of(functools.partial(call_compiled, graph), function)
 
-    run_block = functools.partial(execution.run_block, elementwise=Elementwise(*map(compiled, EAGER)))
+    functions: tuple[Callable[..., Tensor], ...] = EAGER
+    run_block = functools.partial(execution.run_block, elementwise=Elementwise(*map(compiled, functions)))
     return dataclasses.replace(execution, run_block=run_block)
 
 
