@@ -13,7 +13,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,8 +165,7 @@ def _pieces(path: Path, output: list[str], size: int, count: int) -> Iterator[by
     makes nothing, or takes too long.
     """
     command = [*_reading(path), "-map", "0:v:0", *output, "pipe:1"]
-    left = MOST_SECONDS + FRAME_SECONDS * (count - 1)
-    is_late, made = threading.Event(), False
+    made = False
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None and process.stderr is not None
         said: list[bytes] = []
@@ -174,27 +173,20 @@ def _pieces(path: Path, output: list[str], size: int, count: int) -> Iterator[by
         listener = threading.Thread(target=lambda: said.append(_some_of(errors)), daemon=True)
         listener.start()
 
-        def stop() -> None:
-            is_late.set()
-            process.kill()
-
+        patience = Patience(MOST_SECONDS + FRAME_SECONDS * (count - 1), process.kill)
         try:
             while count:
-                begin, alarm = time.monotonic(), threading.Timer(left, stop)
-                alarm.start()
-                try:
+                with patience:
                     data = process.stdout.read(size)
-                finally:
-                    alarm.cancel()
-                left -= time.monotonic() - begin
-                if is_late.is_set() or not data:
+                if patience.left <= 0 or not data:
                     break
                 made, count = True, count - 1
                 yield data
         finally:
+            patience.stop_looking()
             process.kill()
         listener.join()  # before leaving closes what it reads from
-    if is_late.is_set():
+    if patience.left <= 0:
         raise ValueError(
             f"reading the video {path} took more than {MOST_SECONDS:g} s and {FRAME_SECONDS:g} s a frame: cut out the "
             "part that you need"
@@ -207,6 +199,43 @@ def _pieces(path: Path, output: list[str], size: int, count: int) -> Iterator[by
             said_last = "it ends before its first picture does"
         reason = shortened(said_last) or shown(lines[-1])
         raise ValueError(f"can't read the video {path}: {reason}; {ADVICE}")
+
+
+class Patience:
+    """For a process that is waited for again and again: `end_it` where that takes longer than so many seconds in all.
+
+    What waits stands in `with patience:`. One thread looks on until `stop_looking`.
+    """
+
+    def __init__(self, seconds: float, end_it: Callable[[], None]) -> None:
+        self._seconds, self._end_it = seconds, end_it
+        self._since: float | None = None  # when the waiting that is going on began
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        threading.Thread(target=self._look_on, daemon=True).start()
+
+    @property
+    def left(self) -> float:
+        """Seconds; the process has been ended, or is about to be, where there are none."""
+        with self._lock:
+            return self._seconds if self._since is None else self._seconds + self._since - time.monotonic()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        left = self.left
+        with self._lock:
+            self._seconds, self._since = left, None
+
+    def stop_looking(self) -> None:
+        self._stopped.set()
+
+    def _look_on(self) -> None:
+        while (left := self.left) > 0:  # before so much time is over it can't be used up
+            if self._stopped.wait(left):
+                return
+        self._end_it()
 
 
 def _some_of(stream: object, most: int = 20_000) -> bytes:

@@ -41,18 +41,16 @@ def plan(args: argparse.Namespace) -> str:
     if made.refusal is not None:
         print(report(made))
         raise ValueError(made.refusal)
-    return report(made) if video is None else f"{report(made)}\n\n{of_segments(video, made, dtype, args.cache_dir)}"
+    return report(made) if video is None else f"{report(made)}\n\n{of_segments(video, made)}"
 
 
-def of_segments(video: LongVideo, largest: Plan, dtype: str, cache_dir: str) -> str:
+def of_segments(video: LongVideo, largest: Plan) -> str:
     """What all segments take that have the settings with which the largest fits."""
     from kandinsky.planning.costs import denoising_seconds
-    from kandinsky.planning.plan import models_in, weight_files
     from kandinsky.planning.report import report_of_segments
 
     config, machine = largest.config, largest.machine
-    models = models_in(dtype, config, weight_files(config, cache_dir), machine)
-    seconds = sum(denoising_seconds(config, request, machine, models) for request in video.requests)
+    seconds = sum(denoising_seconds(config, request, machine, largest.models) for request in video.requests)
     rate = machine.host_flops if machine.gpu_memory is None else machine.flops
     return report_of_segments(video.requests, video.overlap, seconds, rate)
 

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from math import floor, prod
 from pathlib import Path
@@ -59,13 +59,14 @@ class Plan:
     costs: tuple[str, ...]  # what they cost in time
     overrides: tuple[str, ...]  # "key=value" that it also takes to fit, and that change pixels
     refusal: str | None = None  # why it cannot fit, and what can
+    models: Models = field(kw_only=True, repr=False)  # what its files' headers say
     unexpanded: str | None = None  # that prompts are not written out, and what that would take
 
     @property
     def settings(self) -> dict[str, Any]:
         """What was chosen, all of it without effect on the results; None where it is as usual."""
         runtime, usual = self.config.runtime, {"stream_encoders": "off", "blocks_from": "memory"}
-        values = {name: getattr(runtime, name) for name in (field.name for field in fields(Choice))}
+        values = {name: getattr(runtime, name) for name in (each.name for each in fields(Choice))}
         return {name: None if value in (False, "auto", usual.get(name)) else value for name, value in values.items()}
 
 
@@ -141,6 +142,7 @@ def plan_decoding(config: Config, request: Request, machine: Machine, files: Map
         reason="only the VAE is loaded",
         costs=(f"decode: {tiles_of(planned, request, models)}",),
         overrides=_new_budget(planned, config),
+        models=models,
         refusal=f"{refusal}. The latents can be decoded on another machine: all it takes is in their file"
         if refusal
         else None,
@@ -218,6 +220,7 @@ def _first_that_fits(config: Config, request: Request, machine: Machine, models:
         or ("of all that may be chosen it takes the least" if too_large else "everything fits"),
         costs=(*costs(settled, request, machine, models), f"decode: {tiles_of(settled, request, models)}"),
         overrides=_new_budget(settled, config),
+        models=models,
         refusal="; ".join(_too_much(stage, machine) for stage in too_large) or None,
         unexpanded=unexpanded(settled, request, machine, models),
     )

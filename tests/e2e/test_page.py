@@ -119,12 +119,26 @@ def test_a_video_from_words_cancelled_made_and_its_settings_used_again(page: Any
     assert links.all_text_contents() == ["MP4", "JSON"]
     assert page.request.get(page.url.rstrip("/") + links.nth(1).get_attribute("href")).json()["seed"] == 7
 
+    seed = "#t2v-seed textarea, #t2v-seed input"
+    page.fill(seed, "")
+    page.click("#t2v-again")  # that of the last one
+    page.wait_for_function(f"document.querySelector('{seed}').value === '7'")
+    page.click("#t2v-new")
+    page.wait_for_function(f"document.querySelector('{seed}').value === ''")
+
     page.fill("#t2v-prompt textarea", "other words")
     page.fill("#t2v-seed textarea, #t2v-seed input", "")
     page.locator("#gallery .k-card:has(img) button[data-action=use]").first.click()
     page.wait_for_function(f"document.querySelector('#t2v-prompt textarea').value === '{CIRCLE}'")
     assert page.input_value("#t2v-seed textarea, #t2v-seed input") == "7"
     page.wait_for_selector("#t2v-plan .k-plan:has-text('about')")  # seconds, by the job before
+
+    cancelled = page.locator("#gallery .k-card:has(.k-face:has-text('cancelled'))")
+    there, left = page.locator("#gallery .k-card").count(), page.locator("#gallery .k-card:has(img)").count()
+    assert cancelled.count() == there - left == 1
+    cancelled.locator("button[data-action=delete]").click()
+    page.wait_for_function(f"document.querySelectorAll('#gallery .k-card').length === {left}")
+    assert cancelled.count() == 0
 
 
 def test_a_mistake_is_a_sentence(page: Any) -> None:
@@ -135,7 +149,10 @@ def test_a_mistake_is_a_sentence(page: Any) -> None:
 
 def test_a_picture_is_dropped(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (128, 128), "red").save(tmp_path / "red.png")
+    (tmp_path / "text.png").write_text("no picture")
     page.click("button[role=tab]:has-text('Animate')")
+    page.set_input_files("#i2v-picture input[type=file]", str(tmp_path / "text.png"))
+    page.wait_for_selector("#i2v-plan .k-error:has-text('give a PNG, JPEG, WebP, GIF, BMP or TIFF file')")
     page.set_input_files("#i2v-picture input[type=file]", str(tmp_path / "red.png"))
     page.wait_for_selector("#i2v-picture img")
     page.fill("#i2v-prompt textarea", "a red square grows")

@@ -67,8 +67,14 @@ def test_what_cannot_fit_is_not_said_to_fit(cli: ModuleType, capsys: pytest.Capt
     assert err.startswith("error: expand prompt takes ")
 
 
-def test_plan_of_all_segments(cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Memory is the largest segment's, seconds are those of all."""
+def test_plan_of_all_segments(
+    cli: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is the largest segment's, seconds are those of all; files' headers are read once."""
+    import kandinsky.planning.plan as planning
+
+    reads, models_of_files = [], planning.models_of_files
+    monkeypatch.setattr(planning, "models_of_files", lambda *given: reads.append(given) or models_of_files(*given))
     machine = ("--memory_gb", "24", "--host_memory_gb", "64")
 
     def planned(*flags: str) -> tuple[int, int, int]:
@@ -80,7 +86,7 @@ def test_plan_of_all_segments(cli: ModuleType, tmp_path: Path, capsys: pytest.Ca
         return int(found[1]), int(found[2]), int(found[3])
 
     segments, steps, minutes = planned("--extend", "13.5")
-    assert (segments, steps) == (4, 4 * 50)
+    assert (segments, steps, len(reads)) == (4, 4 * 50, 1)
     rows = "".join(f"- {{prompt: a cat, seconds: {seconds}}}\n" for seconds in (5, 1, 1))
     (tmp_path / "segments.yaml").write_text(rows)
     fewer = planned("--segments", str(tmp_path / "segments.yaml"))

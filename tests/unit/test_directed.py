@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from kandinsky.pipelines.base import Pipeline
 from kandinsky.pipelines.inputs import Inputs
 from kandinsky.request import FPS, resolve_request
 from kandinsky.sampling.conditioning import Item, compose, frame_item, latent_mask
+from tests.limits import PATIENCE
 from tests.unit.small_pipelines import PICTURE, build, latents_of
 
 FRAMES = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
@@ -226,34 +228,46 @@ def test_colours_are_the_files(tmp_path: Path) -> None:
     assert np.array_equal(streamed, read_clip(clip, 1, 64, 64)[0])
 
 
-class Alarm:
-    """In place of threading.Timer; `rings` says whether it does so at once."""
-
-    running, rings = 0, False
-
-    def __init__(self, seconds: float, stop: Any) -> None:
-        self.stop = stop
-
-    def start(self) -> None:
-        Alarm.running += 1
-        if Alarm.rings:
-            self.stop()
-
-    def cancel(self) -> None:
-        Alarm.running -= 1
-
-
 def test_only_waiting_for_ffmpeg_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While somebody works with a frame no alarm runs; when one rings, that is an error in the middle as at the end."""
+    """Who takes frames may be slow; when no time is left, that is an error in the middle as at the end."""
+    now = [0.0]
+    monkeypatch.setattr(clips, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made: list[clips.Patience] = []
+
+    class Remembered(clips.Patience):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(clips, "Patience", Remembered)
     clip = open_clip(folder / "clip.mp4", FPS, 100)
-    monkeypatch.setattr(clips.threading, "Timer", Alarm)
-    running = [Alarm.running for _ in stream_clip(clip)]
-    assert running == [0] * 5 and Alarm.running == 0
+    for _ in stream_clip(clip):
+        now[0] += 1000
+    assert made[-1].left == pytest.approx(clips.MOST_SECONDS + clips.FRAME_SECONDS * 4)
+    with made[-1]:
+        now[0] += 10
+        assert made[-1].left == pytest.approx(clips.MOST_SECONDS + clips.FRAME_SECONDS * 4 - 10)
+    now[0] += 10
+    assert made[-1].left == pytest.approx(clips.MOST_SECONDS + clips.FRAME_SECONDS * 4 - 10)
     frames = iterate_clip(clip, 5, 32, 32)
     next(frames)
-    monkeypatch.setattr(Alarm, "rings", True)
+    with made[-1]:
+        now[0] += 1000
     with pytest.raises(ValueError, match=r"clip\.mp4 took more than 300 s and 0\.1 s a frame: cut out the part"):
         list(frames)
+
+
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    ended = threading.Event()
+    with clips.Patience(0.01, ended.set):
+        assert ended.wait(PATIENCE)
+    ended.clear()
+    before = set(threading.enumerate())
+    patience = clips.Patience(10 * PATIENCE, ended.set)
+    (looking,) = set(threading.enumerate()) - before
+    patience.stop_looking()
+    looking.join(PATIENCE)
+    assert not looking.is_alive() and not ended.is_set()
 
 
 def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class Tab:
                 visible=self.needs_picture or task == "t2i",
                 elem_id=f"{task}-picture",
             )
+            self.picture.preprocess = whatever_it_is(self.picture.preprocess)  # type: ignore[method-assign]
             start = self._of_model(first)
             with gr.Row():
                 self.fields["size"] = gr.Dropdown(
@@ -191,6 +192,20 @@ class Tab:
         fields = {**self.fields, **self.directed.components}
         changes = [self.picture.change, *(one.change for name, one in fields.items() if name not in WITHOUT_PLAN)]
         gr.on([page.load, self.clock.tick, *changes], trigger_mode="always_last", **planned)
+
+
+def whatever_it_is(read: Any) -> Any:
+    """As `read` does, a `gr.Image`'s `preprocess`; but a file that is no picture is taken too: the API says what is."""
+
+    def path_of(given: Any) -> Any:
+        try:
+            return read(given)
+        except Exception:  # whatever Pillow stumbles over
+            if given is None or not given.path:
+                raise
+            return given.path
+
+    return path_of
 
 
 def shown_in_form(settings: Mapping[str, Any]) -> dict[str, Any]:
