@@ -72,6 +72,7 @@ class Gallery:
     async def pressed(self, request: gr.Request, event: gr.EventData) -> AsyncIterator[dict[Any, Any]]:
         """Show a job, use its settings, or delete it."""
         action, job_id = str(event.action), str(event.id)
+        unchanged = {self.tabs: gr.skip()}  # nothing at all would not be taken for values by component
         try:
             if action == "show":
                 async for values in self.watch.follow(job_id, request.session_hash or ""):
@@ -80,10 +81,10 @@ class Gallery:
                 yield await self.used(job_id)
             elif action == "delete":
                 await self.client.delete(job_id)
-                yield {}
+                yield unchanged
         except Mistake as error:
             gr.Warning(markup.safe(error))
-            yield {}
+            yield unchanged
 
     async def used(self, job_id: str) -> dict[Any, Any]:
         """A job's settings, in the tab of its model."""

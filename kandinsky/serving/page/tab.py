@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -29,6 +30,27 @@ OF_VIDEO = ("size", "seconds")
 WITHOUT_PLAN = ("prompt", "negative_prompt", "seed")
 
 
+class WithoutStub(type(gr.Image)):  # type: ignore[misc]
+    """Makes a class of a component as Python does: Gradio's own metaclass writes a .pyi file beside the source."""
+
+    def __new__(cls, *arguments: Any) -> WithoutStub:
+        return ABCMeta.__new__(cls, *arguments)
+
+
+class AnyFile(gr.Image, metaclass=WithoutStub):
+    """A `gr.Image` that takes what is no picture, too, in place of an error without a word: the API says what is."""
+
+    is_template = True  # in the browser it is its parent
+
+    def preprocess(self, payload: Any) -> Any:
+        try:
+            return super().preprocess(payload)
+        except Exception:  # whatever Pillow stumbles over
+            if payload is None or not payload.path:
+                raise
+            return payload.path
+
+
 class Tab:
     def __init__(self, task: str, models: list[dict[str, Any]], client: Client) -> None:
         self.task, self.client = task, client
@@ -42,7 +64,7 @@ class Tab:
                 "prompt": gr.Textbox(label="Prompt", placeholder=PROMPTS[task], lines=3, elem_id=f"{task}-prompt"),
             }
             # Neither decoded nor changed here: the API looks at it.
-            self.picture = gr.Image(
+            self.picture = AnyFile(
                 label="Picture" if self.needs_picture else "Picture to start from, with a strength",
                 type="filepath",
                 image_mode=None,
@@ -52,7 +74,6 @@ class Tab:
                 visible=self.needs_picture or task == "t2i",
                 elem_id=f"{task}-picture",
             )
-            self.picture.preprocess = whatever_it_is(self.picture.preprocess)  # type: ignore[method-assign]
             start = self._of_model(first)
             with gr.Row():
                 self.fields["size"] = gr.Dropdown(
@@ -192,20 +213,6 @@ class Tab:
         fields = {**self.fields, **self.directed.components}
         changes = [self.picture.change, *(one.change for name, one in fields.items() if name not in WITHOUT_PLAN)]
         gr.on([page.load, self.clock.tick, *changes], trigger_mode="always_last", **planned)
-
-
-def whatever_it_is(read: Any) -> Any:
-    """As `read` does, a `gr.Image`'s `preprocess`; but a file that is no picture is taken too: the API says what is."""
-
-    def path_of(given: Any) -> Any:
-        try:
-            return read(given)
-        except Exception:  # whatever Pillow stumbles over
-            if given is None or not given.path:
-                raise
-            return given.path
-
-    return path_of
 
 
 def shown_in_form(settings: Mapping[str, Any]) -> dict[str, Any]:
