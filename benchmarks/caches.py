@@ -3,7 +3,7 @@
     python benchmarks/caches.py magcache taylorseer tracked --cases 100 --output outputs/caches.json --minutes 5
     python benchmarks/caches.py tracked,threshold=0.1 tracked,threshold=0.3,max_skips=4 firstblock,order=1 --cases 10
 
-A case is a held-out caption with its seed (tools/eval_tiny.py), generated once as the tiny config says and once with
+A case is a held-out caption (or, with `--split train`, one that was trained on) with its seed (tools/eval_tiny.py), generated once as the tiny config says and once with
 every cache; what was asked for is read back from the pixels. PSNR is between the two clips, over all their pixels.
 What `--output` has is not made again. One pipeline makes everything: a cache is a request's, and nothing of it stays.
 """
@@ -84,9 +84,12 @@ def main() -> None:
         "caches", nargs="+", metavar="kind[,setting=value]", help="settings: threshold, max_skips, order"
     )
     add_arguments(parser, cases=10)
+    parser.add_argument(
+        "--split", choices=("test", "train"), default="test", help="train: captions trained on, to choose settings with"
+    )
     args = parser.parse_args()
     kept = Kept(args.output, {}, args.minutes)
-    measure(kept, args.caches, make_cases("t2v", args.cases))
+    measure(kept, args.caches, make_cases("t2v", args.cases, split=args.split))
     print(table(kept.data))
 
 

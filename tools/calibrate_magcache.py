@@ -55,7 +55,10 @@ class RatioRecorder:
     def saved(self) -> dict[str, Any]:
         return {}
 
-    def run_blocks(self, branch: str, sample: int, run_blocks: Any) -> Any:
+    def evaluate(self, branch: str, sample: int, run: Any, execution: Any) -> Any:
+        return run(execution=execution.within(lambda run_blocks: self.run_blocks(branch, run_blocks)))
+
+    def run_blocks(self, branch: str, run_blocks: Any) -> Any:
         def measured(hidden: Any, inputs: Any) -> Any:
             result = run_blocks(hidden, inputs)
             norms = (result.float() - hidden.float()).norm(dim=-1).flatten()  # one a token

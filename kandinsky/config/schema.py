@@ -223,8 +223,13 @@ class CacheSettings(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Tensors of the tokens' size that it keeps for every sample and branch of guidance."""
+        """Tensors of the tokens' size, or of the velocity's, that it keeps for every sample and branch of guidance."""
         return self.order + 1 + (self.kind in ("firstblock", "dbcache"))
+
+    @property
+    def keeps_velocities(self) -> bool:
+        """Rather than what blocks add to the tokens."""
+        return self.kind in ("taylorseer", "tracked")
 
     @property
     def replaced(self) -> int:

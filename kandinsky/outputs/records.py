@@ -189,6 +189,8 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
             cached = f"residual.{branch}.{i}"
             for name in (cached, f"{cached}.probe", *(f"{cached}.{number}" for number in range(CACHE_TENSORS))):
                 possible[name] = (FLOATS, (1, tokens, dit.model_dim))
+            for number in range(CACHE_TENSORS):
+                possible[f"{cached}.velocity.{number}"] = (FLOATS, (1, *request.latent_size, dit.out_visual_dim))
             possible[f"{cached}.numbers"] = (("F64",), (CACHE_NUMBERS,))
     _check_tensors(needed, possible, header, what)
     return request

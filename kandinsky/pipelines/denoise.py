@@ -142,18 +142,19 @@ class DenoiseStage(Retries):
             _, *size, _ = latents.shape
             for i, (sample, text) in enumerate(zip(samples, branches[branch], strict=True)):
                 execution = replace(self.execution, exact_blocks=exact[state.step], calls=calls)
-                if block_cache is not None:
-                    execution = execution.within(partial(block_cache.run_blocks, branch, i))
-                velocity = self.dit(
+                run_dit = partial(
+                    self.dit,
                     sample,
                     text.text_embeds,
                     text.pooled_embeds,
                     timestep.expand(1),
                     text_mask=text.text_mask,
                     tables=tables(tuple(size), text.text_embeds.shape[1], kept[state.step]),
-                    execution=execution,
                 )
-                velocities.append(velocity)
+                if block_cache is None:
+                    velocities.append(run_dit(execution=execution))
+                else:
+                    velocities.append(block_cache.evaluate(branch, i, run_dit, execution))
             out = torch.cat(velocities)
             if record.evaluations == 1:  # once, because it waits for the device
                 weights = partial(self.dit.named_weights, self.execution.hand_out)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kandinsky.checkpoints.lora_file import AdapterConfig
 from kandinsky.coarse import CoarseSteps, coarse_steps
 from kandinsky.config.schema import Config
-from kandinsky.models.dit import DiffusionTransformer3D, Execution, RunBlocks
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.models.vae_flux import AutoencoderKL
 from kandinsky.models.vae_hunyuan import AutoencoderKLHunyuanVideo
 from kandinsky.models.vae_tiling import MapTiles
@@ -68,8 +68,11 @@ class BlockCache(Protocol):
         """How many of so many blocks these left out, each."""
         ...
 
-    def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
-        """What to run in place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""
+    def evaluate(self, branch: Branch, sample: int, run: Callable[..., Tensor], execution: Execution) -> Tensor:
+        """This sample's next velocity (1, T, H, W, C) of the branch: what `run(execution=...)` gives where all blocks run.
+
+        execution: how they would be run without a cache.
+        """
         ...
 
     def saved(self) -> dict[str, Tensor]:

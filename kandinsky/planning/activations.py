@@ -7,6 +7,7 @@ count is the same there, but kernels may want memory of their own, and PyTorch k
 
 from __future__ import annotations
 
+import math
 from math import prod
 
 from kandinsky.checkpoints.tiny_decoder import BLOCKS, TIMES, TinyLayout
@@ -198,8 +199,10 @@ def cache_bytes(
 ) -> int:
     """What a cache of blocks keeps from step to step; what was there before a step is kept until it is done, and the
     tokens before the blocks are, where these write over them."""
-    tensors = samples * branches * (cache.kept + cache.replaced) + writes_over
-    return tensors * tokens * dit.model_dim * element_size
+    tensors = samples * branches * (cache.kept + cache.replaced)
+    if cache.keeps_velocities:
+        return tensors * tokens * math.prod(dit.patch_size) * dit.out_visual_dim * element_size
+    return (tensors + writes_over) * tokens * dit.model_dim * element_size
 
 
 def text_activations(

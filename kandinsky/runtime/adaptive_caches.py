@@ -31,13 +31,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor, nn
 
 from kandinsky.common.limits import CHUNK_TOKENS
-from kandinsky.models.dit import BlockInputs, RunBlocks
+from kandinsky.models.dit import BlockInputs, Execution, RunBlocks
 from kandinsky.run_state import CACHE_NUMBERS
 from kandinsky.sampling.sampler import Branch
 
@@ -50,11 +51,12 @@ UNSEEN = 0.1  # what is taken for the error after one step before any has been s
 class Track:
     """What is known of one branch of one sample.
 
-    residuals: those that a forecast goes through, (1, N, D) in the DiT's dtype, and the steps that they are of, the
-    newest last. probe: what the first blocks added then. in_a_row: skipped evaluations since. numbers: a rule's own.
+    values: those that a forecast goes through, residuals (1, N, D) or velocities (1, T, H, W, C) in the DiT's dtype, and
+    the steps that they are of, the newest last. probe: what the first blocks added then. in_a_row: skipped evaluations
+    since. numbers: a rule's own.
     """
 
-    residuals: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     probe: Tensor | None = None
     in_a_row: int = 0
@@ -63,20 +65,21 @@ class Track:
 
 
 class AdaptiveCache(ABC):
-    """One request's cache, a `BlockCache`. Subclasses say which blocks always run and what a forecast's error is.
+    """One request's cache, a `BlockCache`. Subclasses say what is forecast and what its error is.
 
     Args:
         steps: of each branch, in which steps it is evaluated.
-        lengths: of all steps, in any unit.
+        lengths: of all steps, by how much the noise level falls, in any unit.
         blocks: how many there are.
         threshold: of the weighed error, below which blocks are left out; at 0 they all run, to the same bits.
         max_skips: evaluations of a branch in a row that may leave them out.
-        order: degree of the polynomial, as soon as there are residuals enough.
+        order: degree of the polynomial, as soon as there are values enough.
         agree: makes processes decide alike.
     """
 
     number: int  # of the kind, where a request is kept on disk
     numbers = 0  # that the rule keeps
+    value = ""  # in the names under which what a forecast goes through is saved
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class AdaptiveCache(ABC):
     ) -> None:
         self.steps = steps
         self.weights = [length * len(lengths) / sum(lengths) for length in lengths]
+        self.places = [0.0, *accumulate(self.weights)]  # of the steps, along the noise level
         self.threshold, self.max_skips, self.order, self.agree = threshold, max_skips, order, agree
         self.first, last = self.always(blocks)
         self.middle = max(0, blocks - self.first - last)
@@ -105,34 +109,18 @@ class AdaptiveCache(ABC):
 
     @abstractmethod
     def expected_error(self, track: Track, distance: int, probe: Tensor | None) -> float:
-        """Of a forecast so many steps after the newest residual, relative to what it forecasts."""
-
-    def learn(self, track: Track, distance: int, error: float) -> None:
-        """The blocks did run, and a forecast over that distance would have had this error. For rules with numbers."""
-        raise NotImplementedError
+        """Of a forecast so many steps after the newest value, relative to what it forecasts."""
 
     # --- what a `BlockCache` is asked for -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def evaluate(self, branch: Branch, sample: int, run: Callable[..., Tensor], execution: Execution) -> Tensor: ...
 
     def skipped_of(self, sample: int) -> int:
         return sum(track.skipped for (_, of), track in self.tracks.items() if of == sample)
 
     def spares(self, blocks: int) -> int:
         return self.middle
-
-    def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
-        """What takes the place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""
-        key = branch, sample
-
-        def cached(hidden: Tensor, inputs: BlockInputs) -> Tensor:
-            track = self.tracks.setdefault(key, Track())
-            step = self.steps[branch][self.done[key]]
-            self.done[key] += 1
-            result = self._evaluate(key, track, step, hidden, inputs, run_blocks)
-            if self.done[key] == len(self.steps[branch]):
-                self.tracks[key] = Track(skipped=track.skipped)
-            return result
-
-        return cached
 
     def saved(self) -> dict[str, Tensor]:
         """The state by names, for `restore`; numbers as one tensor in float64, which has all their bits."""
@@ -143,7 +131,7 @@ class AdaptiveCache(ABC):
             head = [self.number, self.order, *lengths, track.skipped, track.in_a_row, *track.steps]
             numbers = [*head, *track.numbers] + [0.0] * (CACHE_NUMBERS - len(head) - len(track.numbers))
             tensors[f"{name}.numbers"] = torch.tensor(numbers, dtype=torch.float64)
-            tensors |= {f"{name}.{i}": residual for i, residual in enumerate(track.residuals)}
+            tensors |= {f"{name}.{self.value}{i}": value for i, value in enumerate(track.values)}
             if track.probe is not None:
                 tensors[f"{name}.probe"] = track.probe
         return tensors
@@ -163,47 +151,26 @@ class AdaptiveCache(ABC):
         if f"{name}.numbers" not in tensors:
             raise ValueError(OTHER_CACHE)
         number, order, count, length, skipped, in_a_row, *rest = tensors[f"{name}.numbers"].tolist()
-        residuals = [tensors[key] for i in range(self.order + 1) if (key := f"{name}.{i}") in tensors]
+        values = [tensors[key] for i in range(self.order + 1) if (key := f"{name}.{self.value}{i}") in tensors]
         probe = tensors.get(f"{name}.probe")
-        fits = (number, order, count) == (self.number, self.order, len(residuals)) and length in (0, self.numbers)
+        fits = (number, order, count) == (self.number, self.order, len(values)) and length in (0, self.numbers)
         if not fits or (probe is not None) != (count > 0 and self.first > 0):
             raise ValueError(OTHER_CACHE)
-        steps, rest = [int(step) for step in rest[: len(residuals)]], rest[len(residuals) :]
-        return Track(residuals, steps, probe, int(in_a_row), int(skipped), rest[: int(length)])
+        steps, rest = [int(step) for step in rest[: len(values)]], rest[len(values) :]
+        return Track(values, steps, probe, int(in_a_row), int(skipped), rest[: int(length)])
 
     # --- one evaluation -----------------------------------------------------------------------------------------------
 
-    def _evaluate(
-        self,
-        key: tuple[Branch, int],
-        track: Track,
-        step: int,
-        hidden: Tensor,
-        inputs: BlockInputs,
-        run_blocks: RunBlocks,
-    ) -> Tensor:
-        """Tokens (1, N, D) after all blocks, or what stands for them; keeps in `track` what the next ones need."""
-        parts = _Parts(run_blocks, inputs)
-        writes_over, probe = inputs.execution.writes_over, None
-        if self.first:
-            before = hidden.clone() if writes_over else hidden
-            hidden = parts.run(hidden, self.first)
-            probe = hidden - before
-        distance = step - track.steps[-1] if track.steps else 0
-        if self._skips(key, track, step, distance, probe):
-            after = forecast(track, step, hidden)
-            parts.leave_out(self.middle if self.has_last else 0)
-        else:
-            before = hidden.clone() if writes_over else hidden
-            after = parts.run(hidden, self.middle if self.has_last else None)
-            residual = after - before
-            if distance and self.numbers and key[0] == "cond":
-                self.learn(track, distance, forecast_error(track, step, residual))
-            track.residuals = [*track.residuals, residual][-self.order - 1 :]
-            track.steps = [*track.steps, step][-self.order - 1 :]
-            track.probe = probe
-            track.in_a_row = 0
-        return parts.run(after, None) if self.has_last else after
+    def _begun(self, key: tuple[Branch, int]) -> tuple[Track, int, int]:
+        """Of the next evaluation: its track, its step, and how many steps this is after the newest value."""
+        track = self.tracks.setdefault(key, Track())
+        step = self.steps[key[0]][self.done[key]]
+        self.done[key] += 1
+        return track, step, step - track.steps[-1] if track.steps else 0
+
+    def _ended(self, key: tuple[Branch, int], track: Track) -> None:
+        if self.done[key] == len(self.steps[key[0]]):
+            self.tracks[key] = Track(skipped=track.skipped)
 
     def _skips(self, key: tuple[Branch, int], track: Track, step: int, distance: int, probe: Tensor | None) -> bool:
         """Whether this evaluation leaves blocks out; counts it."""
@@ -221,6 +188,16 @@ class AdaptiveCache(ABC):
         track.in_a_row += 1
         track.skipped += 1
         return True
+
+    def _weights(self, track: Track, step: int) -> list[float]:
+        """Of the track's values, those that make the forecast for a step."""
+        return interpolation_weights([self.places[one] for one in track.steps], self.places[step])
+
+    def _keep(self, track: Track, step: int, value: Tensor, probe: Tensor | None = None) -> None:
+        track.values = [*track.values, value][-self.order - 1 :]
+        track.steps = [*track.steps, step][-self.order - 1 :]
+        track.probe = probe
+        track.in_a_row = 0
 
 
 OTHER_CACHE = (
@@ -263,31 +240,30 @@ def interpolation_weights(places: Sequence[float], at: float) -> list[float]:
     return [math.prod((at - other) / (own - other) for other in places if other != own) for own in places]
 
 
-def forecast(track: Track, step: int, hidden: Tensor) -> Tensor:
-    """The tokens (1, N, D) with the residual that this step is expected to add; summed in float32, some at a time."""
-    weights = interpolation_weights(track.steps, step)
-    result = torch.empty_like(hidden)
-    for rows in _chunks(hidden.shape[1]):
-        result[:, rows] = hidden[:, rows] + _weighted(track.residuals, weights, rows)
+def forecast(values: Sequence[Tensor], weights: Sequence[float], onto: Tensor | None = None) -> Tensor:
+    """The weighted sum of tensors (1, N, ...), in their dtype, added onto another; in float32, some rows at a time."""
+    result = torch.empty_like(values[-1])
+    for rows in _chunks(result.shape[1]):
+        total = _weighted(values, weights, rows)
+        result[:, rows] = total if onto is None else onto[:, rows] + total
     return result
 
 
-def forecast_error(track: Track, step: int, residual: Tensor) -> float:
-    """Norm of a forecast residual's distance from the true one, relative to that one's norm."""
-    weights = interpolation_weights(track.steps, step)
-    wrong = torch.zeros((), dtype=torch.float32, device=residual.device)
+def forecast_error(values: Sequence[Tensor], weights: Sequence[float], true: Tensor) -> float:
+    """Norm of a forecast's distance from what it forecasts, relative to that one's norm."""
+    wrong = torch.zeros((), dtype=torch.float32, device=true.device)
     size = wrong.clone()
-    for rows in _chunks(residual.shape[1]):
-        true = residual[:, rows].float()
-        wrong += (_weighted(track.residuals, weights, rows) - true).square().sum()
-        size += true.square().sum()
+    for rows in _chunks(true.shape[1]):
+        of_rows = true[:, rows].float()
+        wrong += (_weighted(values, weights, rows) - of_rows).square().sum()
+        size += of_rows.square().sum()
     return float((wrong / size.clamp(min=SMALLEST)).sqrt())
 
 
-def _weighted(residuals: Sequence[Tensor], weights: Sequence[float], rows: slice) -> Tensor:
-    total = residuals[0][:, rows].float() * weights[0]
-    for weight, residual in zip(weights[1:], residuals[1:], strict=True):
-        total.add_(residual[:, rows], alpha=weight)
+def _weighted(values: Sequence[Tensor], weights: Sequence[float], rows: slice) -> Tensor:
+    total = values[0][:, rows].float() * weights[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total.add_(value[:, rows], alpha=weight)
     return total
 
 
@@ -299,7 +275,10 @@ def _chunks(tokens: int) -> list[slice]:
 
 
 class FirstBlockCache(AdaptiveCache):
-    """The change that is looked at is the published one: mean of absolute differences over mean of absolute values."""
+    """Forecasts what the middle blocks add to the tokens, by how much changed what the first ones add.
+
+    The change that is looked at is the published one: mean of absolute differences over mean of absolute values.
+    """
 
     number = 1
 
@@ -312,6 +291,28 @@ class FirstBlockCache(AdaptiveCache):
         change = torch.linalg.vector_norm(probe - track.probe, 1, dtype=torch.float32)
         return float(change) / max(float(torch.linalg.vector_norm(track.probe, 1, dtype=torch.float32)), SMALLEST)
 
+    def evaluate(self, branch: Branch, sample: int, run: Callable[..., Tensor], execution: Execution) -> Tensor:
+        return run(execution=execution.within(lambda blocks: partial(self._run_blocks, (branch, sample), blocks)))
+
+    def _run_blocks(
+        self, key: tuple[Branch, int], run_blocks: RunBlocks, hidden: Tensor, inputs: BlockInputs
+    ) -> Tensor:
+        """Tokens (1, N, D) after all blocks, or what stands for them; keeps what the next evaluations need."""
+        track, step, distance = self._begun(key)
+        parts, writes_over = _Parts(run_blocks, inputs), inputs.execution.writes_over
+        before = hidden.clone() if writes_over else hidden
+        hidden = parts.run(hidden, self.first)
+        probe = hidden - before
+        if self._skips(key, track, step, distance, probe):
+            after = forecast(track.values, self._weights(track, step), onto=hidden)
+            parts.leave_out(self.middle if self.has_last else 0)
+        else:
+            before = hidden.clone() if writes_over else hidden
+            after = parts.run(hidden, self.middle if self.has_last else None)
+            self._keep(track, step, after - before, probe)
+        self._ended(key, track)
+        return parts.run(after, None) if self.has_last else after
+
 
 class DualBlockCache(FirstBlockCache):
     number = 2
@@ -322,22 +323,41 @@ class DualBlockCache(FirstBlockCache):
 
 
 class TaylorCache(AdaptiveCache):
-    """An error grows with the distance to the power of the degree + 1, as a Taylor series' remainder does."""
+    """Forecasts the velocity, and learns from how far that would have been off whenever the DiT does run.
+
+    An error grows with the distance to the power of the degree + 1, as a Taylor series' remainder does.
+    """
 
     number, numbers = 3, 1
+    value = "velocity."
 
     def expected_error(self, track: Track, distance: int, probe: Tensor | None) -> float:
         error = self.error_of_a_step(track, distance) if track.numbers else UNSEEN
-        return error * distance ** len(track.residuals)
+        return error * distance ** len(track.values)
 
     def learn(self, track: Track, distance: int, error: float) -> None:
-        self.learn_of_a_step(track, distance, max(error, SMALLEST) / distance ** len(track.residuals))
+        """The DiT did run, and a forecast over that distance would have had this error."""
+        self.learn_of_a_step(track, distance, max(error, SMALLEST) / distance ** len(track.values))
 
     def error_of_a_step(self, track: Track, distance: int) -> float:
         return track.numbers[0]
 
     def learn_of_a_step(self, track: Track, distance: int, error: float) -> None:
         track.numbers = [error]
+
+    def evaluate(self, branch: Branch, sample: int, run: Callable[..., Tensor], execution: Execution) -> Tensor:
+        key = branch, sample
+        track, step, distance = self._begun(key)
+        weights = self._weights(track, step)
+        if self._skips(key, track, step, distance, None):
+            velocity = forecast(track.values, weights)
+        else:
+            velocity = run(execution=execution)
+            if distance and branch == "cond":
+                self.learn(track, distance, forecast_error(track.values, weights, velocity))
+            self._keep(track, step, velocity)
+        self._ended(key, track)
+        return velocity
 
 
 class TrackedCache(TaylorCache):

@@ -14,12 +14,13 @@ Paper: Ma et al. 2025, "MagCache: Fast Video Generation with Magnitude-Aware Cac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from kandinsky.config.schema import MagCacheConfig
-from kandinsky.models.dit import BlockInputs, RunBlocks
+from kandinsky.models.dit import BlockInputs, Execution, RunBlocks
 from kandinsky.sampling.sampler import Branch
 
 
@@ -139,6 +140,9 @@ class MagCache:
                         "the run was stopped without what MagCache's next step needs: go on with the magcache settings "
                         "that it began with, or with magcache.enabled=false"
                     )
+
+    def evaluate(self, branch: Branch, sample: int, run: Callable[..., Tensor], execution: Execution) -> Tensor:
+        return run(execution=execution.within(partial(self.run_blocks, branch, sample)))
 
     def run_blocks(self, branch: Branch, sample: int, run_blocks: RunBlocks) -> RunBlocks:
         """What takes the place of the DiT's own `run_blocks` in this sample's next evaluation of the branch."""

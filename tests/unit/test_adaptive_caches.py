@@ -20,11 +20,10 @@ from typing import Any
 import pytest
 import torch
 from small_pipelines import PICTURE, TASKS, Abort, abort_at, build, call, count_name, latents_of, randomised
-from torch import Tensor
 
 from kandinsky.config.reading import load_config, with_magcache, with_settings
 from kandinsky.config.schema import CACHE_DEFAULTS, CacheConfig
-from kandinsky.models.dit import BlockInputs, DiffusionTransformer3D, Execution
+from kandinsky.models.dit import DiffusionTransformer3D, Execution
 from kandinsky.outputs.resume import Stopped, load_run
 from kandinsky.planning.activations import cache_bytes
 from kandinsky.request import resolve_request
@@ -248,7 +247,7 @@ def test_state_is_the_requests_and_as_large_as_planned(kind: str, order: int) ->
 
     def watch(*_: object) -> None:
         tracks = caches[-1]().tracks.values()
-        tensors = [tensor for track in tracks for tensor in (*track.residuals, track.probe) if tensor is not None]
+        tensors = [tensor for track in tracks for tensor in (*track.values, track.probe) if tensor is not None]
         kept.append(sum(tensor.nbytes for tensor in tensors))
 
     before = set(vars(pipe)), set(vars(pipe.dit))
@@ -259,7 +258,9 @@ def test_state_is_the_requests_and_as_large_as_planned(kind: str, order: int) ->
     settings, params = pipe.config.block_cache, pipe.config.model.dit_params
     tokens = 2 * 2  # 32 x 32 pixels
     planned = cache_bytes(params, tokens, settings, samples=2, branches=2, element_size=4, writes_over=False)
-    assert max(kept) == planned - 4 * settings.replaced * tokens * params.model_dim * 4
+    velocity = 4 * 4 * 16  # latents of 4 x 4, or of 2 x 2 tokens
+    size = velocity if settings.keeps_velocities else tokens * params.model_dim * 4
+    assert max(kept) == planned - 4 * settings.replaced * size
     assert kept[-1] == 0  # after the last step there is no use for it
 
 
@@ -318,14 +319,9 @@ def test_another_cache_cannot_go_on(tmp_path: Path) -> None:
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def evaluated(cache: AdaptiveCache, residual: float) -> float:
-    """What the next evaluation's tokens are, which are 1 before the blocks."""
-    inputs: Any = SimpleBlockInputs
-    result = cache.run_blocks("cond", 0, lambda hidden, inputs: hidden + residual)(torch.ones(1, 3, 2), inputs)
-    return float(result[0, 0, 0])
-
-
-SimpleBlockInputs = BlockInputs(*(None,) * 6, Execution())  # type: ignore[arg-type]
+def evaluated(cache: AdaptiveCache, velocity: float) -> float:
+    """What the next evaluation gives, where the DiT would give this velocity."""
+    return float(cache.evaluate("cond", 0, lambda execution: torch.full((1, 3, 2), velocity), Execution())[0, 0, 0])
 
 
 @pytest.mark.parametrize("rule", [TaylorCache, TrackedCache])
@@ -335,8 +331,8 @@ def test_polynomials_of_its_order_are_forecast(rule: type[AdaptiveCache], order:
     cache = rule({"cond": range(12), "uncond": ()}, [1.0] * 12, 1, threshold=1e-3, max_skips=3, order=order)
     ran = []
     for step in range(12):
-        before, residual = cache.skipped_of(0), (1 + 0.3 * step) ** order
-        assert evaluated(cache, residual) == pytest.approx(1 + residual, rel=1e-5)
+        before, velocity = cache.skipped_of(0), (1 + 0.3 * step) ** order
+        assert evaluated(cache, velocity) == pytest.approx(velocity, rel=1e-5)
         if cache.skipped_of(0) == before:
             ran.append(step)
     if rule is TaylorCache:
@@ -346,7 +342,7 @@ def test_polynomials_of_its_order_are_forecast(rule: type[AdaptiveCache], order:
 
 
 def test_a_long_step_weighs_more() -> None:
-    """The residual doubles: to repeat it is as wrong in all steps, and weighs twice in one twice the mean."""
+    """The velocity doubles: to repeat it is as wrong in all steps, and weighs twice in one twice the mean."""
     lengths = [1.0, 1.0, 1.0, 0.5, 0.5, 2.0]
     cache = TaylorCache({"cond": range(6), "uncond": ()}, lengths, 1, threshold=0.6, max_skips=1, order=0)
     ran = []
@@ -368,7 +364,7 @@ def test_interpolation_weights() -> None:
 
 def test_errors_grow_with_the_distance_and_the_newest_counts() -> None:
     cache = TaylorCache({"cond": range(9), "uncond": ()}, [1.0] * 9, 1, threshold=0.5, max_skips=9, order=1)
-    track: Any = SimpleNamespace(numbers=[], residuals=[0, 0])
+    track: Any = SimpleNamespace(numbers=[], values=[0, 0])
     assert cache.expected_error(track, 1, None) == UNSEEN
     cache.learn(track, 2, 0.4)
     assert [cache.expected_error(track, distance, None) for distance in (1, 2, 3)] == pytest.approx([0.1, 0.4, 0.9])
@@ -379,7 +375,7 @@ def test_errors_grow_with_the_distance_and_the_newest_counts() -> None:
 def test_filter_smooths_what_it_sees() -> None:
     """A steady error is what is expected in the end; an outlier moves it by less than all the way."""
     cache = TrackedCache({"cond": range(9), "uncond": ()}, [1.0] * 9, 1, threshold=0.5, max_skips=9, order=0)
-    track: Any = SimpleNamespace(numbers=[], residuals=[0])
+    track: Any = SimpleNamespace(numbers=[], values=[0])
     for _ in range(30):
         cache.learn(track, 1, 0.1)
     mean, variance = track.numbers
@@ -431,10 +427,18 @@ def test_magcache_takes_the_place_of_another_cache() -> None:
 
 def test_what_a_forecast_is_made_from_stays_as_it_is() -> None:
     cache = TaylorCache({"cond": range(6), "uncond": ()}, [1.0] * 6, 1, threshold=1.0, max_skips=3, order=0)
-    hidden = torch.ones(1, 3, 2)
-    results: list[Tensor] = []
-    for _ in range(6):
-        run = cache.run_blocks("cond", 0, lambda hidden, inputs: hidden + 2)
-        results.append(run(hidden, SimpleBlockInputs))
-    assert cache.skipped_of(0) == 4 and torch.equal(hidden, torch.ones(1, 3, 2))
-    assert all(torch.equal(result, hidden + 2) for result in results)
+    velocity = torch.ones(1, 3, 2)
+    results = [cache.evaluate("cond", 0, lambda execution: velocity, Execution()) for _ in range(6)]
+    assert cache.skipped_of(0) == 4 and torch.equal(velocity, torch.ones(1, 3, 2))
+    assert all(torch.equal(result, velocity) for result in results)
+
+
+def test_a_line_is_along_the_noise_level_and_not_along_the_steps() -> None:
+    """The velocity changes evenly with the noise level, which falls by ever more a step: forecasts are exact."""
+    lengths = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    cache = TaylorCache({"cond": range(6), "uncond": ()}, lengths, 1, threshold=1e-4, max_skips=1, order=1)
+    level = 0.0
+    for step, length in enumerate(lengths):
+        assert evaluated(cache, 1 + level) == pytest.approx(1 + level, rel=1e-5)
+        assert cache.skipped_of(0) == (0, 0, 0, 1, 1, 2)[step]
+        level += length

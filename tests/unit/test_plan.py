@@ -168,7 +168,12 @@ def test_magcache_and_quantisation_are_counted() -> None:
     residual = num_tokens(config, request) * 1792 * 2
     assert cached.activations - plain.activations == 2 * residual
     tracked = denoise(with_settings(config, cache={"kind": "tracked", "order": 2}))  # and a new one beside each old one
-    assert tracked.activations - plain.activations == 2 * (3 + 1) * residual
+    velocity = num_tokens(config, request) * 2 * 2 * 16 * 2
+    assert tracked.activations - plain.activations == 2 * (3 + 1) * velocity
+    firstblock = denoise(
+        with_settings(config, cache={"kind": "firstblock", "order": 1})
+    )  # and what the first block adds
+    assert firstblock.activations - plain.activations == 2 * (3 + 2) * residual
     int8 = denoise(with_settings(config, runtime={"dit_quantization": "int8"}))
     assert int8.weights < 0.62 * plain.weights
     assert int8.activations == plain.activations  # a weight that is made into numbers again is not at the peak
