@@ -7,7 +7,6 @@ count is the same there, but kernels may want memory of their own, and PyTorch k
 
 from __future__ import annotations
 
-import math
 from math import prod
 
 from kandinsky.checkpoints.tiny_decoder import BLOCKS, TIMES, TinyLayout
@@ -201,7 +200,7 @@ def cache_bytes(
     tokens before the blocks are, where these write over them."""
     tensors = samples * branches * (cache.kept + cache.replaced)
     if cache.keeps_velocities:
-        return tensors * tokens * math.prod(dit.patch_size) * dit.out_visual_dim * element_size
+        return tensors * tokens * prod(dit.patch_size) * dit.out_visual_dim * element_size
     return (tensors + writes_over) * tokens * dit.model_dim * element_size
 
 

@@ -1,22 +1,25 @@
-"""Caches that need no calibration: what an evaluation's blocks add is taken from earlier ones, as far as these tell.
+"""Caches that need no calibration: an evaluation is forecast from earlier ones, as far as these tell.
 
-The blocks of an evaluation are first ones, middle ones and last ones. The middle ones may be left out: what they add to
-the tokens, the residual, is then forecast as the polynomial through its last values (of degree 0: the last value). An
-error moves the latents by as much as its step is long, so it weighs as much: relative to the residual, times the step's
-length over the mean step's, it has to stay below a threshold. The four kinds differ in which blocks always run, and in
-what says how far a forecast may be off:
+A forecast is the polynomial through the last values (of degree 0: the last value), along the noise level: steps are not
+even in that. An error moves the latents by as much as its step is long, so it weighs as much: relative, times the
+step's length over the mean step's, it has to stay below a threshold. The kinds differ in what is forecast, and in what
+says how far that may be off. Two forecast what some of the blocks add to the tokens, the residual:
 
 - `firstblock`, First Block Cache: the first block always runs. The change of what it adds, since all blocks last ran,
   stands for the change of what the others add.
 - `dbcache`, DBCache: the same with the first quarter of the blocks; and the last eighth, which mends what was forecast.
-- `taylorseer`, TaylorSeer: no block has to run. How far the forecast would have been off is seen whenever the blocks do
-  run, and what was seen last counts. (TaylorSeer as published leaves out a fixed number of evaluations.)
+
+Two forecast the velocity, which is a fraction of a residual's size, and of which a straight line is nearer to the truth:
+
+- `taylorseer`, TaylorSeer: how far the forecast would have been off is seen whenever the DiT does run, and what was
+  seen last counts. (TaylorSeer as published forecasts features inside of the DiT, along the steps, and leaves out a
+  fixed number of evaluations.)
 - `tracked`: the same, with all that was seen so far put together by a Kalman filter.
 
-Each branch of guidance and each sample has residuals of its own. The conditional branch decides, and the unconditional
+Each branch of guidance and each sample has values of its own. The conditional branch decides, and the unconditional
 evaluation of the same step follows it: their errors are alike, and where both are wrong at once, guidance takes the one
 from the other. All state lives in the cache, which is a request's. Knows numbers and tensors; knows no models, prompts,
-devices or files. With several processes each one sees all tokens here, and `agree` makes them decide alike.
+devices or files. With several processes each one sees all values here, and `agree` makes them decide alike.
 
 Sources: First Block Cache: ParaAttention (chengzeyi/ParaAttention, 2024), after TeaCache, Liu et al. 2024,
 arXiv 2411.19108. DBCache: cache-dit (vipshop/cache-dit, 2025). TaylorSeer: Liu et al. 2025, "From Reusing to
@@ -51,9 +54,9 @@ UNSEEN = 0.1  # what is taken for the error after one step before any has been s
 class Track:
     """What is known of one branch of one sample.
 
-    values: those that a forecast goes through, residuals (1, N, D) or velocities (1, T, H, W, C) in the DiT's dtype, and
-    the steps that they are of, the newest last. probe: what the first blocks added then. in_a_row: skipped evaluations
-    since. numbers: a rule's own.
+    values: those that a forecast goes through, residuals (1, N, D) or velocities (1, T, H, W, C) in the DiT's dtype,
+    and the steps that they are of, the newest last. probe: what the first blocks added then. in_a_row: skipped
+    evaluations since. numbers: a rule's own.
     """
 
     values: list[Tensor] = field(default_factory=list)

@@ -258,7 +258,7 @@ def test_state_is_the_requests_and_as_large_as_planned(kind: str, order: int) ->
     settings, params = pipe.config.block_cache, pipe.config.model.dit_params
     tokens = 2 * 2  # 32 x 32 pixels
     planned = cache_bytes(params, tokens, settings, samples=2, branches=2, element_size=4, writes_over=False)
-    velocity = 4 * 4 * 16  # latents of 4 x 4, or of 2 x 2 tokens
+    velocity = 4 * 4 * params.out_visual_dim * 4  # 4 x 4 latents
     size = velocity if settings.keeps_velocities else tokens * params.model_dim * 4
     assert max(kept) == planned - 4 * settings.replaced * size
     assert kept[-1] == 0  # after the last step there is no use for it
