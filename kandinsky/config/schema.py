@@ -242,7 +242,7 @@ class CacheSettings(NamedTuple):
 CACHE_DEFAULTS: Mapping[str, tuple[float, int, int]] = {
     "firstblock": (0.3, 2, 1),
     "dbcache": (0.3, 2, 1),
-    "taylorseer": (0.08, 2, 1),
+    "taylorseer": (0.15, 2, 1),
     "tracked": (0.08, 3, 1),
 }
 

@@ -69,10 +69,7 @@ class BlockCache(Protocol):
         ...
 
     def evaluate(self, branch: Branch, sample: int, run: Callable[..., Tensor], execution: Execution) -> Tensor:
-        """This sample's next velocity (1, T, H, W, C) of the branch: what `run(execution=...)` gives where all blocks run.
-
-        execution: how they would be run without a cache.
-        """
+        """This sample's next velocity (1, T, H, W, C) of the branch; `run(execution=execution)` is it without a cache."""
         ...
 
     def saved(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ says how far that may be off. Two forecast what some of the blocks add to the to
   stands for the change of what the others add.
 - `dbcache`, DBCache: the same with the first quarter of the blocks; and the last eighth, which mends what was forecast.
 
-Two forecast the velocity, which is a fraction of a residual's size, and of which a straight line is nearer to the truth:
+Two forecast the velocity, which has a fraction of a residual's size, and is nearer to a straight line:
 
 - `taylorseer`, TaylorSeer: how far the forecast would have been off is seen whenever the DiT does run, and what was
   seen last counts. (TaylorSeer as published forecasts features inside of the DiT, along the steps, and leaves out a
