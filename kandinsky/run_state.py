@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kandinsky.sampling.sampler import Branch, SamplerState
     from kandinsky.text.embeddings import TextEmbeddings
 
-# What a cache of blocks may leave behind of each branch and sample: tensors like the tokens, and so many numbers.
+# What a cache may leave behind of each branch and sample: tensors like the tokens or like velocities, and numbers.
 CACHE_TENSORS, CACHE_NUMBERS = 3, 16
 
 

@@ -209,7 +209,7 @@ class CacheConfig:
     # None, here and below: as `CACHE_DEFAULTS` says.
     threshold: Annotated[float | None, at_least(0, "0 or more, or left out")] = None
     max_skips: Annotated[int | None, at_least(0, "0 or more, or left out")] = None  # in a row
-    # Degree of the polynomial with which what blocks add is forecast; of no use to magcache.
+    # Degree of the polynomial that a forecast is; of no use to magcache.
     order: Annotated[int | None, between(0, 2, "0, 1 or 2, or left out")] = None
 
 

@@ -69,7 +69,7 @@ class BlockCache(Protocol):
         ...
 
     def evaluate(self, branch: Branch, sample: int, run: Callable[..., Tensor], execution: Execution) -> Tensor:
-        """This sample's next velocity (1, T, H, W, C) of the branch; `run(execution=execution)` is it without a cache."""
+        """The branch's next velocity (1, T, H, W, C) of this sample: without a cache, `run(execution=execution)`."""
         ...
 
     def saved(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Which cache of blocks a request gets.
+"""Which cache a request gets.
 
 The caches themselves are magcache.py, which follows a plan, and adaptive_caches.py, which look at what they skip.
 """
