@@ -4,8 +4,9 @@
     python benchmarks/caches.py tracked,threshold=0.1 tracked,threshold=0.3,max_skips=4 firstblock,order=1 --cases 10
 
 A case is a held-out caption (or, with `--split train`, one that was trained on) with its seed (tools/eval_tiny.py),
-generated once as the tiny config says and once with every cache; what was asked for is read back from the pixels. PSNR is between the two clips, over all their pixels.
-What `--output` has is not made again. One pipeline makes everything: a cache is a request's, and nothing of it stays.
+generated once as the tiny config says and once with every cache; what was asked for is read back from the pixels. PSNR
+is between the two clips, over all their pixels. What `--output` has is not made again. One pipeline makes everything: a
+cache is a request's, and nothing of it stays.
 """
 
 from __future__ import annotations
