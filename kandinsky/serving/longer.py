@@ -6,7 +6,6 @@ Knows configs, clips that were looked at, and rows; knows no flags, no fields of
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ from kandinsky.config.schema import Config
 from kandinsky.frames import wanted_frames
 from kandinsky.outputs.post import Post
 from kandinsky.request import MAX_SEED, Request, checked_seed, resolve_request
+from kandinsky.serving.prompts_file import nearest
 from kandinsky.serving.segments import (
     MOST_SEGMENTS,
     OVERLAPS,
@@ -136,8 +136,8 @@ def _listed_parts(
     usual = wanted_frames(config, longest)
     for label, values in rows:
         if others := sorted(set(values) - set(OF_A_SEGMENT)):
-            near = difflib.get_close_matches(others[0][:100], OF_A_SEGMENT, n=1)
-            advice = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(others[0], OF_A_SEGMENT)
+            advice = "" if near is None else f"; did you mean {near}?"
             given = shortened(others[0])
             raise ValueError(
                 f"{label}: a segment has prompt, seconds, seed and negative_prompt, and no {given}{advice}"

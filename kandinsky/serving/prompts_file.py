@@ -9,6 +9,7 @@ Knows columns and their types; what they mean is for batch.py to say.
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import logging
@@ -58,6 +59,11 @@ def first_of(lines: Sequence[str]) -> list[str]:
     """The first `MOST_TOLD` of many lines, and one that says how many more there are."""
     more = len(lines) - MOST_TOLD
     return [*lines[:MOST_TOLD], f"... and {more:,} more rows"] if more > 0 else list(lines)
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Of some names the one that is most like another; None where none is."""
+    return next(iter(difflib.get_close_matches(name[:100], names, n=1, cutoff=0.75)), None)
 
 
 STREAM = Path("-")  # in place of a file: standard input
@@ -123,7 +129,9 @@ def read_prompts(path: str | Path, others: bool = False) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no prompts in it")
     if unknown and not others:
-        logger.info("%s: columns that mean nothing here are left out: %s", path, shortened(", ".join(unknown)))
+        missing = [name for name in COLUMNS if not any(name in row.values for row in rows)]
+        names = [f"{name} (did you mean {near}?)" if (near := nearest(name, missing)) else name for name in unknown]
+        logger.info("%s: columns that mean nothing here are left out: %s", path, shortened(", ".join(names)))
     return rows
 
 

@@ -65,6 +65,12 @@ def test_moviegen_as_published(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert caplog.messages[0].endswith("concept, motion_level, expanded_prompt, ru_prompt, ru_expanded_prompt")
 
 
+def test_a_mistyped_column_is_told_with_what_it_may_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    read_prompts(write(tmp_path, "a.csv", "prompt,sed,heigth,note\na cat,3,64,x\n"))
+    assert caplog.messages[0].endswith("sed (did you mean seed?), heigth (did you mean height?), note")
+
+
 def test_values_of_rows(tmp_path: Path) -> None:
     wanted = [{"prompt": "a", "seed": 7, "width": 144}, {"prompt": "b", "image": "x.png", "output": "b.png"}]
     table = "prompt , seed,width,image,output\n a,7.0,144,,\n,,,,\nb,,,x.png,b.png\n"
