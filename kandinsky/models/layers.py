@@ -49,7 +49,7 @@ def norm_and_rotate(x: Tensor, norm: nn.RMSNorm, rope: RotaryTable | None) -> Te
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
     normed = torch.mul(wide, torch.rsqrt(mean_square + RMS_NORM_EPS), out=buffer)
     normed = torch.mul(normed, upcast(norm.weight), out=buffer)
-    return (normed if rope is None else apply_rotary(normed, rope)).to(x.dtype)
+    return normed.to(x.dtype) if rope is None else apply_rotary(normed, rope, x.dtype)
 
 
 class Elementwise(NamedTuple):

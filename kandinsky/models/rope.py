@@ -91,14 +91,18 @@ def visual_rotary_table(
     return RotaryTable(all_angles.cos(), all_angles.sin())
 
 
-def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate pairs (x[2i], x[2i+1]) of x (..., tokens, head_dim) by the table's angles; in float32, result as x."""
+def apply_rotary(x: Tensor, table: RotaryTable, dtype: torch.dtype | None = None) -> Tensor:
+    """Rotate pairs (x[2i], x[2i+1]) of x (..., tokens, head_dim) by the table's angles; in float32, result in `dtype`,
+    or as x."""
+    dtype = dtype or x.dtype
     pairs = upcast(x).unflatten(-1, (-1, 2))  # (..., tokens, head_dim / 2, 2)
     if torch.compiler.is_compiling() or not has_complex(x.device):
         even, odd = pairs.unbind(-1)
-        rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
+        # Rounded before they are put together: afterwards it is another pass over memory, compiled too.
+        halves = even * table.cos - odd * table.sin, odd * table.cos + even * table.sin
+        rotated = torch.stack([half.to(dtype) for half in halves], dim=-1)
     else:
         # The same as one product of complex numbers: one pass over memory. The compiler makes one of the lines above
         # by itself, and makes nothing of complex numbers.
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * table.rotations)
-    return rotated.flatten(-2).to(x.dtype)
+    return rotated.flatten(-2).to(dtype)

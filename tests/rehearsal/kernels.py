@@ -3,10 +3,11 @@
     python -m tests.rehearsal.kernels [80 90 100] [--variants 5s_sft 10s_sft]
 
 PyTorch's compiler makes its code of graphs whose tensors are on "cuda:0" and have no numbers: the graph that
-`--compile` captures of a visual block at its published size (graphs.py), and NABLA's flex_attention. Of that code every
-Triton kernel is compiled by `triton.compile`, with each of the tiles that the compiler would try, to machine code by
-NVIDIA's ptxas, which the package triton brings. That says that they build and fit into registers and shared memory, not
-that they compute the right numbers, and not how fast. Products and dense attention are calls of libraries, not kernels.
+`--compile` captures of a visual block at its published size (graphs.py), those of `--compile elementwise`
+(elementwise.py), and NABLA's flex_attention. Of that code every Triton kernel is compiled by `triton.compile`, with
+each of the tiles that the compiler would try, to machine code by NVIDIA's ptxas, which the package triton brings. That
+says that they build and fit into registers and shared memory, not that they compute the right numbers, and not how
+fast. Products and dense attention are calls of libraries, not kernels.
 
 The package triton has to be there: `make kernels` installs it into a folder of its own, because no CPU build of PyTorch
 asks for it.
@@ -41,6 +42,7 @@ from kandinsky.attention.block_sparse import make_block_mask, triton_options
 from kandinsky.common.limits import BLOCK_TOKENS
 from kandinsky.config.schema import Config
 from kandinsky.planning.plan import default_request
+from tests.rehearsal.elementwise import stretches
 from tests.rehearsal.fake_gpu import _copy_into, _Functions
 from tests.rehearsal.graphs import Graph, capture, methods_for_cuda, on_gpu
 from tests.rehearsal.whole_requests import published
@@ -128,6 +130,15 @@ def block_graph(graph: Graph) -> tuple[Any, list[Tensor]]:
 
     tensors = [inputs[place] for place in places]
     return _traced(run, tensors), tensors
+
+
+def elementwise_graphs(config: Config) -> dict[str, tuple[Any, list[Tensor]]]:
+    """What `--compile elementwise` makes of a visual block, by name, at the published number of tokens."""
+    graphs: dict[str, tuple[Any, list[Tensor]]] = {}
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):  # as Dynamo would have it
+        for name, stretch in stretches(config).items():
+            graphs[name] = _traced(lambda *inputs, run=stretch.run: (run(*inputs),), stretch.inputs), stretch.inputs
+    return graphs
 
 
 def flex_graph(config: Config, capability: tuple[int, int]) -> tuple[Any, list[Tensor]]:
@@ -225,6 +236,7 @@ def build_all(capability: tuple[int, int], config: Config) -> list[Kernel]:
         captured = capture(config)
         with FakeTensorMode(allow_non_fake_inputs=True), methods_for_cuda():
             graphs = [block_graph(graph) for graph in captured]
+            graphs += elementwise_graphs(config).values()
             if config.model.attention.type == "nabla":
                 graphs.append(flex_graph(config, capability))
             sources = [source for graph, inputs in graphs for source in kernels_of(graph, inputs).items()]

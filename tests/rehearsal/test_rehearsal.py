@@ -36,7 +36,7 @@ from kandinsky.runtime import block_swap, parallel, staging
 from kandinsky.runtime.block_swap import BlockSwap
 from kandinsky.runtime.compile import CompileError
 from kandinsky.runtime.quantization import LINEARS
-from tests.rehearsal import fake_gpu
+from tests.rehearsal import elementwise, fake_gpu
 from tests.rehearsal.decoding import planned_bytes, rehearse_decoding
 from tests.rehearsal.fake_gpu import FakeGPU
 from tests.rehearsal.graphs import rehearse_graphs
@@ -362,6 +362,18 @@ def test_bytes_that_are_moved() -> None:
         "index": 2 * 4 * 32 * 2 + 4 * 8, "mm": 2 * size + 64 * 64 * 2,
     }  # fmt: skip
     assert gpu.calls.total() == 6
+
+
+def test_elementwise_stretches_are_counted() -> None:
+    """Uncompiled, a gate alone makes a float32 copy of all tokens, 4 bytes a number beside the three tensors of 2."""
+    config = load_config(CONFIGS / "config_5s_sft.yaml")
+    numbers = 31 * 32 * 48 * 1792
+    found = elementwise.count(config)
+    gate = found["gated_residual"]
+    assert gate.calls == 2 * 3
+    assert gate.moved == 3 * (numbers * (2 + 2 + 4 + 4 + 2) + 1792 * 4)
+    assert gate.fused == 3 * (numbers * (2 + 2 + 2) + 1792 * 4)
+    assert all(row.fused < 0.5 * row.moved and row.times < row.calls for row in found.values())
 
 
 def test_decoding_as_planned() -> None:
