@@ -74,7 +74,7 @@ def address(browser: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) 
 def page(browser: Any, address: str) -> Any:
     """Signed in; all that it fetches is the server's own."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(PATIENCE * 1000)
+    page.set_default_timeout(300_000)  # milliseconds; a whole tiny run takes a few thousand
     elsewhere: list[str] = []
     page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
     page.goto(address)
