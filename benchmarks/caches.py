@@ -1,7 +1,8 @@
 """Caches of blocks against the plain run of the same seeds: what they save, and how far they are from it.
 
     python benchmarks/caches.py magcache taylorseer tracked --cases 100 --output outputs/caches.json --minutes 5
-    python benchmarks/caches.py tracked,threshold=0.1 tracked,threshold=0.3,max_skips=4 firstblock,order=1 --cases 10
+    python benchmarks/caches.py tracked,threshold=0.1 tracked,threshold=0.3,max_skips=4 firstblock,order=1
+    python benchmarks/caches.py taylorseer taylorseer,threshold=0.04 --task t2i
 
 A case is a held-out caption (or, with `--split train`, one that was trained on) with its seed (tools/eval_tiny.py),
 generated once as the tiny config says and once with every cache; what was asked for is read back from the pixels. PSNR
@@ -25,8 +26,8 @@ from benchmarks._resumable import Kept, add_arguments  # noqa: E402
 from tools.eval_tiny import Case, load_pipeline, make_cases, pipeline_caller, psnr, score  # noqa: E402
 
 
-def generated(pipe: Any, cache: str, case: Case) -> tuple[np.ndarray, dict[str, Any]]:
-    """uint8 frames (T, H, W, 3), and the record beside them; cache: "kind" or "kind,setting=value,..."."""
+def generated(pipe: Any, cache: str, case: Case, task: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """uint8 frames (T, H, W, 3), of a picture one, and the record beside; cache: "kind" or "kind,setting=value,..."."""
     from kandinsky.config.reading import with_settings
     from kandinsky.runtime.caches import cache_maker
 
@@ -39,22 +40,23 @@ def generated(pipe: Any, cache: str, case: Case) -> tuple[np.ndarray, dict[str, 
     pipe.make_cache = cache_maker(pipe.config)
     records: list[dict[str, Any]] = []
     try:
-        video = pipeline_caller(pipe, records)(case.text, case.seed)  # (3, T, H, W)
+        output = pipeline_caller(pipe, records)(case.text, case.seed)
     finally:
         pipe.config = before
-    return video.permute(1, 2, 3, 0).numpy(), records[0]
+    frames = output.permute(1, 2, 3, 0).numpy() if task == "t2v" else np.asarray(output)[None]
+    return frames, records[0]
 
 
-def measure(kept: Kept, caches: list[str], cases: list[Case]) -> None:
+def measure(kept: Kept, caches: list[str], cases: list[Case], task: str) -> None:
     """Fill `kept.data`: for each cache and for "off" a row a case, by its seed."""
     rows = {name: kept.data.setdefault(name, {}) for name in ("off", *caches)}
-    pipe, *_ = load_pipeline(REPOSITORY / "configs" / "config_tiny_t2v.yaml")
+    pipe, *_ = load_pipeline(REPOSITORY / "configs" / f"config_tiny_{task}.yaml")
     for case in kept.each([one for one in cases if any(str(one.seed) not in rows[name] for name in rows)]):
-        plain, record = generated(pipe, "off", case)
+        plain, record = generated(pipe, "off", case, task)
         for name in rows:
             if str(case.seed) in rows[name]:
                 continue
-            clip, record = (plain, record) if name == "off" else generated(pipe, name, case)
+            clip, record = (plain, record) if name == "off" else generated(pipe, name, case, task)
             saved = {what: record[what]["skipped"] / record[what]["all"] for what in ("evaluations", "blocks")}
             right = all(score(clip, case)[0].values())
             seconds = record["seconds"]["denoise"]
@@ -88,9 +90,10 @@ def main() -> None:
     parser.add_argument(
         "--split", choices=("test", "train"), default="test", help="train: captions trained on, to choose settings with"
     )
+    parser.add_argument("--task", choices=("t2v", "t2i"), default="t2v", help="(default: %(default)s)")
     args = parser.parse_args()
     kept = Kept(args.output, {}, args.minutes)
-    measure(kept, args.caches, make_cases("t2v", args.cases, split=args.split))
+    measure(kept, args.caches, make_cases(args.task, args.cases, split=args.split), args.task)
     print(table(kept.data))
 
 
