@@ -140,44 +140,49 @@ def stage_vae(args: argparse.Namespace) -> None:
 
 
 class DecoderSamples:
-    """Unscaled latents of whole training clips as the pipeline's windows make them, in pieces as it decodes them."""
+    """Unscaled latents of whole training clips as the pipeline's windows make them, in windows as it decodes them.
+
+    Encoding takes about as long as a step: a clip stays in a pool, from which `REUSED` of `REUSED + 1` windows come.
+    """
 
     LATENTS = 5  # a window of 17 frames
     STARTS = (0, 2, 0, 2, 1)  # the published windows of 25 frames begin at the latents 0 and 2, other lengths' anywhere
+    POOL, REUSED = 400, 3
 
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.encoder = load_vae(args.out / "vae", args.device, torch.bfloat16)
         self.device, self.rng = args.device, np.random.default_rng(seed)
-        self.clips: dict[int, tuple[Tensor, Tensor]] = {}  # of each size the last clips, of which two windows are taken
+        self.pool: list[tuple[Tensor, Tensor]] = []
 
-    def draw(self, size: int, count: int) -> tuple[Tensor, Tensor]:
-        """Latents (count, 16, 7, s, s) and pixels (count, 3, 25, S, S) in [-1, 1]: all are handed out twice."""
-        if size in self.clips:
-            return self.clips.pop(size)
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Latents (1, 16, 7, h, w) and pixels, uint8 (1, 3, 25, H, W), of a clip; every second one runs backwards."""
+        if self.pool and self.rng.random() < self.REUSED / (self.REUSED + 1):
+            return self.pool[self.rng.integers(len(self.pool))]
         combinations = tiny_world.train_combinations()
-        chosen = self.rng.integers(0, len(combinations), count)
-        pixels = to_float(draw_clips([tiny_world.scene_for(combinations[i], self.rng) for i in chosen], size))
+        pixels = draw_clips([tiny_world.scene_for(combinations[self.rng.integers(len(combinations))], self.rng)])
         if self.rng.random() < 0.5:
             pixels = pixels.flip(2)
         with torch.no_grad():
-            latents = self.encoder.encode(pixels.to(self.device).bfloat16(), VAETiling()).mode().float()
-        self.clips[size] = latents, pixels.to(self.device)
-        return self.clips[size]
+            latents = self.encoder.encode(to_float(pixels.to(self.device)).bfloat16(), VAETiling()).mode().float()
+        if len(self.pool) == self.POOL:
+            del self.pool[self.rng.integers(self.POOL)]
+        self.pool.append((latents, pixels))
+        return self.pool[-1]
 
-    def window(self, size: int, count: int) -> tuple[Tensor, Tensor, int]:
+    def window(self) -> tuple[Tensor, Tensor, int]:
         """Latents of a window, the pixels that its decode should give, and how many of its first frames to drop."""
-        latents, pixels = self.draw(size, count)
+        latents, pixels = self.draw()
         start = int(self.rng.choice(self.STARTS))
-        frames = pixels[:, :, 4 * start : 4 * (start + self.LATENTS - 1) + 1]
+        frames = to_float(pixels[:, :, 4 * start : 4 * (start + self.LATENTS - 1) + 1].to(self.device))
         dropped = min(start, 1)  # a later window's first frame has no history and is another window's
         return latents[:, :, start : start + self.LATENTS], frames[:, :, dropped:], dropped
 
-    def pictures(self, size: int, count: int) -> tuple[Tensor, Tensor, int]:
+    def pictures(self, count: int) -> tuple[Tensor, Tensor, int]:
         """The same of single frames."""
         combinations = tiny_world.train_combinations()
         chosen = self.rng.integers(0, len(combinations), count)
         scenes = [tiny_world.scene_for(combinations[i], self.rng) for i in chosen]
-        drawn = torch.stack([torch.from_numpy(tiny_world.render_picture(scene, size)) for scene in scenes])
+        drawn = torch.stack([torch.from_numpy(tiny_world.render_picture(scene, SIZE)) for scene in scenes])
         pixels = to_float(drawn.permute(0, 3, 1, 2)[:, :, None].to(self.device))
         with torch.no_grad():
             latents = self.encoder.encode(pixels.bfloat16()).mode().float()
@@ -185,12 +190,12 @@ class DecoderSamples:
 
 
 def motion_weight(x: Tensor, around: int = 4) -> Tensor:
-    """1 where a clip (B, 3, T, H, W) stands still, 3 where something moves within `around` frames: where ghosts are."""
+    """1 where a clip (B, 3, T, H, W) stands still, 2 where something moves within `around` frames: where ghosts are."""
     if x.shape[2] == 1:
         return torch.ones_like(x[:, :1])
     moving = ((x[:, :, 1:] - x[:, :, :-1]).abs().amax(1, keepdim=True) > 0.1).float()
     moving = F.max_pool3d(F.pad(moving, (0, 0, 0, 0, 1, 0)), (2 * around + 1, 5, 5), 1, (around, 2, 2))
-    return 1 + 2 * moving
+    return 1 + moving
 
 
 def stage_decoder(args: argparse.Namespace) -> None:
@@ -199,24 +204,21 @@ def stage_decoder(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(1)
     held_out = draw_clips(tiny_world.sample_scene(rng, "test") for _ in range(6))
     vae = new_vae(args.device)
+    vae.convolve_by_frame(False)  # that is for inference: forwards and backwards three axes at once take half as long
     vae.load_state_dict({k: v.float() for k, v in samples.encoder.state_dict().items()})
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
-        is_small = step < 0.8 * args.decoder_steps
-        if step % 20 == 7:
-            latents, x, dropped = samples.pictures(SIZE, 4)
-        else:
-            latents, x, dropped = samples.window(SIZE // 2, 2) if is_small else samples.window(SIZE, 1)
+        latents, x, dropped = samples.pictures(4) if step % 20 == 7 else samples.window()
         # Less than the noise that the encoder was trained for, but some: what a DiT makes is not exact.
         latents = latents + 0.5 * LATENT_NOISE * float(torch.rand(())) * torch.randn_like(latents)
         latents = latents.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(x.device.type, torch.bfloat16):
             out = vae.decode(latents)[:, :, dropped:]
         weight = motion_weight(x)
-        error = (out.float() - x) * (weight / weight.mean()).sqrt()
-        return error.square().mean() + 0.03 * error.abs().mean()
+        # PSNR is a logarithm: a clip in which little is left to gain counts as much as any.
+        return ((out.float() - x).square() * (weight / weight.mean())).mean().log()
 
     def report(model: nn.Module) -> str:
         return f"held out {reconstruction_psnr(model, held_out):.2f} dB"
