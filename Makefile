@@ -57,11 +57,11 @@ demo: $(VENV)/.runtime-installed
 	@echo "Look at $(abspath $(DEMO)).mp4, $(notdir $(DEMO))_picture.png, _edited.png and _animated.mp4 beside it"
 
 test: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What make test leaves out as well, and the 10,000 cases of each fuzzer.
 exhaustive: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 FUZZ_SECONDS=0 $(PY) -m pytest -n 2 -m "exhaustive or not exhaustive" --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=0 $(PY) -m pytest -n 2 -m "exhaustive or not exhaustive" --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What depends on the processor, as on one with AVX2 and nothing later, in particular no arithmetic in bfloat16.
 test-avx2: $(VENV)/.dev-installed

@@ -157,8 +157,11 @@ class SequenceParallel:
     def attend(self, attention: Attention, length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attention` over all `length` tokens. q, k, v and the result: (B, heads, n, d), this process's tokens."""
         tokens = q.shape[2]
-        # One exchange for all three: to each process (p) its heads, from each its tokens.
-        qkv = self.exchange(rearrange([q, k, v], "three b (p h) n d -> p three b h n d", p=self.size))
+        # One exchange for all three: to each process (p) its heads, from each its tokens. Stacked as they are sent: a
+        # copy that `exchange` makes lies beside the stack for as long as Python holds its argument, which is until it
+        # returns, once anything was compiled in this process.
+        shares = [rearrange(x, "b (p h) n d -> p b h n d", p=self.size) for x in (q, k, v)]
+        qkv = self.exchange(torch.stack(shares, dim=1))
         qkv = rearrange(qkv, "p three b h n d -> three b h (p n) d")
         out = attention(*qkv[..., :length, :].unbind())  # (B, heads of this process, all tokens, d)
         out = F.pad(out, (0, 0, 0, tokens * self.size - length))

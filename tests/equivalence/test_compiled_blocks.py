@@ -404,6 +404,7 @@ def test_compiled_now_and_found_by_the_next_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_quantised_weights_compiled() -> None:
     """Of as many inputs as the tiny models have, too, which whole groups of weights do not make up."""
+    pytest.importorskip("bitsandbytes")
     layers, generator = nn.ModuleList(), torch.Generator().manual_seed(0)
     for in_features in (192, 256):
         for kind in (Int8Linear, FP8Linear, NF4Linear):

@@ -16,7 +16,6 @@ from benchmarks.plan import MB, ROWS, Row, compare
 LARGEST_ERROR = 0.15
 GRID = (
     Row("float32"),
-    Row("bfloat16", ("offload=on", "blocks_on_gpu=1")),
     Row("bfloat16", ("dit_quantization=int8",)),
     Row("bfloat16", task="t2i", width=512, height=512, seconds=0),
     Row("bfloat16", ("offload=on", "blocks_on_gpu=1"), lora=True),

@@ -64,7 +64,7 @@ def test_each_choice_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch, tmp_
     def pixels(*settings: str) -> torch.Tensor:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(len(list(tmp_path.iterdir())))))
         pipe: Any = load_pipeline(load_config(CONFIGS / TINY, ("model.num_steps=2", *settings)), "cpu")
-        found: torch.Tensor = pipe("a red circle", seed=1, time_length=0.5, progress=False)
+        found: torch.Tensor = pipe("a red circle", seed=1, time_length=0.2, progress=False)
         return found
 
     usual = pixels("runtime.offload=off", "runtime.stream_encoders=off")

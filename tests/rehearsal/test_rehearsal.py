@@ -85,9 +85,11 @@ def run(folder: Path, change: Any = None, steps: int = 2, scheme: str | None = N
     return rehearse(small(**overrides), folder, steps=steps, change=change, output_type="latent", scheme=scheme)
 
 
-@pytest.mark.parametrize("overrides", [{}, STREAMED, {"runtime.dit_quantization": "int8"},
-                                       {"runtime.chunk_tokens": 1024}, {"magcache.enabled": "true"}],
-                         ids=["plain", "streamed", "int8", "chunks", "magcache"])  # fmt: skip
+@pytest.mark.parametrize("overrides", [
+    {}, pytest.param(STREAMED, marks=pytest.mark.exhaustive),
+    pytest.param({"runtime.dit_quantization": "int8"}, marks=pytest.mark.exhaustive),
+    {"runtime.chunk_tokens": 1024}, {"magcache.enabled": "true"},
+], ids=["plain", "streamed", "int8", "chunks", "magcache"])  # fmt: skip
 def test_nothing_is_found_where_nothing_is_wrong(overrides: dict[str, Any], tmp_path: Path) -> None:
     result = run(tmp_path, **overrides)
     assert result.faults == [] and result.evaluations == 4

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import EVERYTHING
 from tests.robustness.forks import REPOSITORY, STAGES, Cell, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals and forks")]
@@ -27,7 +28,6 @@ PLAIN = [*CONFIG, "--sample_steps", str(STEPS), "--seed", "1", "--width", "64", 
 VIDEO = [*PLAIN, "--video_duration", "0.2", "--prompt", "a red circle grows", "--output_filename", "a.mp4"]
 ROWS = [*PLAIN, "--video_duration", "0", "--prompts_file", "rows.csv", "--output_dir", "."]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL] if os.name == "posix" else []
-EVERYTHING = "FUZZ_SECONDS" in os.environ  # as `make fuzz` sets it
 # In the middle of the run, and of the second of three rows.
 AT = {
     "single": {"step": 3},
@@ -38,15 +38,13 @@ MODES = {"single": VIDEO, "rows": ROWS, "two": VIDEO}
 
 
 def meetings() -> list[tuple[str, str, signal.Signals]]:
-    """(mode, stage, signal): KILL everywhere, and one of the three that a process can hear, in turn; or all of them.
-
-    Each of the three comes in every mode twice and in every stage once: one handler serves them all.
-    """
+    """(mode, stage, signal): all of them, or in every stage of every mode one of the four, in turn, so that each comes
+    in every mode. One handler serves those that a process can hear."""
     found = []
     for m, mode in enumerate(MODES):
         for s, stage in enumerate(STAGES):
-            heard = SIGNALS[:-1] if EVERYTHING else SIGNALS[:-1][(m + s) % 3 :][:1]
-            found += [(mode, stage, number) for number in (*heard, *SIGNALS[-1:])]
+            sent = SIGNALS if EVERYTHING else SIGNALS[(m + s) % len(SIGNALS) :][:1]
+            found += [(mode, stage, number) for number in sent]
     return found
 
 

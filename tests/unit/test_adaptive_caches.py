@@ -76,7 +76,10 @@ def spied(pipe: Any) -> list[AdaptiveCache]:
     return caches
 
 
-@pytest.fixture(params=TASKS)
+# One video and one picture, one of words alone and one of a picture too, unless it is to be all of them.
+@pytest.fixture(
+    params=[pytest.param(task, marks=[pytest.mark.exhaustive] * (task in ("i2v", "t2i"))) for task in TASKS]
+)
 def task(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -91,7 +94,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def test_threshold_zero_is_bit_for_bit_no_cache(task: str, kind: str) -> None:
     expected = latents_of(plain(task), num_steps=STEPS)
-    for order in (0, 1, 2) if task == "t2i" else (1,):
+    for order in (0, 1, 2) if task == "i2i" else (1,):
         for nothing in ({"threshold": 0.0}, {"max_skips": 0}):
             assert torch.equal(latents_of(with_cache(task, kind, order=order, **nothing), num_steps=STEPS), expected)
         assert not torch.equal(latents_of(with_cache(task, kind, order=order), num_steps=STEPS), expected)

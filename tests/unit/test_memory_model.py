@@ -25,7 +25,7 @@ from kandinsky.planning import activations
 from kandinsky.planning import weights as planned_weights
 from kandinsky.planning.machine import Machine
 from kandinsky.planning.plan import default_request, make_plan, weight_files
-from tests.limits import PATIENCE
+from tests.limits import EVERYTHING, PATIENCE
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGEST_ERROR = 0.15
@@ -268,24 +268,29 @@ class Decode:
 
 
 # Wide enough that no kernel's constant few MiB matter, and small enough for a few seconds.
-FORWARDS = (
+FORWARDS: tuple[Forward, ...] = (
     Forward(256, 1024, (8, 24, 32), 64, "float32"),  # the peak is in the feed-forward
     Forward(512, 512, (4, 24, 32), 64, "float32", head_dim=128),  # in turning queries and keys
-    Forward(512, 2048, (8, 24, 32), 64, "bfloat16"),
-    Forward(1024, 1024, (4, 24, 32), 256, "bfloat16", head_dim=128),
     Forward(512, 1024, (4, 32, 32), 64, "float32", nabla=True),  # in block-sparse attention
-    Forward(256, 1024, (8, 24, 32), 64, "float32", chunk_tokens=1024),
     Forward(512, 2048, (4, 24, 32), 64, "bfloat16", chunk_tokens=512),
 )
-DECODES = (
+DECODES: tuple[Decode, ...] = (
     Decode("hunyuan", (64, 128, 128, 128), (3, 12, 12), "bfloat16"),  # in the first convolution
-    Decode("hunyuan", (64, 128, 128, 128), (5, 8, 12), "bfloat16"),  # in the shortcut
-    Decode("hunyuan", (128, 256, 256, 256), (2, 8, 16), "float32"),
     Decode("hunyuan", (64, 64, 64, 64), (7, 8, 8), "bfloat16"),  # in windows
     Decode("hunyuan", (64, 128, 128, 128), (1, 40, 40), "bfloat16"),  # one frame
-    Decode("flux", (64, 128, 128, 128), (1, 48, 48), "float32"),
     Decode("flux", (128, 256, 256, 256), (1, 40, 48), "bfloat16", tile=256),
 )
+if EVERYTHING:
+    FORWARDS += (
+        Forward(512, 2048, (8, 24, 32), 64, "bfloat16"),
+        Forward(1024, 1024, (4, 24, 32), 256, "bfloat16", head_dim=128),
+        Forward(256, 1024, (8, 24, 32), 64, "float32", chunk_tokens=1024),
+    )
+    DECODES += (
+        Decode("hunyuan", (64, 128, 128, 128), (5, 8, 12), "bfloat16"),  # in the shortcut
+        Decode("hunyuan", (128, 256, 256, 256), (2, 8, 16), "float32"),
+        Decode("flux", (64, 128, 128, 128), (1, 48, 48), "float32"),
+    )
 
 
 def measure(rows: str) -> list[int]:
