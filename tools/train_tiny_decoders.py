@@ -2,6 +2,7 @@
 
     python tools/train_tiny_decoders.py --task video    # assets/tiny/t2v/vae/tiny_decoder.safetensors, an hour
     python tools/train_tiny_decoders.py --task image    # assets/tiny/image/vae/tiny_decoder.safetensors
+    python tools/train_tiny_decoders.py --task video --from_exported --lr 1e-3 --steps 1500    # for a VAE that changed
 
 The layers are TAEHV's and TAESD's (kandinsky/models/vae_tiny.py), with so few channels that decoding takes less than a
 twentieth of the VAE's operations. They learn to make what the VAE's own decoder makes, from latents of drawn clips and
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kandinsky.loading.vae import load_vae
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, help="to learn from; default: 256 videos, 1024 pictures")
     parser.add_argument("--batch", type=int, help="default: 2 videos, 8 pictures")
     parser.add_argument("--lr", type=float, default=3e-3, help="Muon's (default: %(default)s)")
+    parser.add_argument("--from_exported", action="store_true", help="go on with the file that is there")
     parser.add_argument("--state", type=Path, default=Path(".train/tiny_decoders"))
     parser.add_argument("--held_out", type=int, default=8, help="outputs to measure with (default: %(default)s)")
     args = parser.parse_args()
@@ -146,7 +149,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     tiny = TinyDecoder("video" if is_video else "image", WIDTHS[args.task])
-    start_loud(tiny)
+    if args.from_exported:
+        tiny.load_state_dict(load_file(FOLDERS[args.task] / FILE))
+    else:
+        start_loud(tiny)
     tiny.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:

@@ -295,10 +295,15 @@ def stage_text(args: argparse.Namespace) -> None:
 # --- latents ---------------------------------------------------------------------------------------------------------
 
 
+def vae_state(args: argparse.Namespace) -> Path | None:
+    """What the last of the VAE's stages has left."""
+    states = [args.state / f"{name}.pt" for name in ("vae_windows", "vae_decoder", "vae")]
+    return next((path for path in states if path.exists()), None)
+
+
 def trained_vae(args: argparse.Namespace) -> AutoencoderKLHunyuanVideo:
     """The VAE of the `vae` stage or, where there is no state of it, the exported one."""
-    states = [args.state / f"{name}.pt" for name in ("vae_windows", "vae_decoder", "vae")]
-    path = next((path for path in states if path.exists()), None)
+    path = vae_state(args)
     if path is None:
         log.info("no VAE in %s: taking the one in %s", args.state, args.out)
         vae = load_vae(args.out / "vae", args.device, torch.float32)
@@ -511,6 +516,21 @@ def latent_scale(args: argparse.Namespace) -> float:
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def export_vae(args: argparse.Namespace) -> None:
+    """With the scale of the latents, which is what it was where only the decoder went on."""
+    vae = trained_vae(args)
+    # The VAE was trained with noise of a fixed size on the mean: say so in the log-variance, exactly.
+    channels = vae.quant_conv.out_channels // 2
+    assert vae.quant_conv.bias is not None
+    vae.quant_conv.weight[channels:].zero_()
+    vae.quant_conv.bias[channels:].fill_(2 * math.log(LATENT_NOISE))
+    config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args)}
+    write_safetensors(vae.state_dict(), args.out / "vae" / "diffusion_pytorch_model.safetensors")
+    (args.out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    log.info("wrote the VAE in %s", args.out)
+
+
 def stage_export(args: argparse.Namespace) -> None:
     """Write the checkpoint in the published layout: bfloat16, safetensors, one folder a component."""
     out = args.out
@@ -518,22 +538,14 @@ def stage_export(args: argparse.Namespace) -> None:
         keyframes = torch.load(args.state / "dit_keyframes.pt", map_location="cpu")
         write_safetensors(keyframes["model"], out / "model" / "tiny_flf.safetensors")
         log.info("wrote the DiT for keyframes, at step %d", keyframes["step"])
+    if vae_state(args) is not None:
+        export_vae(args)
     if not (args.state / "dit.pt").exists():  # all that it was trained from is there
         return
-    vae = trained_vae(args)
-    with torch.no_grad():
-        # The VAE was trained with noise of a fixed size on the mean: say so in the log-variance, exactly.
-        channels = vae.quant_conv.out_channels // 2
-        assert vae.quant_conv.bias is not None
-        vae.quant_conv.weight[channels:].zero_()
-        vae.quant_conv.bias[channels:].fill_(2 * math.log(LATENT_NOISE))
     state = torch.load(args.state / "dit.pt", map_location="cpu")
     write_safetensors(state["model"], out / "model" / "tiny_t2v.safetensors")
     if (args.state / "dit_nabla.pt").exists():
         nabla = torch.load(args.state / "dit_nabla.pt", map_location="cpu")
         write_safetensors(nabla["model"], out / "model" / "tiny_t2v_10s.safetensors")
-    write_safetensors(vae.state_dict(), out / "vae" / "diffusion_pytorch_model.safetensors")
-    config = {**VAE_CONFIG, "latent_channels": 16, "scaling_factor": latent_scale(args)}
-    (out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_text_encoders(trained_embedder(args), out)
     log.info("wrote %s: DiT at step %d, %.1f MB in all", out, state["step"], folder_megabytes(out))
