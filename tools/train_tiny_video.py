@@ -139,8 +139,20 @@ def stage_vae(args: argparse.Namespace) -> None:
         train(name, args.state, vae, optimizers_for(vae, rate, rate), loss, steps, 0.99, evaluate=report)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A clip with the unscaled latents that the pipeline's windows make of it."""
+
+    pixels: Tensor  # uint8 (1, 3, 25, H, W)
+    latents: Tensor  # (1, 16, 7, h, w)
+    ends: Tensor  # (1, 16, 2, h, w): the first and the last frame, each encoded by itself
+    caption: int  # its row of the table; -1, the empty prompt, for what runs backwards
+
+
 class DecoderSamples:
-    """Unscaled latents of whole training clips as the pipeline's windows make them, in windows as it decodes them.
+    """Windows of training clips, as the pipeline decodes them: every second one of the clip's own latents, the others
+    as a DiT would have it. That is a single prediction from some noise, which has a DiT's mistakes and still shows this
+    clip. A decoder that has seen none of them tears what is not quite right into pieces.
 
     Encoding takes about as long as a step: a clip stays in a pool, from which `REUSED` of `REUSED + 1` windows come.
     """
@@ -148,32 +160,62 @@ class DecoderSamples:
     LATENTS = 5  # a window of 17 frames
     STARTS = (0, 2, 0, 2, 1)  # the published windows of 25 frames begin at the latents 0 and 2, other lengths' anywhere
     POOL, REUSED = 400, 3
+    NOISE = (0.1, 0.7)  # levels that are predicted from
 
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.encoder = load_vae(args.out / "vae", args.device, torch.bfloat16)
         self.device, self.rng = args.device, np.random.default_rng(seed)
-        self.pool: list[tuple[Tensor, Tensor]] = []
+        self.captions = CaptionTable.build(trained_embedder(args))
+        config = load_config(args.config)
+        self.scale = float(json.loads((args.out / "vae" / "config.json").read_text())["scaling_factor"])
+        self.from_words, self.from_ends = (
+            load_dit(args.out / "model" / f"{name}.safetensors", config.model.dit_params, args.device, torch.float32)
+            for name in ("tiny_t2v", "tiny_flf")
+        )
+        self.pool: list[Drawn] = []
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Latents (1, 16, 7, h, w) and pixels, uint8 (1, 3, 25, H, W), of a clip; every second one runs backwards."""
+    @torch.no_grad()
+    def draw(self) -> Drawn:
         if self.pool and self.rng.random() < self.REUSED / (self.REUSED + 1):
             return self.pool[self.rng.integers(len(self.pool))]
         combinations = tiny_world.train_combinations()
-        pixels = draw_clips([tiny_world.scene_for(combinations[self.rng.integers(len(combinations))], self.rng)])
+        index = int(self.rng.integers(len(combinations)))
+        pixels = draw_clips([tiny_world.scene_for(combinations[index], self.rng)])
+        caption = int(self.rng.choice(self.captions.rows[index]))
         if self.rng.random() < 0.5:
-            pixels = pixels.flip(2)
-        with torch.no_grad():
-            latents = self.encoder.encode(to_float(pixels.to(self.device)).bfloat16(), VAETiling()).mode().float()
+            pixels, caption = pixels.flip(2), -1
+        clip = to_float(pixels.to(self.device)).bfloat16()
+        latents = self.encoder.encode(clip, VAETiling()).mode().float()
+        ends = torch.cat([self.encoder.encode(clip[:, :, i : i + 1]).mode().float() for i in (0, NUM_FRAMES - 1)], 2)
         if len(self.pool) == self.POOL:
             del self.pool[self.rng.integers(self.POOL)]
-        self.pool.append((latents, pixels))
+        self.pool.append(Drawn(pixels, latents, ends, caption))
         return self.pool[-1]
+
+    @torch.no_grad()
+    def as_predicted(self, drawn: Drawn) -> Tensor:
+        """Its latents as a DiT has them from noise and its caption, every second time from its first and last frame."""
+        x0, ends = (self.scale * x.movedim(1, -1) for x in (drawn.latents, drawn.ends))  # (1, T, h, w, C)
+        sigma = float(self.rng.uniform(*self.NOISE))
+        x = torch.lerp(x0, torch.randn_like(x0), sigma)
+        dit = self.from_ends if self.rng.random() < 0.5 else self.from_words
+        extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
+        if dit is self.from_ends:
+            x[:, [0, -1]] = ends
+            extra[:, [0, -1], ..., -1] = 1
+        row = [drawn.caption]
+        text = self.captions.text[row], self.captions.pooled[row], self.captions.mask[row]
+        predicted = x - sigma * velocity(dit, torch.cat((x, extra), -1), text, x.new_tensor([sigma]))
+        if dit is self.from_ends:
+            predicted[:, [0, -1]] = ends
+        return predicted.movedim(-1, 1) / self.scale
 
     def window(self) -> tuple[Tensor, Tensor, int]:
         """Latents of a window, the pixels that its decode should give, and how many of its first frames to drop."""
-        latents, pixels = self.draw()
+        drawn = self.draw()
+        latents = self.as_predicted(drawn) if self.rng.random() < 0.5 else drawn.latents
         start = int(self.rng.choice(self.STARTS))
-        frames = to_float(pixels[:, :, 4 * start : 4 * (start + self.LATENTS - 1) + 1].to(self.device))
+        frames = to_float(drawn.pixels[:, :, 4 * start : 4 * (start + self.LATENTS - 1) + 1].to(self.device))
         dropped = min(start, 1)  # a later window's first frame has no history and is another window's
         return latents[:, :, start : start + self.LATENTS], frames[:, :, dropped:], dropped
 
