@@ -33,6 +33,8 @@ class RunState:
     residuals: dict[str, Tensor] = field(default_factory=dict)  # what a cache of blocks goes on with
     image_names: tuple[str, ...] = ()
     evaluations: int = 0  # of the model, so far
+    skipped: list[int] = field(default_factory=list)  # of them, of each output, those that left blocks out
+    spared_blocks: int = 0  # how many each of these left out
     attention_calls: dict[str, int] = field(default_factory=dict)  # "engine" and "exact", see Stopwatch
     seconds: dict[str, float] = field(default_factory=dict)
     adapters: list[dict[str, Any]] = field(default_factory=list)  # that were active: name, path, scale, trigger

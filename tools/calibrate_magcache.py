@@ -26,9 +26,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky.common.writing import atomic_path
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
+
+from kandinsky.common.writing import atomic_path
 
 LINE_LENGTH = 120
 DIGITS = 5

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessorPil,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without the project being installed
 
 from kandinsky.models.qwen import Qwen
 from kandinsky.text.embedder import TextEmbedder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kandinsky.commands.flags import overrides_of
+from kandinsky.commands.flags import check_config_of, overrides_of
 from kandinsky.commands.launch import Launch
 
 
@@ -17,6 +17,7 @@ def finish(args: argparse.Namespace, launch: Launch) -> Path | None:
 
     record = latents_file.checked_records(args.decode_latents)[0]
     config = recorded_config(record, overrides_of(args), args.decode_latents, decoding=True)
+    check_config_of(args, config, args.decode_latents)
     output = None
     if launch.is_first:
         suffix = media.IMAGE_SUFFIX if record["num_frames"] == 1 else media.VIDEO_SUFFIX

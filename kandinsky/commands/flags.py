@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kandinsky.checkpoints.files import REPOSITORY
 from kandinsky.common import command_line
-from kandinsky.common.given import shown
+from kandinsky.common.given import shortened, shown
 
 if TYPE_CHECKING:
     from kandinsky.config.schema import Config
@@ -261,8 +262,15 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     contradict each other."""
     flags = [f"{key}={getattr(args, flag)}" for flag, (key, _) in SETTINGS.items() if getattr(args, flag) is not None]
     if args.coarse_steps is not None:
-        share, _, scale = args.coarse_steps.partition(":")
-        flags.append(f"generation.coarse_steps={{share: {share}, scale: {scale or 0.5}}}")
+        share, colon, scale = args.coarse_steps.partition(":")
+        try:
+            numbers = float(share), float(scale) if colon else 0.5
+        except ValueError:
+            raise ValueError(
+                f"--coarse_steps {shown(args.coarse_steps)} is not SHARE[:SCALE], numbers like 0.25:0.5: the share of "
+                "the steps, and what becomes of each side in them"
+            ) from None
+        flags.append("generation.coarse_steps={{share: {}, scale: {}}}".format(*numbers))
     if args.lora:  # as JSON, which YAML reads: whatever is in a path stays a path
         flags.append(f"model.loras={json.dumps(args.lora, ensure_ascii=False)}")
     words = [*args.overrides, *flags]
@@ -271,12 +279,29 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return words
 
 
+def check_config_of(args: argparse.Namespace, config: Config, path: Path) -> None:
+    """Raise ValueError where --config names another file than the one that the run in `path` began with."""
+    is_given = args.config is not DEFAULT_CONFIG
+    if is_given and config.source is not None and args.config.name != config.source.name:
+        raise ValueError(
+            f"--config {args.config}: {path} goes on with what its run began with, {config.source}: leave --config out"
+        )
+
+
 def config_for(args: argparse.Namespace) -> Config:
     """The variant's config, under the device's preset, under the flags."""
     from kandinsky.config.reading import load_config, preset_file
 
     presets = [] if args.device_preset is None else [preset_file(args.device_preset)]
-    config = load_config(args.config, overrides_of(args), presets)
+    words = overrides_of(args)
+    config = load_config(args.config, words, presets)
+    for beginning, is_used, why in (
+        ("cache.", config.block_cache is not None, "there is no cache: switch one on with --cache"),
+        ("model.attention.P=", config.model.attention.type == "nabla", "model.attention.type is full, and not nabla"),
+    ):
+        for word in words:
+            if word.startswith(beginning) and not word.startswith("cache.kind=") and not is_used:
+                logging.warning("%s changes nothing: %s", shortened(word), why)
     if config.runtime.upscaler is not None:
         from kandinsky.outputs.post import check_upscaler
 

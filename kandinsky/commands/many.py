@@ -92,6 +92,8 @@ def run_stream(args: argparse.Namespace, launch: Launch, config: Config) -> int:
     from kandinsky.serving import batch
     from kandinsky.serving.prompts_file import read_stream
 
+    if sys.stdin is None:
+        raise ValueError("--prompts_file - reads prompts from standard input, which is closed: open it, or name a file")
     folder = (args.output_dir or Path("outputs") / "prompts").absolute()
     pipeline, job_of, failures = None, dict[str, batch.Job](), 0
     for row in read_stream(sys.stdin.buffer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kandinsky.commands.flags import overrides_of
+from kandinsky.commands.flags import check_config_of, overrides_of
 from kandinsky.commands.launch import Launch, load
 
 
@@ -19,6 +19,7 @@ def resume(args: argparse.Namespace, launch: Launch) -> Path | None:
 
     record = stopped.read_record(args.resume_from)
     config = recorded_config(record, overrides_of(args), args.resume_from, decoding=False)
+    check_config_of(args, config, args.resume_from)
     check_processes(config, launch.size)
     output = None
     if launch.is_first:

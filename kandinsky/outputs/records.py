@@ -41,7 +41,8 @@ OUTPUT: dict[str, Kinds] = {
 }  # fmt: skip
 STOPPED: dict[str, Kinds] = {
     "request": dict, "config": dict, "dtype": str, "step": int, "branches": list, "image_names": list,
-    "evaluations": int, "attention_calls": dict, "seconds": dict, "adapters": list, "items": list,
+    "evaluations": int, "skipped": list, "spared_blocks": int, "attention_calls": dict, "seconds": dict,
+    "adapters": list, "items": list,
 }  # fmt: skip
 ITEM: dict[str, Kinds] = {  # of a condition, see sampling/conditioning.py
     "name": str, "frame": int, "frames": int, "hold": str, "from_step": int, "starts": bool, "marked": bool,
@@ -155,6 +156,12 @@ def check_stopped(record: Any, header: Header, what: str | Path) -> Request:
         ("branches", record["branches"] == (["cond", "uncond"] if guided else ["cond"])),
         ("image_names", all(isinstance(one, str) for one in record["image_names"])),
         ("evaluations", 0 <= record["evaluations"] <= 2 * request.num_steps),
+        (
+            "skipped",
+            len(record["skipped"]) in (0, len(request.samples))
+            and all(type(one) is int and 0 <= one <= record["evaluations"] for one in record["skipped"]),
+        ),
+        ("spared_blocks", 0 <= record["spared_blocks"] <= config.model.dit_params.num_visual_blocks),
         (
             "attention_calls",
             set(calls) <= {"engine", "exact"} and all(type(one) is int and one >= 0 for one in calls.values()),

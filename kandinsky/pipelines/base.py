@@ -209,7 +209,8 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
                 run.state.latents.to(device), run.state.step, None if difference is None else difference.to(device)
             ),
         )
-        watch = Stopwatch(dict(run.seconds), run.evaluations, devices=self._devices())
+        # A cache counts what was skipped before it went on; without one (`--cache off`) this is what remains of it.
+        watch = Stopwatch(dict(run.seconds), run.evaluations, run.skipped, run.spared_blocks, devices=self._devices())
         watch.attention_calls.update(run.attention_calls)
         output_type = "pil" if run.request.is_image else "uint8"
         return self._complete(run, save_path, progress, output_type, callback, True, watch)

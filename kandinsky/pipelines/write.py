@@ -58,6 +58,7 @@ class WriteStage(Parts):
             "conditions": [item.facts() for item in run.conditioning.items],
             **settings,
             "coarse_steps": None if (coarse := self._coarse(request)) is None else dataclasses.asdict(coarse),
+            "cache": None if (cache := self.config.block_cache) is None else cache._asdict(),
             "fps": FPS,
             "attention_engine": engine_name,
             "devices": {name: str(self.placement.device(name)) for name in ("text_embedder", "dit", "vae")},
@@ -76,6 +77,7 @@ class WriteStage(Parts):
     def _keep(self, run: RunState, watch: Stopwatch, save_path: str | Path | None) -> None:
         """Keep a run that was interrupted between two steps, and raise Stopped; come back where there is no room."""
         run.evaluations, run.seconds, run.adapters = watch.evaluations, watch.seconds, self.active_adapters()
+        run.skipped, run.spared_blocks = list(watch.skipped), watch.spared_blocks
         run.attention_calls = dict(watch.attention_calls)
         kept: tuple[Path, str | Path] | None = None
         if save_path is not None:

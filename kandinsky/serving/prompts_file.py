@@ -82,6 +82,7 @@ def read_stream(lines: Iterable[bytes]) -> Iterator[Row | str]:
             [(_, given)] = reader(STREAM, text.strip())
             if isinstance(given, str):
                 raise ValueError(given)
+            _tell_unknown([name for name in given if name not in COLUMNS], [given], f"line {line}")
             filled = {name: given[name] for name in COLUMNS if given.get(name) not in (None, "")}
             yield Row(number, line, _typed(filled))
         except ValueError as error:  # UnicodeDecodeError is one
@@ -128,11 +129,17 @@ def read_prompts(path: str | Path, others: bool = False) -> list[Row]:
         raise RowMistakes(mistakes)
     if not rows:
         raise ValueError(f"{path} has no prompts in it")
-    if unknown and not others:
-        missing = [name for name in COLUMNS if not any(name in row.values for row in rows)]
-        names = [f"{name} (did you mean {near}?)" if (near := nearest(name, missing)) else name for name in unknown]
-        logger.info("%s: columns that mean nothing here are left out: %s", path, shortened(", ".join(names)))
+    if not others:
+        _tell_unknown(list(unknown), [row.values for row in rows], path)
     return rows
+
+
+def _tell_unknown(unknown: Sequence[str], rows: Sequence[Mapping[str, Any]], what: str | Path) -> None:
+    """Columns that nobody asks for, each with the one that may have been meant, of those that are in no row."""
+    if unknown:
+        missing = [name for name in COLUMNS if not any(name in row for row in rows)]
+        names = [f"{name} (did you mean {near}?)" if (near := nearest(name, missing)) else name for name in unknown]
+        logger.info("%s: columns that mean nothing here are left out: %s", what, shortened(", ".join(names)))
 
 
 # Each reader gives the line where a row begins, and its values, or what is wrong with it.

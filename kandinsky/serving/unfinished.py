@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from kandinsky.pipelines.parts import StepCallback
 
 
+logger = logging.getLogger(__name__)
 OF_SAMPLES = ("text", "negative_caption", "seed")
 
 
@@ -45,8 +47,14 @@ def what_is_left(
     wanted = _wanted(pipeline, request, image)
     if latents.exists() and _of_latents(latents_file.checked_records(latents)[0], wanted):
         return partial(_finish, pipeline, latents, output)
-    if stopped.exists() and _of_run(resume.read_record(stopped), wanted):
-        return partial(_go_on, pipeline, stopped, output, progress, callback)
+    if stopped.exists():
+        if _of_run(resume.read_record(stopped), wanted):
+            return partial(_go_on, pipeline, stopped, output, progress, callback)
+        logger.warning(
+            "%s was stopped with other wishes or settings and stays where it is: %s is made from its beginning",
+            stopped,
+            output.name,
+        )
     return None
 
 

@@ -279,6 +279,23 @@ def test_a_picture_imports_only_what_it_needs() -> None:
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("folder", ["tools", "benchmarks"])
+def test_scripts_find_the_package_before_they_import_it(folder: str) -> None:
+    """Nobody has installed it: what is run by its path has only its own folder to import from."""
+    scripts = [path for path in (REPOSITORY / folder).glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(scripts) > 5
+    for path in scripts:
+        own, found = None, None
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.ImportFrom | ast.Import):
+                names = [statement.module or ""] if isinstance(statement, ast.ImportFrom) else [statement.names[0].name]
+                if names[0].split(".")[0] in ("kandinsky", "tools", "benchmarks", "tests"):
+                    own = own or statement.lineno
+            elif "sys.path.insert" in ast.unparse(statement):
+                found = found or statement.lineno
+        assert own is None or (found is not None and found < own), path.name
+
+
 def test_public_api() -> None:
     import kandinsky
     from kandinsky.config.reading import load_config

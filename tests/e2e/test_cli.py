@@ -454,6 +454,8 @@ MISTAKES = {
     "other tokenizer": Mistake(("model.text_embedder.qwen.crop=9",), "tokens before the prompt, but 9 are", False),
     "dtype": Mistake(("--dtype", "int8"), "dtype is 'int8'; choose one of float32, bfloat16, float16", False),
     "engine": Mistake(("--attention_engine", "abacus"), "'abacus' does not exist: choose one of auto, sdpa", False),
+    "coarse steps": Mistake(("--coarse_steps", "25%"), r"--coarse_steps '25%' is not SHARE\[:SCALE\], numbers"),
+    "coarse steps of no scale": Mistake(("--coarse_steps", "0.25:"), "--coarse_steps '0.25:' is not SHARE"),
     "device": Mistake(("--device", "tpu"), "'tpu' is not a device: use cpu, cuda or cuda:0, mps, xpu"),
     "device without a number": Mistake(("--device", "cuda:x"), "'cuda:x' is not a device: use cpu, cuda or cuda:0"),
     "absent device": Mistake(("--device", "cuda:99"), "this machine has no cuda:99", False),

@@ -65,7 +65,7 @@ def test_lines_of_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.M
         yield b"a red circle\n"
         seen.append(sorted(path.name for path in tmp_path.glob("*.png")))
         yield b"\n"
-        yield b'{"prompt": "a blue square", "seed": 7, "output": "square.png"}\n'
+        yield b'{"prompt": "a blue square", "seed": 7, "wdth": 9, "output": "square.png"}\n'
         seen.append(sorted(path.name for path in tmp_path.glob("*.png")))
         yield b'{"prompt": "a blue square", "output": "square.png"}\n'
         yield b"{not json\n"
@@ -78,12 +78,16 @@ def test_lines_of_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert seen == [[outputs[0].name], [outputs[0].name, "square.png"]]
     assert "line 5: not readable as JSON" in said and "line 6: not UTF-8" in said and "3 prompts failed" in said
     assert "of row 2 (line 3) as well" in said
+    assert "line 3: columns that mean nothing here are left out: wdth (did you mean width?)" in said
     assert facts_of(outputs[1])["seed"] == 7
 
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=iter([b"a red circle\n"])))
     assert run(*words, "--resume")[:2] == (0, [])
     code, _, said = run(*words, "--ray_address", "local")
     assert code == 2 and "standard input" in said
+    monkeypatch.setattr("sys.stdin", None)
+    code, _, said = run(*words)
+    assert code == 2 and "standard input, which is closed" in said
 
 
 # ------------------------------------------------------------------------------------------------------------- in turn

@@ -375,6 +375,17 @@ def test_overrides_without_an_effect_are_refused(
         assert path.read_bytes() == before and not list(tmp_path.iterdir())
 
 
+def test_another_config_is_refused(
+    stopped: dict[str, Path], waiting: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import test as command_line
+
+    for flag, path in (("--resume_from", stopped["t2v"]), ("--decode_latents", waiting["t2v"])):
+        assert command_line.main([flag, str(path), "--config", "configs/config_tiny_i2i.yaml"]) == 2
+        said = capsys.readouterr().err
+        assert "error: --config configs/config_tiny_i2i.yaml" in said and "leave --config out" in said and path.exists()
+
+
 def test_the_cache_stays_as_it_was_or_is_switched_off(stopped: dict[str, Path]) -> None:
     """Two values are named; of each setting, before anything is loaded."""
     record = resume.read_record(stopped["t2v"])

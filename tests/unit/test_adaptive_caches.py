@@ -311,12 +311,16 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(kind: str, tmp_path: Path) -> N
 
 
 def test_another_cache_cannot_go_on(tmp_path: Path) -> None:
-    path = stopped_after(with_cache("t2i", "tracked"), 3, tmp_path / "a.png")
+    path = stopped_after(with_cache("t2i", "tracked"), STEPS - 1, tmp_path / "a.png")
     for other in (with_cache("t2i", "taylorseer"), with_cache("t2i", "tracked", order=2), with_cache("t2i", "dbcache")):
         with pytest.raises(ValueError, match="cache settings that it began with, or with cache"):
             other.resume(load_run(path), tmp_path / "a.png", progress=False)
-    plain("t2i").resume(load_run(path), tmp_path / "a.png", progress=False)
-    assert (tmp_path / "a.png").exists()
+    run = load_run(path)
+    assert min(run.skipped) > 0
+    plain("t2i").resume(run, tmp_path / "a.png", progress=False)
+    facts = json.loads((tmp_path / "a.json").read_text())  # what was left out before is not forgotten
+    assert facts["evaluations"]["skipped"] == run.skipped[0] and facts["cache"] is None
+    assert facts["blocks"]["skipped"] == run.skipped[0] * MIDDLE["tracked"]
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
