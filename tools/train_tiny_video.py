@@ -167,7 +167,7 @@ class DecoderSamples:
         self.device, self.rng = args.device, np.random.default_rng(seed)
         self.captions = CaptionTable.build(trained_embedder(args))
         config = load_config(args.config)
-        self.scale = float(json.loads((args.out / "vae" / "config.json").read_text())["scaling_factor"])
+        self.scale = self.encoder.scaling_factor
         self.from_words, self.from_ends = (
             load_dit(args.out / "model" / f"{name}.safetensors", config.model.dit_params, args.device, torch.float32)
             for name in ("tiny_t2v", "tiny_flf")

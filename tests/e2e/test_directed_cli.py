@@ -39,7 +39,7 @@ def run(cli: ModuleType, output: Path, *more: object) -> np.ndarray:
 def test_from_a_video_in_part(cli: ModuleType, tiny: Path, tmp_path: Path) -> None:
     """Strength 0 is the source; a mask keeps its black half of it, and the white half is another thing. What the source
     shows is of the tiny VAE's world, which can't decode anything else."""
-    frames = np.full((9, 64, 64, 3), tiny_world.BACKGROUNDS["white"], dtype=np.uint8)
+    frames = np.full((9, 64, 64, 3), tiny_world.BACKGROUNDS["navy"], dtype=np.uint8)
     frames[:, 24:44, 6:26] = tiny_world.COLOURS["blue"]
     source = tmp_path / "source.mp4"
     imageio.mimwrite(source, list(frames), fps=24, macro_block_size=8)
@@ -52,9 +52,8 @@ def test_from_a_video_in_part(cli: ModuleType, tiny: Path, tmp_path: Path) -> No
     assert record["strength"] == 1 and record["conditions"]
     whole = run(cli, tmp_path / "whole.mp4", "--video", source, "--strength", 1)
     left, right = np.s_[..., 4:24, :], np.s_[..., 48:, :]
-    kept_left, kept_right = (abs(kept[side] - half[side]).mean() for side in (left, right))
-    assert kept_left < 0.1 * abs(kept[left] - whole[left]).mean()
-    assert kept_right > 1.5 * kept_left
+    assert abs(kept[left] - half[left]).mean() < min(8, 0.1 * abs(kept[left] - whole[left]).mean())
+    assert abs(kept[right] - half[right]).mean() > 12
 
 
 def test_an_encoder_that_streams(cli: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["killed", pytest.param("error", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "error")) for name in FAULTS]
+)
 def test_one_of_two_machines_dies_while_denoising(name: str, tiny: Path, tmp_path: Path) -> None:
     fault, message = FAULTS[name]
     script = tmp_path / "faulty.py"
