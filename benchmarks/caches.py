@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,18 +25,38 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks._resumable import Kept, add_arguments  # noqa: E402
 from tools.eval_tiny import Case, load_pipeline, make_cases, pipeline_caller, psnr, score  # noqa: E402
 
+if TYPE_CHECKING:
+    from kandinsky.config.schema import Config
+
+
+def config_with(config: Config, cache: str) -> Config:
+    """The config with that cache. Raises ValueError for what is none."""
+    from kandinsky.config.reading import with_settings
+
+    kind, *settings = cache.split(",")
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        values[name] = float(value) if name == "threshold" else int(value)
+    return with_settings(config, cache={"kind": kind, **values})
+
+
+def cache_name(word: str) -> str:
+    from kandinsky.config.reading import load_config
+
+    try:
+        config_with(load_config(REPOSITORY / "configs" / "config_tiny_t2v.yaml"), word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is no cache: {error}") from None
+    return word
+
 
 def generated(pipe: Any, cache: str, case: Case, task: str) -> tuple[np.ndarray, dict[str, Any]]:
     """uint8 frames (T, H, W, 3), of a picture one, and the record beside; cache: "kind" or "kind,setting=value,..."."""
-    from kandinsky.config.reading import with_settings
     from kandinsky.runtime.caches import cache_maker
 
-    kind, *settings = cache.split(",")
-    values = {
-        name: float(value) if name == "threshold" else int(value) for name, value in (s.split("=") for s in settings)
-    }
     before = pipe.config
-    pipe.config = with_settings(before, cache={"kind": kind, **values})
+    pipe.config = config_with(before, cache)
     pipe.make_cache = cache_maker(pipe.config)
     records: list[dict[str, Any]] = []
     try:
@@ -84,7 +104,11 @@ def table(data: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "caches", nargs="+", metavar="kind[,setting=value]", help="settings: threshold, max_skips, order"
+        "caches",
+        nargs="+",
+        type=cache_name,
+        metavar="kind[,setting=value]",
+        help="settings: threshold, max_skips, order",
     )
     add_arguments(parser, cases=10)
     parser.add_argument(

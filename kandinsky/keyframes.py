@@ -1,8 +1,9 @@
 """Pictures that a video passes through after its first frame: its last one, a loop's, and any in between.
 
-A latent frame but the first is four frames of video, and the VAE is causal: what it makes of a picture by itself is
-exactly what it makes of every later latent frame of a video in which that picture stands still. So a given picture
-stands still for four frames, of which it is meant to be the last.
+A latent frame but the first is four frames of video, of which a given picture is meant to be the last. A checkpoint
+that was trained for it (`generation.given_frames: any`) is shown the picture and makes the four. Any other one is given
+what the VAE makes of the picture alone, which is exactly what it makes of every later latent frame of a video in which
+the picture stands still, as the VAE is causal: there it stands still for all four.
 
 Knows pictures, times and configs; knows no models and no torch.
 """

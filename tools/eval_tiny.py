@@ -196,6 +196,9 @@ def _sample(result: Result) -> dict[str, Any]:
         "right": right,
         "diagnostics": measured.diagnostics,
     }
+    overlap = f"overlap_{case.asked.shape}"
+    if overlap in measured.diagnostics:
+        sample["overlap"] = measured.diagnostics[overlap]
     if case.task == "i2v" and result.picture is not None:
         sample["first_frame_psnr"] = psnr(result.frames[0], result.picture)
     if case.source is not None:
@@ -223,7 +226,7 @@ def summarise(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if kinds:  # of each kind of edit: how many there are, and how many are all right
         of_kind = {kind: [all(s["right"].values()) for s in samples if s["kind"] == kind] for kind in kinds}
         summary["kinds"] = {kind: [sum(rights), len(rights)] for kind, rights in of_kind.items()}
-    for name in ("first_frame_psnr", "psnr"):
+    for name in ("first_frame_psnr", "psnr", "overlap"):
         values = [s[name] for s in samples if name in s]
         if values:
             summary[name] = {"mean": float(np.mean(values)), "worst": float(np.min(values))}
@@ -271,6 +274,11 @@ def format_table(report: dict[str, Any]) -> str:
     for name, of_what in (("first_frame_psnr", "first frame against the given picture"), ("psnr", "PSNR")):
         if name in report:
             lines.append(f"{of_what}: mean {report[name]['mean']:.2f} dB, worst {report[name]['worst']:.2f} dB")
+    if "overlap" in report:
+        overlap = report["overlap"]
+        lines.append(
+            f"silhouette's overlap with the asked shape: mean {overlap['mean']:.3f}, worst {overlap['worst']:.3f}"
+        )
     for name, pairs in report["wrong"].items():
         if pairs:
             lines.append(f"{name}: " + ", ".join(f"{pair} ({count})" for pair, count in pairs.items()))

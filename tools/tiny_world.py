@@ -487,24 +487,27 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarra
 def path(scene: Scene, num_frames: int, loop: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre x, centre y and radius of the object at each frame, (num_frames,) each, as fractions of the side.
 
-    loop: it goes back as well, and ends where it began; what bounces does so in any case.
+    loop: it goes half the way and back, and ends where it began; what bounces has the whole clip for its rise and fall
+    in any case. It begins and ends slowly: what turns round at full speed jumps there, whoever draws it.
     """
     t = np.linspace(0.0, 1.0, num_frames) if num_frames > 1 else np.array([0.5])
-    if loop and scene.motion != "bounce":
-        t = 0.5 - 0.5 * np.cos(2 * np.pi * t)
+    there_and_back = 0.5 - 0.5 * np.cos(2 * np.pi * t)
+    rise = there_and_back if loop else np.sin(np.pi * t)
+    if loop:
+        t = there_and_back / 2
     still = np.zeros(num_frames)
     along = TRAVEL * (t - 0.5)
     dx = {"left": -along, "right": along}.get(scene.motion, still)
-    dy = {"up": -along, "down": along, "bounce": BOUNCE * (0.5 - np.sin(np.pi * t))}.get(scene.motion, still)
+    dy = {"up": -along, "down": along, "bounce": BOUNCE * (0.5 - rise)}.get(scene.motion, still)
     first, last = GROWTH
     growing = first + (last - first) * t
-    scale = {"grow": growing, "shrink": growing[::-1]}.get(scene.motion, np.ones(num_frames))
+    scale = {"grow": growing, "shrink": first + last - growing}.get(scene.motion, np.ones(num_frames))
     return scene.x + dx, scene.y + dy, scene.radius * scale
 
 
 def render(scene: Scene, num_frames: int = 25, size: int = 128, loop: bool = False) -> np.ndarray:
     """Draws the clip: uint8 (num_frames, size, size, 3), RGB, with a one-pixel soft edge. The same scene gives the same
-    bytes. A single frame shows the middle of the motion. A loop goes back as well: its last frame is its first."""
+    bytes. A single frame shows the middle of the motion. A loop's last frame is its first."""
     if num_frames < 1 or size < 8:
         raise ValueError(f"num_frames={num_frames}, size={size}; a clip needs at least 1 frame and 8 pixels a side")
     cx, cy, radius = (v[:, None, None].astype(np.float32) * size for v in path(scene, num_frames, loop))

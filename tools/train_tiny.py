@@ -72,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     both.add_argument("--batch", type=int, help="of the DiTs (default: 16 clips of 128 pixels, 64 images)")
     both.add_argument("--lr", type=float, default=3e-3, help="Muon's for the DiTs (default: %(default)s)")
     video = parser.add_argument_group("video")
+    video.add_argument("--compile", action="store_true", help="dit, keyframes: half the time a step")
     video.add_argument("--image_steps", type=int, default=480, help="vae: on single frames")
     video.add_argument("--clip_steps", type=int, default=930, help="vae: mostly on 17-frame windows")
     video.add_argument("--decoder_steps", type=int, default=600, help="vae: of the decoder alone")

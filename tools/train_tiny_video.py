@@ -199,15 +199,16 @@ class DecoderSamples:
         sigma = float(self.rng.uniform(*self.NOISE))
         x = torch.lerp(x0, torch.randn_like(x0), sigma)
         dit = self.from_ends if self.rng.random() < 0.5 else self.from_words
-        extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
-        if dit is self.from_ends:
-            x[:, [0, -1]] = ends
-            extra[:, [0, -1], ..., -1] = 1
+        given = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        given[:, [0, -1]] = dit is self.from_ends
+        stills = torch.zeros_like(x)
+        stills[:, [0, -1]] = ends
+        x, extra = shown_frames(x, stills, given, dit.in_channels)
         row = [drawn.caption]
         text = self.captions.text[row], self.captions.pooled[row], self.captions.mask[row]
         predicted = x - sigma * velocity(dit, torch.cat((x, extra), -1), text, x.new_tensor([sigma]))
         if dit is self.from_ends:
-            predicted[:, [0, -1]] = ends
+            predicted[:, 0] = ends[:, 0]
         return predicted.movedim(-1, 1) / self.scale
 
     def window(self) -> tuple[Tensor, Tensor, int]:
@@ -436,6 +437,12 @@ class CaptionTable:
         return cls(torch.cat(text), torch.cat([part.pooled_embeds for part in parts]), torch.cat(mask), rows)
 
 
+def compile_blocks(dit: DiffusionTransformer3D, args: argparse.Namespace) -> None:
+    if args.compile:
+        for block in dit.visual_transformer_blocks:
+            block.compile(dynamic=False)
+
+
 def stage_dit(args: argparse.Namespace) -> None:
     """One model for both tasks: every second sample is given the latents of its first frame, as image to video is."""
     config = load_config(args.config)
@@ -449,6 +456,7 @@ def stage_dit(args: argparse.Namespace) -> None:
         dit = load_dit(exported, config.model.dit_params, args.device, torch.float32).float().requires_grad_(True)
     else:
         dit = DiffusionTransformer3D(**dataclasses.asdict(config.model.dit_params)).to(args.device)
+    compile_blocks(dit, args)
     rng = np.random.default_rng(int(time.time()))
 
     def loss(step: int) -> Tensor:
@@ -467,9 +475,9 @@ def stage_dit(args: argparse.Namespace) -> None:
         extra[given, :1, ..., -1] = 1
         text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
         predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, clips.rotary_scale)
-        error = (predicted - wanted).square().mean((2, 3, 4))  # (B, T)
-        error[given, 0] = 0  # there is nothing to predict
-        return error.sum() / (error.numel() - given.sum())
+        weight = object_weight(clips.latents[index].to(args.device).float())
+        weight[given, 0] = 0  # there is nothing to predict
+        return ((predicted - wanted).square().mean(-1) * weight).sum() / weight.sum()
 
     train("dit", args.state, dit, dit_optimizers(dit, args.lr), loss, args.dit_steps, warmup=200)
 
@@ -513,8 +521,31 @@ def given_frames(rng: np.random.Generator, batch: int, frames: int) -> Tensor:
     return given
 
 
+def shown_frames(x: Tensor, stills: Tensor, given: Tensor, in_channels: int) -> tuple[Tensor, Tensor]:
+    """Latents (B, T, H, W, C) and the channels beside them, as a model that has learnt keyframes is given pictures.
+
+    given: (B, T). The first frame is the picture. A later one is four frames of video, which end with the picture:
+    the condition channels show it, and the model makes of it how things get there.
+    """
+    channels = x.shape[-1]
+    extra = x.new_zeros(*x.shape[:-1], in_channels - channels)
+    shown = given.clone()
+    shown[:, 0] = False
+    extra[..., :channels][shown] = stills[shown]
+    extra[..., -1] = given[..., None, None]
+    held = given & ~shown
+    return torch.where(held[..., None, None, None], stills, x), extra
+
+
+def object_weight(x0: Tensor, most: float = 4.0) -> Tensor:
+    """(B, T, H, W): 1 where latents are the background's, `most` where they are not. The object is a quarter of all,
+    and nearly all of what can be wrong."""
+    differs = (x0 - x0[:, :, :1, :1]).abs().mean(-1) > 0.3
+    return torch.where(differs, most, 1.0)
+
+
 def stage_keyframes(args: argparse.Namespace) -> None:
-    """The exported model goes on with any of its latent frames given, each as the picture that it ends with; of the
+    """The exported model goes on with any of its latent frames given, each by the picture that it ends with; of the
     steps a part shows loops, mostly with the first and the last frame given, which are one picture."""
     config = load_config(args.config)
     captions = CaptionTable.build(trained_embedder(args))
@@ -523,6 +554,12 @@ def stage_keyframes(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     exported = args.out / "model" / "tiny_t2v.safetensors"
     dit = load_dit(exported, config.model.dit_params, args.device, torch.float32).float().requires_grad_(True)
+    # It has seen nothing but zeros in the condition channels: what it would make of them is as it was drawn.
+    channels = kinds[0].latents.shape[-1]
+    of_input = dit.visual_embeddings.in_layer.weight
+    of_input.data.unflatten(1, (-1, dit.in_channels))[..., channels : 2 * channels] = 0
+    compile_blocks(dit, args)
+    bounces = torch.tensor([combination.motion == "bounce" for combination in tiny_world.train_combinations()])
     rng = np.random.default_rng(int(time.time()))
 
     def loss(step: int) -> Tensor:
@@ -531,17 +568,19 @@ def stage_keyframes(args: argparse.Namespace) -> None:
         index = rng.integers(0, len(clips.latents), args.batch)
         rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
         x, wanted, sigma = noisy(clips.latents[index].to(args.device).float(), config.metrics.scheduler_scale)
-        extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
         given = given_frames(rng, args.batch, x.shape[1]).to(args.device)
+        # What ends as it began is a loop: a bounce that does so too, but faster, is not shown its end.
+        given[:, -1] &= loop | ~bounces[clips.combination[index]]
         if loop:
             given[: 3 * args.batch // 4] = torch.isin(torch.arange(x.shape[1]), torch.tensor([0, x.shape[1] - 1]))
         stills = clips.stills[index].to(args.device).float()
-        x[given] = (stills + LATENT_NOISE * scale * torch.randn_like(stills))[given]
-        extra[..., -1] = given[..., None, None]
+        stills += LATENT_NOISE * scale * torch.randn_like(stills)
+        x, extra = shown_frames(x, stills, given, dit.in_channels)
         text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
         predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, clips.rotary_scale)
-        error = (predicted - wanted).square().mean((2, 3, 4))  # (B, T)
-        return error[~given].mean()  # there is nothing to predict in the others
+        weight = object_weight(clips.latents[index].to(args.device).float())
+        weight[given[:, 0], 0] = 0  # there is nothing to predict
+        return ((predicted - wanted).square().mean(-1) * weight).sum() / weight.sum()
 
     train("dit_keyframes", args.state, dit, dit_optimizers(dit, args.lr / 2), loss, args.keyframe_steps, warmup=20)
 

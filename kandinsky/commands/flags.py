@@ -275,7 +275,10 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         flags.append(f"model.loras={json.dumps(args.lora, ensure_ascii=False)}")
     words = [*args.overrides, *flags]
     if "magcache.enabled=true" in words and "cache.kind=off" in words:
-        raise ValueError("--magcache switches a cache on, and --cache off each of them off: leave one of the two out")
+        raise ValueError(
+            "magcache.enabled=true (--magcache) switches a cache on, and cache.kind=off (--cache off) all of them off: "
+            "leave one of the two out"
+        )
     return words
 
 

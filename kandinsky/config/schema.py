@@ -312,7 +312,8 @@ class GenerationConfig:
     # Each of the first frames by itself; or all together, as in diffusers.
     first_frame_statistics: Literal["each", "together"] = "each"
     coarse_steps: CoarseConfig = CoarseConfig()  # off
-    given_frames: Literal["first", "any"] = "first"  # i2v: which frames the checkpoint has learnt to be given
+    # i2v: which frames the checkpoint has learnt to be given; any: it is shown later ones in its condition channels.
+    given_frames: Literal["first", "any"] = "first"
     visual_cond: Literal["zeros", "image"] = "zeros"  # i2v: what stands in the condition channels of the first frame
 
 

@@ -246,10 +246,9 @@ class Pipeline(CheckedInputs, EncodeStage, DenoiseStage, DecodeStage, WriteStage
             if output_type == "latent":
                 return latents
             if watch.skipped_evaluations:
-                outputs = len(request.samples)
-                logger.info(
-                    "skipped %d of %d model evaluations", watch.skipped_evaluations, outputs * watch.evaluations
-                )
+                blocks = watch.spared_blocks, len(self.dit.visual_transformer_blocks)
+                evaluations = watch.skipped_evaluations, len(request.samples) * watch.evaluations
+                logger.info("%d of %d model evaluations left out %d of %d blocks", *evaluations, *blocks)
             records = [self.describe(run, i, watch) for i in range(len(request.samples))]
             finish = to_unit if output_type in ("np", "pt") else to_uint8
             keep = self.config.runtime.save_latents

@@ -28,6 +28,7 @@ from kandinsky.sampling.conditioning import (
     frame_item,
     from_source,
     from_text,
+    keyframe_item,
     latent_mask,
     overlap_items,
     source_item,
@@ -216,9 +217,9 @@ class EncodeStage(Retries):
         return from_source(start, pictures)
 
     def _keyframe_items(self, request: Request, inputs: Inputs, firsts: Sequence[Any]) -> list[Item]:
-        """The pictures after the first, held and marked as it is; `firsts`: the distributions of the first ones, one a
-        prompt. A picture stands still for four frames, whose latents are those that the VAE makes of it alone."""
-        device, items = self.placement.device("dit"), []
+        """The pictures after the first, by the latents that the VAE makes of each alone; `firsts`: the distributions of
+        the first ones, one a prompt."""
+        device, items, generation = self.placement.device("dit"), [], self.config.generation
         for keyframe in inputs.keyframes:
             of_prompts = firsts
             if keyframe.picture is not None:
@@ -226,8 +227,9 @@ class EncodeStage(Retries):
                 of_prompts = self.encode_images([fitted]) * request.num_prompts
             modes = [of_prompts[sample.prompt].mode()[0, :, 0] for sample in request.samples]  # (C, H, W) each
             latents = torch.stack(modes).to(device).float().permute(0, 2, 3, 1) * self.vae.scaling_factor
-            latents, visual_cond = self.team.agree(latents.contiguous()), self.config.generation.visual_cond
-            items.append(frame_item(keyframe.name, latents, keyframe.frame, visual_cond, keyframe.origin))
+            latents, learnt = self.team.agree(latents.contiguous()), generation.given_frames == "any"
+            of_picture = keyframe.name, latents, keyframe.frame, learnt, generation.visual_cond, keyframe.origin
+            items.append(keyframe_item(*of_picture))
         return items
 
     def _from_source(self, noise: Tensor, frames: np.ndarray, mask: np.ndarray | None, origin: str) -> Conditioning:

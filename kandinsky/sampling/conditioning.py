@@ -6,7 +6,7 @@ else:
 
 - text to video, text to image: no item; checkpoints with a visual condition get zeros (`from_text`);
 - image to video: the first latent frame is the picture's at every step, and marked in the mask (`from_first_frame`);
-  further pictures likewise in later frames (`frame_item`);
+  further pictures in later frames likewise, or shown to models that have learnt it (`keyframe_item`);
 - image to image: the condition channels hold the source picture's latents, the mask is one (`from_source`);
 - going on from a video: its last latent frames are held as the first of what follows (`overlap_items`);
 - from a video or a picture, wholly or in part: sampling starts between source and noise (`source_item`; SDEdit, Meng et
@@ -188,6 +188,19 @@ def frame_item(name: str, image_latents: Tensor, frame: int = 0, visual_cond: st
     """
     shown = visual_cond == "image"
     return Item(name, image_latents[:, None], frame, marked=True, shown=shown, origin=origin)
+
+
+def keyframe_item(
+    name: str, image_latents: Tensor, frame: int, learnt: bool, visual_cond: str = "zeros", origin: str = ""
+) -> Item:
+    """A picture that a later latent frame, four frames of video, ends with; image_latents (B, H, W, C), scaled.
+
+    learnt: a model that was trained for it is shown the picture in the condition channels and makes the four frames
+    that end with it. Any other one is given it as it is given a first frame: the picture stands still for all four.
+    """
+    if not learnt:
+        return frame_item(name, image_latents, frame, visual_cond, origin)
+    return Item(name, image_latents[:, None], frame, hold="no", marked=True, shown=True, origin=origin)
 
 
 def picture_item(image_latents: Tensor, origin: str = "") -> Item:

@@ -69,16 +69,32 @@ def test_given_frames(cli: ModuleType, tiny: Path, tmp_path: Path, caplog: pytes
     """The last one and one between are what is given; a loop is shorter by the frame that would come twice."""
     for name, colour in (("first", "red"), ("between", "lime"), ("last", "blue")):
         Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
-    flf = ["--config", CONFIG.with_name("config_tiny_flf.yaml"), "--image", tmp_path / "first.png"]
+    i2v = ["--config", CONFIG.with_name("config_tiny_i2v.yaml"), "--image", tmp_path / "first.png"]
     keyframe = f"0.17:{tmp_path / 'between.png'}"
-    video = run(cli, tmp_path / "a.mp4", *flf, "--keyframe", keyframe, "--last_image", tmp_path / "last.png")
+    video = run(cli, tmp_path / "a.mp4", *i2v, "--keyframe", keyframe, "--last_image", tmp_path / "last.png")
     assert [int(video[i].mean((0, 1)).argmax()) for i in (0, 4, -1)] == [0, 1, 2]
     record = json.loads((tmp_path / "a.json").read_text())
     assert [one["frame"] for one in record["conditions"]] == [0, 1, 2] and not record["loop"]
-    assert "experimental" not in caplog.text
-    i2v = ["--config", CONFIG.with_name("config_tiny_i2v.yaml"), "--image", tmp_path / "first.png"]
     assert len(run(cli, tmp_path / "b.mp4", *i2v, "--loop")) == 8
     assert "experimental" in caplog.text and json.loads((tmp_path / "b.json").read_text())["loop"]
+
+
+def test_given_frames_that_were_learnt(cli: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A clip between two frames of a drawn one passes through its middle, and ends where that ends."""
+    scene = tiny_world.Scene("square", "yellow", "right", "navy")
+    clip = tiny_world.render(scene)
+    for name, i in (("first", 0), ("last", -1)):
+        Image.fromarray(clip[i]).save(tmp_path / f"{name}.png")
+    words = ["--config", CONFIG.with_name("config_tiny_flf.yaml"), "--width", 128, "--height", 128]
+    words += ["--image", tmp_path / "first.png", "--last_image", tmp_path / "last.png", "--video_duration", 1]
+    video = run(cli, tmp_path / "a.mp4", *words, "--sample_steps", 8, "--prompt", tiny_world.caption(scene))
+    for i in (0, 12, -1):
+        ours, theirs = (tiny_world.measure_picture(frame) for frame in (video[i].astype(np.uint8), clip[i]))
+        assert (ours.shape, ours.colour, ours.background) == ("square", "yellow", "navy"), i
+        assert abs(ours.diagnostics["x"] - theirs.diagnostics["x"]) < 0.06, i
+    assert "experimental" not in caplog.text
+    conditions = json.loads((tmp_path / "a.json").read_text())["conditions"]
+    assert {one["name"]: one["hold"] for one in conditions} == {"first frame": "clean", "last frame": "no"}
 
 
 def test_processed_further(cli: ModuleType, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +190,7 @@ APART = [
     ("t2v i2v t2i i2i", ("--overlap", "5"), "give --extend SECONDS or --segments"),
     ("t2v i2v t2i i2i", ("--no_colour_match",), "give --extend SECONDS or --segments"),
     ("t2v i2v t2i i2i", ("--resume",), "give --prompts_file, or for a video of segments --extend or --segments"),
-    ("t2v", ("--cache", "off", "--magcache"), "--magcache switches .* and --cache off .*: leave one of the two out"),
+    ("t2v", ("--cache", "off", "--magcache"), "--magcache. switches .*--cache off. all"),
     ("t2v", ("magcache.enabled=true", "--cache", "off"), "leave one of the two out"),
     ("t2v i2v t2i i2i", ("--segments", "rows.txt", "--extend", "1"), "leave --extend out"),
     ("t2v i2v t2i i2i", (*ROWS, "--extend", "1"), "leave --extend or --prompts_file out"),

@@ -52,6 +52,26 @@ def test_what_is_given_comes_out(pipe: Pipeline) -> None:
     assert torch.equal(latents_of(pipe, **SIZES, keyframes={0.5: OTHER}), latents_of(pipe, **SIZES, last_image=OTHER))
 
 
+def test_what_is_learnt_is_shown(pipe: Pipeline) -> None:
+    """A checkpoint that has learnt keyframes begins with its first picture, and sees the others in its condition
+    channels: what it makes of them is its own."""
+    learnt = build("i2v")
+    generation = dataclasses.replace(learnt.config.generation, given_frames="any")
+    learnt.config = dataclasses.replace(learnt.config, generation=generation)
+    seen: list[torch.Tensor] = []
+    learnt.dit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    made = latents_of(learnt, **SIZES, last_image=OTHER)
+    channels, picture = made.shape[-1], latents_of(pipe, **SIZES, last_image=OTHER)[:, -1]
+    for x in seen:
+        shown, mask = x[..., channels:-1], x[..., -1]
+        torch.testing.assert_close(shown[0, -1].float(), picture[0], rtol=1e-2, atol=1e-2)
+        assert not shown[:, :-1].any() and mask[0, :, 0, 0].tolist() == [1, 0, 0, 1]
+        torch.testing.assert_close(x[0, 0, ..., :channels].float(), made[0, 0], rtol=1e-2, atol=1e-2)
+    assert not torch.equal(seen[0][0, -1], seen[-1][0, -1])
+    assert torch.equal(made[:, 0], latents_of(pipe, **SIZES)[:, 0]) and not torch.equal(made[:, -1], picture)
+    assert torch.equal(latents_of(learnt, **SIZES), latents_of(pipe, **SIZES))  # where nothing more is given
+
+
 def test_a_loop_is_its_first_picture_as_the_last_one(pipe: Pipeline) -> None:
     """To the bit. What goes round are the twelve frames between, those after the first one from the second round."""
     options = {**SIZES, "seed": 1, "progress": False}
