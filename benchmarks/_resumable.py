@@ -42,8 +42,15 @@ class Kept:
                 temporary.write_text(json.dumps(self.data, indent=1) + "\n")
 
 
+def at_least_one(word: str) -> int:
+    count = int(word)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{word} is none: give 1 or more")
+    return count
+
+
 def add_arguments(parser: argparse.ArgumentParser, cases: int) -> None:
     """--cases, --minutes and --output."""
-    parser.add_argument("--cases", type=int, default=cases, help="held-out cases (default: %(default)s)")
+    parser.add_argument("--cases", type=at_least_one, default=cases, help="held-out cases (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing later than that")
     parser.add_argument("--output", type=Path, help="a JSON file that keeps the results; what it has is not made again")

@@ -97,6 +97,8 @@ def main() -> None:
 
     import kandinsky
 
+    if (task := kandinsky.load_config(args.config).task) != "i2v":
+        parser.error(f"--config {args.config} is for {task}: give one for i2v")
     kept = Kept(args.output, [], args.minutes)
     pipe = kandinsky.get_I2V_pipeline(device_map="cpu", conf_path=str(args.config))
     cases: list[dict[str, Any]] = kept.data

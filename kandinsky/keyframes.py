@@ -83,7 +83,7 @@ def read_keyframes(
     if loop and last < 2:
         raise ValueError("a loop has at least 9 frames, 0.34 s: ask for a longer one")
     found = [
-        _read(f"keyframe at {seconds:g} s", _latent_frame_at(seconds, num_frames), picture)
+        _read(f"keyframe at {as_number(seconds):g} s", _latent_frame_at(seconds, num_frames), picture)
         for seconds, picture in pairs
     ]
     if last_image is not None:
@@ -106,7 +106,7 @@ def _latent_frame_at(seconds: float, num_frames: int) -> int:
     longest = (num_frames - 1) / FPS
     frame = round(time * FPS) if 0 <= (time := as_number(seconds)) <= longest + 0.5 / FPS else -1
     if not 0 < frame < num_frames:
-        what = "is the picture that the video begins with, --image" if frame == 0 else "is none"
+        what = "is the picture that the video begins with, --image" if frame == 0 else "is not in the video"
         raise ValueError(f"a keyframe at {shown(seconds)} s {what}: give one from {1 / FPS:.2f} to {longest:.2f} s")
     return -(-frame // FRAMES_PER_LATENT)
 

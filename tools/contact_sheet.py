@@ -156,7 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = args.columns or 1
     if args.files:
         sources = args.sources or [None] * len(args.files)
-        blocks = [read_block(path, args.frames, one, args.seam) for path, one in zip(args.files, sources, strict=True)]
+        try:
+            blocks = [
+                read_block(file, args.frames, one, args.seam) for file, one in zip(args.files, sources, strict=True)
+            ]
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     else:
         from tools import eval_tiny  # not at the top: it draws its own sheets with this module
 
@@ -171,7 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             blocks = [given_block(generate, case, size, args.frames, args.given == "loop") for case in cases]
         columns = args.columns or eval_tiny.SHEET_COLUMNS[task]
-    Image.fromarray(captioned_sheet(blocks, columns)).save(args.output, optimize=True)
+    try:
+        sheet = captioned_sheet(blocks, columns)
+    except ValueError as error:  # of several sizes
+        parser.error(str(error))
+    Image.fromarray(sheet).save(args.output, optimize=True)
 
 
 if __name__ == "__main__":

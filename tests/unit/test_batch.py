@@ -359,7 +359,7 @@ def test_rows_with_further_pictures(tmp_path: Path) -> None:
         assert job.output.read_bytes() == path.read_bytes()
     for cells, says in (
         (",maybe,", "loop is 'maybe'"),
-        (",,9:b.png", "keyframe at 9.0 s is none"),
+        (",,9:b.png", "keyframe at 9.0 s is not in the video"),
         ("no.png,,", "the last"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -374,7 +374,7 @@ def test_a_plan_before_anything_is_queued(site: Site) -> None:
                     "keyframe_seconds": [9],
                 }
             },
-            "a keyframe at 9.0 s is none",
+            "a keyframe at 9.0 s is not in the video",
         ),
         (
             "videos",
