@@ -40,7 +40,7 @@ def test_from_a_video_in_part(cli: ModuleType, tiny: Path, tmp_path: Path) -> No
     """Strength 0 is the source; a mask keeps its black half of it, and the white half is another thing. What the source
     shows is of the tiny VAE's world, which can't decode anything else."""
     frames = np.full((9, 64, 64, 3), tiny_world.BACKGROUNDS["navy"], dtype=np.uint8)
-    frames[:, 24:44, 6:26] = tiny_world.COLOURS["blue"]
+    frames[:, 24:44, 42:62] = tiny_world.COLOURS["blue"]
     source = tmp_path / "source.mp4"
     imageio.mimwrite(source, list(frames), fps=24, macro_block_size=8)
     mask = np.zeros((64, 64), dtype=np.uint8)
