@@ -179,7 +179,7 @@ def test_which_variants_are_compiled_by_themselves() -> None:
     compiled = {
         path.stem: is_wanted("auto", GPU, model_evaluations(load_config(path).model)) for path in CONFIGS.glob("*.yaml")
     }
-    few_steps = {"config_5s_distil", "config_10s_distil", "config_tiny_flf"}  # 16 evaluations
+    few_steps = {"config_5s_distil", "config_10s_distil", "config_tiny_flf"}
     few_steps |= {f"config_5s_{task}_pro_distil{hd}" for task in ("t2v", "i2v") for hd in ("", "_hd")}
     assert {name for name, wanted in compiled.items() if not wanted} == few_steps
 

@@ -11,6 +11,7 @@ import pytest
 
 from kandinsky.checkpoints.dit_layout import expected_dit_shapes
 from kandinsky.config.reading import load_config
+from kandinsky.runtime.compile import model_evaluations
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -148,7 +149,7 @@ def test_model_table_is_the_configs() -> None:
         assert task == config.task
         assert float(seconds) == config.generation.time_length
         assert (int(steps), float(guidance)) == (model.num_steps, model.guidance_weight)
-        assert int(nfe) == model.num_steps * (1 if model.guidance_weight == 1 else 2)
+        assert int(nfe) == model_evaluations(model)
         assert pixels == f"{config.generation.width}x{config.generation.height}"
         assert attention == model.attention.type
         count = sum(prod(shape) for shape in expected_dit_shapes(model.dit_params).values())
