@@ -45,11 +45,6 @@ def is_the_same(frame: np.ndarray, wanted: np.ndarray) -> bool:
     return named and bool(shift <= MAX_SHIFT)
 
 
-def overlap(seen: tiny_world.Measured, case: Case) -> float:
-    """Intersection over union with the wanted silhouette; 0 where no object was found."""
-    return seen.diagnostics.get(f"overlap_{case.wanted.shape}", 0.0)
-
-
 def measured(pipe: Any, case: Case) -> dict[str, Any]:
     from PIL import Image
 
@@ -67,8 +62,8 @@ def measured(pipe: Any, case: Case) -> dict[str, Any]:
         "first": is_the_same(video[0], clip[0]),
         "last": is_the_same(video[-1], clip[-1]),
         **seen.agrees(case.wanted.attributes),
-        "overlap": overlap(seen, case),
-        "loop overlap": overlap(tiny_world.measure(loop), case),
+        "overlap": seen.overlap(case.wanted.shape) or 0.0,
+        "loop overlap": tiny_world.measure(loop).overlap(case.wanted.shape) or 0.0,
         "seam": psnr(loop[-1], loop[0]),
         "neighbours": float(np.mean(neighbours)),
         "worst neighbours": float(min(neighbours)),

@@ -196,9 +196,8 @@ def _sample(result: Result) -> dict[str, Any]:
         "right": right,
         "diagnostics": measured.diagnostics,
     }
-    overlap = f"overlap_{case.asked.shape}"
-    if overlap in measured.diagnostics:
-        sample["overlap"] = measured.diagnostics[overlap]
+    if (overlap := measured.overlap(case.asked.shape)) is not None:
+        sample["overlap"] = overlap
     if case.task == "i2v" and result.picture is not None:
         sample["first_frame_psnr"] = psnr(result.frames[0], result.picture)
     if case.source is not None:
@@ -271,14 +270,14 @@ def format_table(report: dict[str, Any]) -> str:
     counts |= {f"edit of {kind}": count for kind, count in report.get("kinds", {}).items()}
     width = max(len(name) for name in counts) + 2
     lines = [f"{name:<{width}}{count:>5}/{of:<5}{100 * count / of:6.1f} %" for name, (count, of) in counts.items()]
-    for name, of_what in (("first_frame_psnr", "first frame against the given picture"), ("psnr", "PSNR")):
+    for name, of_what, form in (
+        ("first_frame_psnr", "first frame against the given picture", "{:.2f} dB"),
+        ("psnr", "PSNR", "{:.2f} dB"),
+        ("overlap", "silhouette's overlap with the asked shape", "{:.3f}"),
+    ):
         if name in report:
-            lines.append(f"{of_what}: mean {report[name]['mean']:.2f} dB, worst {report[name]['worst']:.2f} dB")
-    if "overlap" in report:
-        overlap = report["overlap"]
-        lines.append(
-            f"silhouette's overlap with the asked shape: mean {overlap['mean']:.3f}, worst {overlap['worst']:.3f}"
-        )
+            mean, worst = (form.format(report[name][which]) for which in ("mean", "worst"))
+            lines.append(f"{of_what}: mean {mean}, worst {worst}")
     for name, pairs in report["wrong"].items():
         if pairs:
             lines.append(f"{name}: " + ", ".join(f"{pair} ({count})" for pair, count in pairs.items()))

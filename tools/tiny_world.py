@@ -543,6 +543,10 @@ class Measured:
     background: str | None
     diagnostics: dict[str, float] = field(default_factory=dict, compare=False)
 
+    def overlap(self, shape: str) -> float | None:
+        """Intersection over union with the best-fitting silhouette of that shape; None where no object was found."""
+        return self.diagnostics.get(f"overlap_{shape}")
+
     def agrees(self, attributes: Attributes | Look) -> dict[str, bool]:
         return {name: getattr(self, name) == value for name, value in attributes._asdict().items()}
 

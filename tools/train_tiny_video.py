@@ -466,18 +466,15 @@ def stage_dit(args: argparse.Namespace) -> None:
         batch = 2 * args.batch if small else args.batch
         index = rng.integers(0, len(clips.latents), batch)
         rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
-        x, wanted, sigma = noisy(clips.latents[index].to(args.device).float(), config.metrics.scheduler_scale)
-        extra = x.new_zeros(*x.shape[:-1], dit.in_channels - x.shape[-1])
+        x0 = clips.latents[index].to(args.device).float()
+        x, wanted, sigma = noisy(x0, config.metrics.scheduler_scale)
         # The first frame is clean at every noise level, and the mask, the last channel, says so.
-        given = torch.arange(batch) % 2 == step % 2
-        first = clips.stills[index, :1][given].to(args.device).float()
-        x[given, :1] = first + LATENT_NOISE * scale * torch.randn_like(first)
-        extra[given, :1, ..., -1] = 1
+        given = torch.zeros(x0.shape[:2], dtype=torch.bool, device=args.device)
+        given[step % 2 :: 2, 0] = True
+        x, extra = shown_frames(x, noisy_stills(clips, index, scale, args.device), given, dit.in_channels)
         text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
         predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, clips.rotary_scale)
-        weight = object_weight(clips.latents[index].to(args.device).float())
-        weight[given, 0] = 0  # there is nothing to predict
-        return ((predicted - wanted).square().mean(-1) * weight).sum() / weight.sum()
+        return object_loss(predicted, wanted, x0, given)
 
     train("dit", args.state, dit, dit_optimizers(dit, args.lr), loss, args.dit_steps, warmup=200)
 
@@ -528,20 +525,28 @@ def shown_frames(x: Tensor, stills: Tensor, given: Tensor, in_channels: int) -> 
     the condition channels show it, and the model makes of it how things get there.
     """
     channels = x.shape[-1]
+    is_given = given[..., None, None, None]
     extra = x.new_zeros(*x.shape[:-1], in_channels - channels)
-    shown = given.clone()
-    shown[:, 0] = False
-    extra[..., :channels][shown] = stills[shown]
-    extra[..., -1] = given[..., None, None]
-    held = given & ~shown
-    return torch.where(held[..., None, None, None], stills, x), extra
+    extra[..., -1:] = is_given
+    extra[:, 1:, ..., :channels] = torch.where(is_given[:, 1:], stills[:, 1:], 0)
+    first = torch.where(is_given[:, :1], stills[:, :1], x[:, :1])
+    return torch.cat((first, x[:, 1:]), dim=1), extra
 
 
-def object_weight(x0: Tensor, most: float = 4.0) -> Tensor:
-    """(B, T, H, W): 1 where latents are the background's, `most` where they are not. The object is a quarter of all,
-    and nearly all of what can be wrong."""
+def noisy_stills(clips: LatentClips, index: np.ndarray, scale: float, device: str) -> Tensor:
+    """(B, T, H, W, C): the pictures of these clips, with as much noise as the VAE was trained with."""
+    stills = clips.stills[index].to(device).float()
+    return stills + LATENT_NOISE * scale * torch.randn_like(stills)
+
+
+def object_loss(predicted: Tensor, wanted: Tensor, x0: Tensor, given: Tensor, most: float = 4.0) -> Tensor:
+    """Mean squared error of the velocity at x0 (B, T, H, W, C), where latents are not the background's `most` times as
+    heavy: the object is a quarter of all, and nearly all of what can be wrong. First frames that are given (B, T) are
+    not predicted."""
     differs = (x0 - x0[:, :, :1, :1]).abs().mean(-1) > 0.3
-    return torch.where(differs, most, 1.0)
+    weight = torch.where(differs, most, 1.0)
+    weight[given[:, 0], 0] = 0
+    return ((predicted - wanted).square().mean(-1) * weight).sum() / weight.sum()
 
 
 def stage_keyframes(args: argparse.Namespace) -> None:
@@ -567,20 +572,17 @@ def stage_keyframes(args: argparse.Namespace) -> None:
         clips = kinds[loop]
         index = rng.integers(0, len(clips.latents), args.batch)
         rows = [rng.choice(captions.rows[clips.combination[i]]) if rng.random() > 0.1 else -1 for i in index]
-        x, wanted, sigma = noisy(clips.latents[index].to(args.device).float(), config.metrics.scheduler_scale)
+        x0 = clips.latents[index].to(args.device).float()
+        x, wanted, sigma = noisy(x0, config.metrics.scheduler_scale)
         given = given_frames(rng, args.batch, x.shape[1]).to(args.device)
         # What ends as it began is a loop: a bounce that does so too, but faster, is not shown its end.
         given[:, -1] &= loop | ~bounces[clips.combination[index]]
         if loop:
             given[: 3 * args.batch // 4] = torch.isin(torch.arange(x.shape[1]), torch.tensor([0, x.shape[1] - 1]))
-        stills = clips.stills[index].to(args.device).float()
-        stills += LATENT_NOISE * scale * torch.randn_like(stills)
-        x, extra = shown_frames(x, stills, given, dit.in_channels)
+        x, extra = shown_frames(x, noisy_stills(clips, index, scale, args.device), given, dit.in_channels)
         text = captions.text[rows], captions.pooled[rows], captions.mask[rows]
         predicted = velocity(dit, torch.cat((x, extra), -1), text, sigma, clips.rotary_scale)
-        weight = object_weight(clips.latents[index].to(args.device).float())
-        weight[given[:, 0], 0] = 0  # there is nothing to predict
-        return ((predicted - wanted).square().mean(-1) * weight).sum() / weight.sum()
+        return object_loss(predicted, wanted, x0, given)
 
     train("dit_keyframes", args.state, dit, dit_optimizers(dit, args.lr / 2), loss, args.keyframe_steps, warmup=20)
 

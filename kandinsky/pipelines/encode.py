@@ -220,6 +220,7 @@ class EncodeStage(Retries):
         """The pictures after the first, by the latents that the VAE makes of each alone; `firsts`: the distributions of
         the first ones, one a prompt."""
         device, items, generation = self.placement.device("dit"), [], self.config.generation
+        learnt = generation.given_frames == "any"
         for keyframe in inputs.keyframes:
             of_prompts = firsts
             if keyframe.picture is not None:
@@ -227,9 +228,8 @@ class EncodeStage(Retries):
                 of_prompts = self.encode_images([fitted]) * request.num_prompts
             modes = [of_prompts[sample.prompt].mode()[0, :, 0] for sample in request.samples]  # (C, H, W) each
             latents = torch.stack(modes).to(device).float().permute(0, 2, 3, 1) * self.vae.scaling_factor
-            latents, learnt = self.team.agree(latents.contiguous()), generation.given_frames == "any"
-            of_picture = keyframe.name, latents, keyframe.frame, learnt, generation.visual_cond, keyframe.origin
-            items.append(keyframe_item(*of_picture))
+            latents, where = self.team.agree(latents.contiguous()), keyframe.frame
+            items.append(keyframe_item(keyframe.name, latents, where, learnt, generation.visual_cond, keyframe.origin))
         return items
 
     def _from_source(self, noise: Tensor, frames: np.ndarray, mask: np.ndarray | None, origin: str) -> Conditioning:

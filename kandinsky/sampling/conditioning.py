@@ -200,11 +200,11 @@ def keyframe_item(
     """
     if not learnt:
         return frame_item(name, image_latents, frame, visual_cond, origin)
-    return Item(name, image_latents[:, None], frame, hold="no", marked=True, shown=True, origin=origin)
+    return replace(picture_item(image_latents, origin), name=name, frame=frame)
 
 
 def picture_item(image_latents: Tensor, origin: str = "") -> Item:
-    """The picture that an editing model is shown; image_latents (B, H, W, C), scaled."""
+    """A picture that a model is shown, as an editing one is; image_latents (B, H, W, C), scaled."""
     return Item(SOURCE, image_latents[:, None], hold="no", marked=True, shown=True, origin=origin)
 
 
